@@ -1,0 +1,9 @@
+from .loss import CoreTuningLoss as CoreTuningLoss
+from .loss import FocalSupConLoss as FocalSupConLoss
+from .mining import mine_hard_pairs as mine_hard_pairs
+from .mixup import HardPairMixup as HardPairMixup
+from .register import register
+from .task import CoreTuningTask as CoreTuningTask
+from .version import __version__ as __version__
+
+register()

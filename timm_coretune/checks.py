@@ -1,0 +1,60 @@
+"""Checks of what a caller hands over, with the likely fix in the message"""
+
+from typing import Optional
+
+import torch
+
+
+def check_features(features: torch.Tensor, name: str = 'features') -> None:
+    """Reject anything but a floating-point matrix with a row per image.
+
+    Raises:
+        ValueError: The shape or the dtype does not fit.
+    """
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(
+            f'Expected {name} as a floating-point (batch_size, width) matrix, got {features.dtype} '
+            f'{tuple(features.shape)}. Pool a feature map first, as timm does with '
+            'model.forward_head(feature_map, pre_logits=True).'
+        )
+
+
+def check_target(target: torch.Tensor, batch_size: int, num_classes: Optional[int] = None) -> None:
+    """Reject targets that are neither class indices nor soft targets of this batch.
+
+    The range of class indices is checked on the CPU only, where it costs no device synchronisation. On an accelerator
+    the kernels of the cross-entropy assert it.
+
+    Raises:
+        ValueError: Shape, dtype or range do not fit; the message says what was expected and what came.
+    """
+    if target.ndim not in (1, 2) or target.shape[0] != batch_size:
+        raise ValueError(
+            f'Expected class indices ({batch_size},) or soft targets ({batch_size}, num_classes) for features of batch '
+            f'size {batch_size}, got {tuple(target.shape)}. Features, logits and target must come from the same batch.'
+        )
+    if target.ndim == 2:
+        if not target.is_floating_point():
+            raise ValueError(
+                f'Expected soft targets of a floating-point dtype, got {target.dtype} {tuple(target.shape)}. '
+                f'Class indices are passed as ({batch_size},), one-hot rows as float.'
+            )
+        if num_classes is not None and target.shape[1] != num_classes:
+            raise ValueError(
+                f'Expected soft targets ({batch_size}, {num_classes}) as the logits have {num_classes} classes, got '
+                f'{tuple(target.shape)}. Create the model with num_classes={target.shape[1]}.'
+            )
+        return
+    if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+        raise ValueError(
+            f'Expected class indices of an integer dtype, got {target.dtype}. Use target.long(), or pass soft targets '
+            f'as ({batch_size}, num_classes).'
+        )
+    if target.device.type == 'cpu' and target.numel():
+        low, high = (int(bound) for bound in target.aminmax())
+        if low < 0 or (num_classes is not None and high >= num_classes):
+            expected = 'non-negative' if num_classes is None else f'in [0, {num_classes - 1}]'
+            raise ValueError(
+                f'Expected class indices {expected}, got {low} to {high}. Check num_classes of the model against the '
+                'data set, and that labels start at 0.'
+            )

@@ -1,0 +1,112 @@
+"""The global batch: rows of all processes, gathered with gradient
+
+Every process computes the loss of its own rows against the rows of all. The gradient that a process' rows receive from
+the losses of the others is summed in the backward pass, so the average that DistributedDataParallel (or FSDP) takes
+over processes is exactly the gradient of one process with the whole batch.
+"""
+
+from dataclasses import dataclass
+from typing import List, Optional
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+
+def is_distributed() -> bool:
+    """Whether more than one process trains together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _all_gather(x: torch.Tensor) -> torch.Tensor:
+    gathered = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
+    # torch 2.14 renamed the collectives on single tensors
+    gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
+    gather(gathered, x.contiguous())
+    return gathered
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenates equal numbers of rows in rank order; the backward sums over processes, as all use the rows."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return _all_gather(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        num_rows = grad.shape[0] // dist.get_world_size()
+        if dist.get_backend() == 'gloo':  # older gloo has no reduce-scatter of one tensor
+            grad = grad.clone(memory_format=torch.contiguous_format)
+            dist.all_reduce(grad)
+            return grad.narrow(0, dist.get_rank() * num_rows, num_rows)
+        own = grad.new_empty((num_rows, *grad.shape[1:]))
+        scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
+        scatter(own, grad.contiguous())
+        return own
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """Where the rows of this process lie among those of all processes.
+
+    Attributes:
+        rank: Index of this process.
+        sizes: Rows of every process, in rank order.
+    """
+
+    rank: int
+    sizes: List[int]
+
+    @classmethod
+    def create(
+        cls,
+        batch_size: int,
+        gather: bool = True,
+        uneven: bool = False,
+        device: Optional[torch.device] = None,
+    ) -> 'GlobalBatch':
+        """Describe the batch of this step.
+
+        Args:
+            batch_size: Rows of this process.
+            gather: Use the rows of all processes; otherwise this process is on its own.
+            uneven: Exchange the sizes, for loaders whose batches may differ between processes. Costs a synchronisation
+                with the device; without it all processes must hold batch_size rows.
+            device: Where the process group exchanges tensors.
+        """
+        if not gather or not is_distributed():
+            return cls(0, [batch_size])
+        if not uneven:
+            return cls(dist.get_rank(), [batch_size] * dist.get_world_size())
+        return cls(dist.get_rank(), _all_gather(torch.tensor([batch_size], device=device)).tolist())
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all processes together."""
+        return sum(self.sizes)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor to the sum over own rows, such that the average over processes is the mean over all rows."""
+        return self.world_size / self.num_rows
+
+    def own_rows(self, device: torch.device) -> torch.Tensor:
+        """Indices of this process' rows among all (B,) int64."""
+        start = sum(self.sizes[: self.rank])
+        return torch.arange(start, start + self.sizes[self.rank], device=device)
+
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of all processes in rank order (N, ...), differentiable in the own rows x (B, ...)."""
+        if self.world_size == 1:
+            return x
+        largest = max(self.sizes)
+        if min(self.sizes) == largest:
+            return _AllGather.apply(x)
+        padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, largest - x.shape[0]])
+        gathered = _AllGather.apply(padded)
+        return torch.cat([part[:size] for part, size in zip(gathered.split(largest), self.sizes, strict=True)])
