@@ -1,3 +1,4 @@
+from .checkpoint import load_checkpoint as load_checkpoint
 from .loss import CoreTuningLoss as CoreTuningLoss
 from .loss import FocalSupConLoss as FocalSupConLoss
 from .mining import mine_hard_pairs as mine_hard_pairs

@@ -1,0 +1,2 @@
+from .loop import Trainer as Trainer
+from .main import main as main

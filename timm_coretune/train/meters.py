@@ -1,0 +1,105 @@
+"""Running losses and accuracies, kept on the device so that a step never waits for it"""
+
+from collections import OrderedDict
+from typing import Dict, Optional
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+
+
+class LossMeter:
+    """Averages the losses of a task and notices the first step whose losses are not finite.
+
+    Args:
+        accelerator: Device and processes.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.names = ()
+        self.num_steps = 0
+
+    def _start(self, losses: Dict[str, torch.Tensor]) -> None:
+        # 'task_loss' is called 'task' in the log, the sum of all stays 'loss'
+        self.names = tuple(name.removesuffix('_loss') for name in losses)
+        device = self.accelerator.device
+        self.total = torch.zeros(len(losses), device=device)
+        self.last = torch.full((len(losses),), float('nan'), device=device)
+        self.last_finite = self.last.clone()
+        self.first_bad_step = torch.full((), -1.0, device=device)
+
+    def update(self, result: Dict[str, torch.Tensor], step: int) -> None:
+        """Take the losses of a step out of what a task returned."""
+        losses = {k: v for k, v in result.items() if k.endswith('loss')}
+        if not self.names:
+            self._start(losses)
+        self.last = torch.stack([loss.detach().float() for loss in losses.values()])
+        finite = torch.isfinite(self.last).all()
+        healthy = self.first_bad_step < 0
+        self.first_bad_step = torch.where(healthy & ~finite, float(step), self.first_bad_step)
+        self.last_finite = torch.where(healthy & finite, self.last, self.last_finite)
+        self.total = self.total + self.last
+        self.num_steps += 1
+
+    def check(self) -> None:
+        """Stop a diverged run. All processes must call this together.
+
+        Raises:
+            ValueError: A loss was not finite; the message holds the step and the last finite losses.
+        """
+        values = torch.stack([*self.last_finite, self.first_bad_step])
+        for *last_finite, step in self.accelerator.gather(values[None]).tolist():
+            if step >= 0:
+                losses = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, last_finite, strict=True))
+                raise ValueError(
+                    f'Expected finite losses, got NaN or Inf at update {step:.0f}. The last finite losses: {losses}. '
+                    'Likely the learning rate is too high (--lr), or features overflow (--amp-dtype bfloat16), or the '
+                    'images hold NaN.'
+                )
+
+    def _by_name(self, values: torch.Tensor) -> Dict[str, float]:
+        return OrderedDict(zip(self.names, self.accelerator.reduce(values, 'mean').tolist(), strict=True))
+
+    def now(self) -> Dict[str, float]:
+        """Losses of the last step, over all processes."""
+        return self._by_name(self.last)
+
+    def average(self) -> Dict[str, float]:
+        """Mean losses of all steps so far, over all processes."""
+        return self._by_name(self.total / self.num_steps)
+
+
+class AccuracyMeter:
+    """Cross-entropy in nats and top-1 and top-5 accuracy in percent.
+
+    Args:
+        accelerator: Device and processes.
+        max_samples: Images of this process that count; what comes later are repetitions of a distributed sampler.
+    """
+
+    def __init__(self, accelerator: Accelerator, max_samples: Optional[int] = None):
+        self.accelerator = accelerator
+        self.max_samples = max_samples
+        self.num_seen = 0
+        # float64 counts exactly, MPS has none
+        dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64
+        self.sums = torch.zeros(4, dtype=dtype, device=accelerator.device)  # loss, top-1, top-5, images
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Take logits (B, C) and class indices (B,)."""
+        if self.max_samples is not None:
+            num_left = max(self.max_samples - self.num_seen, 0)
+            output, target = output[:num_left], target[:num_left]
+        self.num_seen += len(target)
+        output, target = output.float(), target.long()
+        correct = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
+        loss = F.cross_entropy(output, target, reduction='sum')
+        count = torch.full_like(loss, len(target))
+        self.sums += torch.stack([loss, correct[:, 0].sum(), correct.any(dim=1).sum(), count]).to(self.sums.dtype)
+
+    def compute(self) -> Dict[str, float]:
+        """Means over all processes, which must call this together."""
+        loss, top1, top5, count = self.accelerator.reduce(self.sums, 'sum').tolist()
+        count = max(count, 1)
+        return OrderedDict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
