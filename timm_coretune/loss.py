@@ -141,7 +141,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, num_features: int, projection_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(num_features, num_features)
-        self.act = nn.ReLU()
+        self.act = nn.ReLU(inplace=True)
         self.fc2 = nn.Linear(num_features, projection_dim)
 
     def forward(

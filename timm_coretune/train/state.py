@@ -7,7 +7,7 @@ from datetime import datetime
 from typing import Dict, Optional, Tuple
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from timm.models import safe_model_name
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, get_outdir, get_state_dict, update_summary
@@ -32,7 +32,8 @@ def save_weights(model: torch.nn.Module, path: str) -> None:
     # clones, as safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in get_state_dict(model).items()}
     temporary = f'{path}.tmp'
-    save_file(tensors, temporary, metadata={'format': 'pt'})
+    with open(temporary, 'wb') as f:  # save_file would leave the file readable to its owner alone
+        f.write(save(tensors, metadata={'format': 'pt'}))
     os.replace(temporary, path)
 
 
