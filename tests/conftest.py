@@ -1,0 +1,38 @@
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Run the words of a shell command in a folder of its own, as a user of this environment would."""
+
+    def run(words, check=True, **kwargs):
+        # the commands of this environment, and no more than its threads
+        env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+        finished = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+        assert not check or finished.returncode == 0, finished.stdout + finished.stderr
+        return finished
+
+    return run
+
+
+@pytest.fixture
+def read_csv():
+    def read(path):
+        with open(path, newline='') as f:
+            return list(csv.DictReader(f))
+
+    return read

@@ -1,0 +1,61 @@
+"""The README's commands and loops run as they are written"""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+README = (ROOT / 'README.md').read_text()
+SHELL_COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]
+PYTHON_BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+
+
+def test_commands_are_those_that_are_run_here_or_by_ci():
+    assert SHELL_COMMANDS == [
+        'pip install -e .',
+        'accelerate launch train.py --coretune',
+        "pip install -e '.[test]'",
+        'pytest',
+    ]
+    ci = (ROOT / '.ci' / 'run').read_text()
+    assert "-e '.[test]'" in ci
+    assert '\npytest\n' in ci
+
+
+@pytest.mark.parametrize('extra', [[], ['--model', 'resnet50']], ids=['as-written', 'resnet50'])
+def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv):
+    words = shlex.split('accelerate launch train.py --coretune'.replace('train.py', str(ROOT / 'train.py')))
+    flags = ['--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
+    if extra:
+        flags += ['--train-split', 'validation']  # a quarter of the images
+    log = launch([*words, *extra, *flags]).stderr
+    assert 'using the bundled Fashion-MNIST sample' in log
+    assert ('its contrastive checkpoint' in log) == (not extra)
+    (row,) = read_csv(tmp_path / 'run' / 'summary.csv')
+    assert {'train_loss', 'train_task', 'train_contrast', 'eval_top1', 'lr'} <= row.keys()
+    # a few updates from scratch are near the 10 % of chance, an epoch from the contrastive checkpoint is far above
+    assert float(row['eval_top1']) > (0 if extra else 60)
+    assert '*** Best metric: ' in log
+    for name in ('model_best.safetensors', 'last.pth.tar', 'args.yaml', 'curves.png'):
+        assert (tmp_path / 'run' / name).stat().st_size > 0
+
+
+@pytest.mark.parametrize('block', PYTHON_BLOCKS, ids=['plain-pytorch-loop', 'timm-loop'])
+def test_a_loop_runs_as_copied(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    exec(compile(block, 'README.md', 'exec'), namespace)
+    loss = namespace['loss'] if 'loss' in namespace else namespace['result']['loss']
+    assert loss.isfinite()
+
+
+def test_the_plain_loop_differs_from_a_plain_one_in_at_most_five_lines():
+    loop = PYTHON_BLOCKS[0].split('\n\n')[-1].strip().splitlines()
+    plain = {
+        'for images, target in loader:',
+        '    loss.backward()',
+        '    optimizer.step()',
+        '    optimizer.zero_grad()',
+    }
+    assert len([line for line in loop if line not in plain]) <= 5

@@ -1,0 +1,333 @@
+"""train.py on the sample and on folders: arguments, data, results on disk, interruptions, errors"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import timm
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import resolve_data_config
+from timm.optim import optimizer_kwargs
+from timm.scheduler import scheduler_kwargs
+from timm.task import ClassificationTask
+
+from timm_coretune import CoreTuningTask
+from timm_coretune.train import Trainer, main
+from timm_coretune.train.arguments import create_parser, parse_args
+from timm_coretune.train.data import create_datasets
+from timm_coretune.train.meters import AccuracyMeter
+from timm_coretune.train.reader import ReaderSafetensors
+
+
+@pytest.fixture
+def tiny(tmp_path):
+    """A data set of 3 classes whose images differ by color, 8 training and 4 validation images a class."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for split, count in (('train', 24), ('validation', 12)):
+        label = torch.arange(count) % 3
+        image = torch.randint(0, 60, (count, 16, 16, 3), generator=generator)
+        image[torch.arange(count), :, :, label] += 180
+        tensors[f'{split}.image'], tensors[f'{split}.label'] = image.to(torch.uint8), label
+    path = tmp_path / 'tiny.safetensors'
+    save_file(tensors, path, metadata={'class_names': json.dumps(['red', 'green', 'blue'])})
+    return path
+
+
+def train(tmp_path, *flags):
+    """A run in this process, in tmp_path/run."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # a run is configured once in a process
+    main(['--output', str(tmp_path), '--experiment', 'run', *(str(flag) for flag in flags)])
+    return tmp_path / 'run'
+
+
+TINY_FLAGS = (
+    *('--model', 'test_resnet', '--img-size', '32', '-b', '12', '--epochs', '2', '--workers', '0'),
+    *('--lr', '0.1', '--warmup-epochs', '0', '--smoothing', '0', '--color-jitter', '0'),
+)
+
+
+# arguments
+
+
+def test_defaults_fill_in_the_sample_and_its_checkpoint():
+    parsed = parse_args([])
+    assert parsed.args.model == 'test_resnet'
+    assert os.path.isfile(parsed.args.data_dir)
+    assert os.path.isfile(parsed.args.pretrained_path)
+    assert '--data-dir DIR --model NAME --pretrained-path FILE' in parsed.assumed
+    assert yaml.safe_load(parsed.text) == vars(parsed.args)
+
+
+def test_flags_win_over_yaml_and_yaml_over_the_sample_recipe(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('lr: 0.3\nbatch_size: 7\n')
+    args = parse_args(['-c', str(config), '-b', '9']).args
+    assert (args.lr, args.batch_size, args.img_size) == (0.3, 9, 32)
+
+
+def test_a_named_model_keeps_neither_the_sample_checkpoint_nor_a_size_it_cannot_take():
+    args = parse_args(['--model', 'resnet50']).args
+    assert (args.model, args.pretrained_path, args.img_size) == ('resnet50', None, 32)
+    assert parse_args(['--model', 'vit_tiny_patch16_224']).args.img_size is None
+
+
+def test_own_data_gets_the_defaults_of_timm(tmp_path):
+    parsed = parse_args(['--data-dir', str(tmp_path)])
+    assert parsed.assumed is None
+    assert (parsed.args.model, parsed.args.epochs, parsed.args.batch_size) == ('resnet50', 300, 128)
+    assert parse_args([str(tmp_path)]).args.data_dir == str(tmp_path)
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [('no_such_key: 1\n', 'keys that are no options: no_such_key'), ('a: [\n', 'cannot read')],
+    ids=['unknown-key', 'no-yaml'],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / 'config.yaml').write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(['-c', str(tmp_path / 'config.yaml')])
+    assert message in capsys.readouterr().err
+
+
+def test_every_option_is_read_somewhere():
+    source = '\n'.join(path.read_text() for path in (ROOT / 'timm_coretune' / 'train').glob('*.py'))
+    by_timm = _all_that_timm_reads()
+    for action in create_parser()._actions:
+        if action.dest not in ('help', 'config', 'data'):
+            assert f'args.{action.dest}' in source or action.dest in by_timm, action.dest
+
+
+class _Reads(dict):
+    """A dictionary and a namespace of None that note which names are read."""
+
+    def get(self, key, default=None):
+        self[key] = None
+
+    def __contains__(self, key):
+        return self.get(key) is not None
+
+    __getattr__ = __getitem__ = get
+
+
+def _all_that_timm_reads():
+    reads = _Reads(nothing=None)
+    optimizer_kwargs(reads)
+    scheduler_kwargs(reads, decreasing_metric=True)
+    resolve_data_config(reads, pretrained_cfg={})
+    return set(dict(reads))
+
+
+# data
+
+
+def test_the_reader_hands_over_the_pixels_it_was_given(tiny):
+    from safetensors.torch import load_file
+
+    reader = ReaderSafetensors(str(tiny), 'train')
+    file, label = reader[5]
+    expected = load_file(tiny)
+    assert torch.equal(torch.tensor(list(Image.open(file).tobytes())), expected['train.image'][5].flatten().long())
+    assert label == expected['train.label'][5]
+    assert reader.class_to_idx == {'red': 0, 'green': 1, 'blue': 2}
+
+
+def test_grey_images_become_pgm(tmp_path):
+    image = torch.arange(2 * 3 * 5, dtype=torch.uint8).reshape(2, 3, 5)
+    save_file({'a.image': image, 'a.label': torch.tensor([0, 1])}, tmp_path / 'grey.safetensors')
+    opened = Image.open(ReaderSafetensors(str(tmp_path / 'grey.safetensors'), 'a')[1][0])
+    assert (opened.mode, opened.size) == ('L', (5, 3))
+    assert list(opened.tobytes()) == image[1].flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    'tensors, message',
+    [
+        ({'train.image': torch.zeros(2, 4, 4), 'train.label': torch.zeros(2).long()}, 'as uint8'),
+        ({'train.image': torch.zeros(2, 4, 4).byte(), 'train.label': torch.zeros(2)}, 'as integers'),
+        ({'train.image': torch.zeros(2, 4, 4).byte(), 'train.label': torch.zeros(3).long()}, r'integers \(2,\)'),
+        ({'test.image': torch.zeros(2, 4, 4).byte(), 'test.label': torch.zeros(2).long()}, "has the splits .'test'."),
+    ],
+    ids=['float-images', 'float-labels', 'other-length', 'other-split'],
+)
+def test_a_safetensors_file_of_something_else_is_an_error(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / 'data.safetensors')
+    with pytest.raises(ValueError, match=message):
+        ReaderSafetensors(str(tmp_path / 'data.safetensors'), 'train')
+
+
+def make_folders(root, classes, splits=('train', 'validation'), count=4):
+    for split in splits:
+        for index, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new('RGB', (16, 16), (80 * index, 40 * number, 0)).save(root / split / name / f'{number}.png')
+    return root
+
+
+def test_folders_of_images_are_counted_and_trained_on(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = make_folders(tmp_path / 'data', ('ant', 'bee', 'cat'))
+    folder = train(tmp_path, '--data-dir', data, '--coretune', *TINY_FLAGS, '--epochs', 1)
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
+    assert model.fc.weight.isfinite().all()
+
+
+def test_classes_that_differ_between_the_splits_are_named(tmp_path):
+    data = make_folders(tmp_path / 'data', ('ant', 'bee'), splits=('train',))
+    make_folders(tmp_path / 'data', ('ant', 'cow'), splits=('validation',))
+    with pytest.raises(ValueError, match='in one only: bee, cow'):
+        create_datasets(parse_args(['--data-dir', str(data)]).args)
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--data-dir', 'nowhere'], "--data-dir 'nowhere', which does not exist"),
+        (['--data-dir', '.'], 'Expected images of the train split'),
+        (['--pretrained-path', 'nowhere.pth'], "found none at 'nowhere.pth'"),
+        (['--pretrained-path', 'notes.txt'], "could not read 'notes.txt'"),
+        (['--resume', 'nowhere.pth'], "--resume 'nowhere.pth', found none"),
+        (['-b', '5000'], 'Lower --batch-size'),
+        (['--num-classes', '4'], 'at least the 10 classes of the data, got 4'),
+        (['--coretune', '--contrast-temperature', '0'], 'temperature > 0'),
+        (['--coretune', '--coretune-alpha', '-1'], 'mixup_alpha > 0'),
+    ],
+    ids=['no-folder', 'no-images', 'no-file', 'no-checkpoint', 'no-state', 'batch', 'classes', 'temperature', 'alpha'],
+)
+def test_bad_input_stops_the_run_with_the_likely_fix(tmp_path, monkeypatch, flags, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'notes.txt').write_text('no checkpoint')
+    with pytest.raises(ValueError, match=message):
+        train(tmp_path, *flags)
+
+
+# runs
+
+
+def test_a_run_learns_and_leaves_plain_timm_weights(tmp_path, tiny, read_csv):
+    folder = train(tmp_path, '--data-dir', tiny, '--coretune', *TINY_FLAGS, '--epochs', 8, '--lr', 0.02)
+    rows = read_csv(folder / 'summary.csv')
+    assert len(rows) == 8
+    assert float(rows[-1]['train_task']) < float(rows[0]['train_task'])
+    loss = float(rows[-1]['train_task']) + 0.1 * float(rows[-1]['train_contrast'])
+    assert float(rows[-1]['train_loss']) == pytest.approx(loss, rel=1e-4)
+
+    best = max(float(row['eval_top1']) for row in rows)
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
+    datasets = create_datasets(parse_args(['--data-dir', str(tiny)]).args)
+    loader = timm.data.create_loader(
+        datasets.validation, (3, 32, 32), 12, use_prefetcher=False, num_workers=0, persistent_workers=False,
+        mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=0.95,
+    )  # fmt: skip
+    correct = sum((model.eval()(x).argmax(1) == y).sum().item() for x, y in loader)
+    assert 100 * correct / 12 == pytest.approx(best)
+    assert os.stat(folder / 'model_best.safetensors').st_mode & 0o777 == 0o666 & ~_umask()
+    assert yaml.safe_load((folder / 'args.yaml').read_text())['coretune'] is True
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def test_the_same_seed_gives_the_same_run(tmp_path, tiny, read_csv):
+    runs = [train(tmp_path / name, '--data-dir', tiny, '--coretune', *TINY_FLAGS) for name in 'ab']
+    a, b = (read_csv(folder / 'summary.csv') for folder in runs)
+    assert a == b
+
+
+def test_accumulated_batches_and_ema_and_mixup_and_compile_run_together(tmp_path, tiny, read_csv):
+    folder = train(
+        tmp_path, '--data-dir', tiny, '--coretune', *TINY_FLAGS, '-b', 6, '--grad-accum-steps', 3, '--model-ema',
+        '--model-ema-decay', 0.5, '--mixup', 0.2, '--clip-grad', 1, '--sched-on-updates', '--torchcompile', 'eager',
+        '--recovery-interval', 1, '--amp', '--amp-dtype', 'bfloat16',
+    )  # fmt: skip
+    assert len(read_csv(folder / 'summary.csv')) == 2
+    assert list(folder.glob('recovery-*.pth.tar'))
+    timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
+
+
+def test_gradients_of_accumulated_batches_are_averaged_with_a_short_last_group(tiny):
+    args = parse_args(['--data-dir', str(tiny)]).args
+    dataset = create_datasets(args).train
+    batches = [
+        (torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 1, 2, 0]))
+        for i in range(5)
+    ]
+    assert len(dataset) == 24
+    torch.manual_seed(0)
+    model = timm.create_model('test_vit', num_classes=3, img_size=32)
+    reference = timm.create_model('test_vit', num_classes=3, img_size=32)
+    reference.load_state_dict(model.state_dict())
+
+    task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Trainer(task, optimizer, Accelerator(cpu=True), grad_accum_steps=3).train_one_epoch(0, batches)
+
+    optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    for group in (batches[:3], batches[3:]):
+        loss = sum(torch.nn.functional.cross_entropy(reference(x), y) for x, y in group) / len(group)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
+
+
+def test_accuracy_counts_each_image_once():
+    generator = torch.Generator().manual_seed(0)
+    output, target = torch.randn(40, 8, generator=generator), torch.randint(8, (40,), generator=generator)
+    meter = AccuracyMeter(Accelerator(cpu=True), max_samples=33)
+    for part in range(0, 40, 10):
+        meter.update(output[part : part + 10], target[part : part + 10])
+    metrics = meter.compute()
+    ranked = [sorted(range(8), key=lambda c: -row[c]) for row in output[:33].tolist()]
+    labels = target[:33].tolist()
+    assert metrics['top1'] == pytest.approx(100 * sum(r[0] == y for r, y in zip(ranked, labels, strict=True)) / 33)
+    assert metrics['top5'] == pytest.approx(100 * sum(y in r[:5] for r, y in zip(ranked, labels, strict=True)) / 33)
+    expected = torch.nn.functional.cross_entropy(output[:33], target[:33]).item()
+    assert metrics['loss'] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_training_with_its_step_and_the_last_finite_losses():
+    batches = [(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 1])) for _ in range(6)]
+    batches[3][0][0, 0, 0, 0] = float('nan')
+    task = CoreTuningTask(timm.create_model('test_resnet', num_classes=2), verbose=False)
+    optimizer = torch.optim.SGD(task.parameters(), lr=0.01)
+    trainer = Trainer(task, optimizer, Accelerator(cpu=True), log_interval=100)
+    with pytest.raises(ValueError, match=r'at update 4\. The last finite losses: loss \d.*task \d.*contrast \d'):
+        trainer.train_one_epoch(0, batches)
+
+
+def test_ctrl_c_leaves_a_whole_checkpoint_and_prints_the_command_that_continues(tmp_path, tiny, read_csv):
+    flags = ['--data-dir', str(tiny), *TINY_FLAGS, '--coretune', '--output', str(tmp_path), '--experiment', 'run']
+    command = [sys.executable, '-m', 'timm_coretune.train', *flags, '--epochs', '5000']
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        deadline = time.monotonic() + 120
+        while not (tmp_path / 'run' / 'last.pth.tar').exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        _, log = process.communicate(timeout=60)
+    assert process.returncode == 0, log
+    epoch = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['epoch']
+    words = shlex.split(log.split('Continue with:\n')[1].splitlines()[0])
+    assert words[:2] == ['accelerate', 'launch']
+    # the last of two flags wins
+    main([*words[3:], '--epochs', str(epoch + 3)])
+    epochs = [int(row['epoch']) for row in read_csv(tmp_path / 'run' / 'summary.csv')]
+    assert epochs == list(range(epoch + 3))
