@@ -5,8 +5,8 @@ from typing import Optional
 import torch
 
 
-def check_features(features: torch.Tensor, name: str = 'features') -> None:
-    """Reject anything but a floating-point matrix with a row per image.
+def check_features(features: torch.Tensor, name: str = 'features', allow_empty: bool = False) -> None:
+    """Reject anything but a floating-point matrix with a row per image. Only a process among others may have no image.
 
     Raises:
         ValueError: The shape or the dtype does not fit.
@@ -17,6 +17,8 @@ def check_features(features: torch.Tensor, name: str = 'features') -> None:
             f'{tuple(features.shape)}. Pool a feature map first, as timm does with '
             'model.forward_head(feature_map, pre_logits=True).'
         )
+    if not allow_empty and features.shape[0] == 0:
+        raise ValueError(f'Expected at least one row of {name}, got {tuple(features.shape)}. Drop empty batches.')
 
 
 def check_target(target: torch.Tensor, batch_size: int, num_classes: Optional[int] = None) -> None:

@@ -6,16 +6,18 @@ over processes is exactly the gradient of one process with the whole batch.
 """
 
 from dataclasses import dataclass
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 
-def is_distributed() -> bool:
-    """Whether more than one process trains together."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+def process_index_and_count() -> Tuple[int, int]:
+    """Rank of this process, and how many train together."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
 
 
 def _all_gather(x: torch.Tensor) -> torch.Tensor:
@@ -75,11 +77,12 @@ class GlobalBatch:
                 with the device; without it all processes must hold batch_size rows.
             device: Where the process group exchanges tensors.
         """
-        if not gather or not is_distributed():
+        rank, num_processes = process_index_and_count()
+        if not gather or num_processes == 1:
             return cls(0, [batch_size])
         if not uneven:
-            return cls(dist.get_rank(), [batch_size] * dist.get_world_size())
-        return cls(dist.get_rank(), _all_gather(torch.tensor([batch_size], device=device)).tolist())
+            return cls(rank, [batch_size] * num_processes)
+        return cls(rank, _all_gather(torch.tensor([batch_size], device=device)).tolist())
 
     @property
     def num_rows(self) -> int:

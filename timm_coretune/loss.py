@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 
 from .checks import check_features, check_target
-from .distributed import GlobalBatch
+from .distributed import GlobalBatch, process_index_and_count
 from .mining import at_least_float32, hard_label, normalize
 from .mixup import HardMixtures, HardPairMixup, Mixture, MixupDraws
 
@@ -126,7 +126,7 @@ class FocalSupConLoss(nn.Module):
                 return own.sum(dim=-1) * 0.0  # nothing to compare with, but attached to the graph
             positive = torch.cat(positives, dim=1)
             log_p = (torch.cat(logits, dim=1) / self.temperature).log_softmax(dim=1).masked_fill(~positive, 0.0)
-            pair_loss = torch.expm1(log_p) * log_p if self.focal else -log_p  # expm1 is exact where p is near 1
+            pair_loss = torch.expm1(log_p) * log_p if self.focal else -log_p
             return pair_loss.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
 
 
@@ -243,7 +243,7 @@ class CoreTuningLoss(nn.Module):
 
     def check_shapes(self, features: torch.Tensor, logits: torch.Tensor) -> None:
         """Raise a ValueError unless features (B, num_features) and logits (B, C) belong together."""
-        check_features(features)
+        check_features(features, allow_empty=self.uneven_batches)
         if features.shape[1] != self.num_features:
             raise ValueError(
                 f'Expected features (batch_size, {self.num_features}), got {tuple(features.shape)}. Create the loss '
@@ -258,13 +258,14 @@ class CoreTuningLoss(nn.Module):
     def prepare(self, batch_size: int, device: torch.device) -> Tuple[GlobalBatch, Optional[MixupDraws]]:
         """What a step needs from outside a compiled region: where its rows lie in the global batch, and random draws.
 
-        Image b of process r takes draw b * world_size + r, the place it has in one process that reads the same data.
+        Image b of process r takes draw b * num_processes + r, the place it has in one process that reads the same data.
         """
         batch = GlobalBatch.create(batch_size, self.gather, self.uneven_batches, device)
         if not self.mixup.mixup_enabled:
             return batch, None
-        draws = self.mixup.draw(batch.world_size * max(batch.sizes), device)
-        return batch, MixupDraws(*(draw[batch.rank :: batch.world_size][:batch_size] for draw in draws))
+        rank, num_processes = process_index_and_count()
+        draws = self.mixup.draw(num_processes * max(batch.sizes), device)
+        return batch, MixupDraws(*(draw[rank::num_processes][:batch_size] for draw in draws))
 
     def compute(
         self,

@@ -70,12 +70,18 @@ class HardMixtures(NamedTuple):
 
 
 def sample_beta(alpha: float, size: int, generator: Optional[torch.Generator] = None) -> torch.Tensor:
-    """Draw from Beta(alpha, alpha) with an explicit generator, which torch.distributions cannot (size,) float32."""
+    """Draw from Beta(alpha, alpha) with an explicit generator, which torch.distributions cannot (size,) float32.
+
+    The share of one of two Gamma(alpha) draws, in logarithms, as both underflow at a small alpha: log Gamma(alpha) is
+    log Gamma(alpha + 1) + log(U) / alpha for U uniform (Marsaglia and Tsang 2000).
+    """
     device = 'cpu' if generator is None else generator.device
     if alpha == 1.0:
         return torch.rand(size, generator=generator, device=device)
-    concentration = torch.full((size, 2), alpha, dtype=torch.float64, device=device)
-    return torch._sample_dirichlet(concentration, generator=generator)[:, 0].float()
+    concentration = torch.full((2, size), alpha + 1.0, dtype=torch.float64, device=device)
+    uniform = torch.rand(2, size, dtype=torch.float64, generator=generator, device=device)
+    log_gamma = torch._standard_gamma(concentration, generator=generator).log() + uniform.log() / alpha
+    return (log_gamma[0] - log_gamma[1]).sigmoid().float()
 
 
 class HardPairMixup:
