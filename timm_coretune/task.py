@@ -102,6 +102,11 @@ class CoreTuningModule(nn.Module):
         logits = self.model.forward_head(feature_map)
         features, self._classifier_input.value = self._classifier_input.value, None
         self._classifier_input.armed = False
+        if not isinstance(logits, torch.Tensor):
+            raise ValueError(
+                f'Expected one tensor of logits from {type(self.model).__name__}, got {type(logits).__name__}. For a '
+                'model with distillation heads call model.set_distilled_training(False).'
+            )
         if isinstance(features, torch.Tensor):
             features = features.flatten(1)  # (B, D, 1, 1) before a 1 x 1 convolution
         if not isinstance(features, torch.Tensor) or features.shape[1] != self.criterion.num_features:
@@ -256,7 +261,8 @@ class CoreTuningTask(TrainingTask):
             ValueError: target does not fit the batch or the classes of the model.
         """
         module = unwrap_model(self.trainable_module)
-        batch_size = target.shape[0]
+        # images, or a dictionary of patches whose batch size the loss compares with that of target
+        batch_size = input.shape[0] if isinstance(input, torch.Tensor) else len(target)
         check_target(target, batch_size, module.model.num_classes)
         batch, draws = module.criterion.prepare(batch_size, target.device)
         return self.trainable_module(input, target, batch, draws)
