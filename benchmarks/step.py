@@ -29,9 +29,13 @@ from timm_coretune.mixup import MixupDraws
 
 
 def time_pairs(first: Callable, second: Callable, num_pairs: int, device: torch.device) -> Tuple[float, float, float]:
-    """Median seconds of both and the median of their ratios, in alternating runs after a warm-up."""
+    """Median seconds of both and the median of their ratios, in alternating runs.
+
+    A run that is timed follows one of the same kind that is not: memory is then laid out as in a loop of its own.
+    """
 
     def seconds(run: Callable) -> float:
+        run()
         if device.type == 'cuda':
             torch.cuda.synchronize()
         start = time.perf_counter()

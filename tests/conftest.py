@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
-def _seed():
+def _fresh_process():
+    """What a new process starts with: the same seed, and an accelerate that was not configured by another test."""
     torch.manual_seed(0)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ PACKAGE = 'timm_coretune'
 ROOT = Path(timm_coretune.__file__).parent
 LEVELS = {  # a module imports from lower levels only, or from its own package
     'checks': 0,
+    'classifier': 0,
     'version': 0,
     'mining': 1,
     'mixup': 2,

@@ -25,8 +25,10 @@ from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.train import Trainer, main
-from timm_coretune.train.arguments import create_parser, parse_args
-from timm_coretune.train.data import create_datasets
+from timm_coretune.train.arguments import parse_args
+from timm_coretune.train.datasets import create_datasets
+from timm_coretune.train.flags import create_parser
+from timm_coretune.train.loop import LoopConfig
 from timm_coretune.train.meters import AccuracyMeter
 from timm_coretune.train.reader import ReaderSafetensors
 
@@ -277,7 +279,7 @@ def test_gradients_of_accumulated_batches_are_averaged_with_a_short_last_group(t
 
     task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    Trainer(task, optimizer, Accelerator(cpu=True), grad_accum_steps=3).train_one_epoch(0, batches)
+    Trainer(task, optimizer, Accelerator(cpu=True), config=LoopConfig(grad_accum_steps=3)).train_one_epoch(0, batches)
 
     optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
     for group in (batches[:3], batches[3:]):
@@ -309,7 +311,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step_and_the_last_fin
     batches[3][0][0, 0, 0, 0] = float('nan')
     task = CoreTuningTask(timm.create_model('test_resnet', num_classes=2), verbose=False)
     optimizer = torch.optim.SGD(task.parameters(), lr=0.01)
-    trainer = Trainer(task, optimizer, Accelerator(cpu=True), log_interval=100)
+    trainer = Trainer(task, optimizer, Accelerator(cpu=True), config=LoopConfig(log_interval=100))
     with pytest.raises(ValueError, match=r'at update 4\. The last finite losses: loss \d.*task \d.*contrast \d'):
         trainer.train_one_epoch(0, batches)
 

@@ -14,6 +14,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .checks import check_target
+from .classifier import classifier_parameters
 from .distributed import GlobalBatch
 from .loss import CoreTuningLoss
 from .mixup import MixupDraws
@@ -97,9 +98,10 @@ class CoreTuningModule(nn.Module):
         Features are the classifier's own input. Where it has none of that shape (several classifiers, a classifier on
         feature maps) they come from `forward_head(pre_logits=True)`, which repeats what the head does before.
         """
-        feature_map = self.model.forward_features(input)
+        feature_map = None if isinstance(input, dict) else self.model.forward_features(input)
         self._classifier_input.armed = True
-        logits = self.model.forward_head(feature_map)
+        # patches and their coordinates are taken apart by the model's own forward only
+        logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
         features, self._classifier_input.value = self._classifier_input.value, None
         self._classifier_input.armed = False
         if not isinstance(logits, torch.Tensor):
@@ -206,11 +208,7 @@ class CoreTuningTask(TrainingTask):
 
     def get_clip_parameters(self, exclude_head: bool = False):
         module = unwrap_model(self.trainable_module)
-        excluded = set()
-        if exclude_head:
-            classifiers = module.model.get_classifier()
-            classifiers = classifiers if isinstance(classifiers, (tuple, list, nn.ModuleList)) else [classifiers]
-            excluded = {id(p) for classifier in classifiers for p in classifier.parameters()}
+        excluded = {id(p) for p in classifier_parameters(module.model)} if exclude_head else set()
         return [p for p in module.parameters() if id(p) not in excluded]
 
     def get_task_state(self, module: Optional[nn.Module] = None, ema: bool = False) -> Dict[str, Any]:

@@ -10,6 +10,7 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import load_state_dict
 
+from ..classifier import classifier_parameters
 from .rules import KEY_RULES, KeyRule
 
 _logger = logging.getLogger(__name__)
@@ -51,9 +52,7 @@ def read_state_dict(source: str) -> Dict[str, torch.Tensor]:
 
 def classifier_keys(model: nn.Module) -> Tuple[str, ...]:
     """Names of the parameters that classify, those of `get_classifier()`."""
-    classifiers = model.get_classifier() if getattr(model, 'num_classes', 0) else ()
-    classifiers = classifiers if isinstance(classifiers, (tuple, list, nn.ModuleList)) else (classifiers,)
-    owned = {id(p) for classifier in classifiers for p in classifier.parameters()}
+    owned = {id(p) for p in classifier_parameters(model)}
     return tuple(name for name, p in model.named_parameters() if id(p) in owned)
 
 

@@ -1,25 +1,77 @@
-"""The training loop: one epoch of training, one pass of validation"""
+"""The training loop: epochs of training and validation"""
 
 import logging
 import sys
 import time
-from typing import Any, Callable, Dict, Optional
+from dataclasses import dataclass
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from timm.task import TrainingTask
-from timm.utils import AverageMeter
+from timm.utils import AverageMeter, distribute_bn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from .data import num_own_samples, to_device
+from ..task import CoreTuningTask
+from .batches import Input, batches_from, in_step, num_own_samples, to_device
+from .freezing import BackboneFreezer
 from .meters import AccuracyMeter, LossMeter
+from .sampling import make_key, seed_generators
 
 _logger = logging.getLogger(__name__)
+
+LOWER_IS_BETTER = ('loss', 'ece')
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """How to train and validate.
+
+    Attributes:
+        seed: All random draws of a step follow from it and from the place of the step in the run.
+        grad_accum_steps: Batches an update.
+        channels_last: Memory layout of the images.
+        dtype: Dtype of the images, where the loader does not make it, float32 when None.
+        loss_scale: Scale the loss by the size of the batch over reference_batch_size: none, sqrt or linear.
+        reference_batch_size: Images of a batch whose loss is not scaled.
+        uneven_batches: Processes may hold batches of different size.
+        log_interval: Updates between log lines.
+        val_interval: Epochs between validations.
+        recovery_interval: Updates between recovery checkpoints, 0 for none.
+        synchronize_step: Wait for the device after every update.
+        dist_bn: What to do with BatchNorm statistics of several processes after an epoch: reduce, broadcast or nothing.
+        validate_ema: Validate the moving average of the weights too, and count it.
+        tta: Outputs of so many neighbouring images are averaged in validation.
+        eval_metric: Name of the metric that decides on the best.
+        patience: Validations without a better one before training stops, None for no end.
+    """
+
+    seed: int = 42
+    grad_accum_steps: int = 1
+    channels_last: bool = False
+    dtype: Optional[torch.dtype] = None
+    loss_scale: str = 'none'
+    reference_batch_size: float = 1.0
+    uneven_batches: bool = False
+    log_interval: int = 50
+    val_interval: int = 1
+    recovery_interval: int = 0
+    synchronize_step: bool = False
+    dist_bn: str = 'reduce'
+    validate_ema: bool = True
+    tta: int = 0
+    eval_metric: str = 'top1'
+    patience: Optional[int] = None
 
 
 def _format_losses(now: Dict[str, float], average: Dict[str, float]) -> str:
     return '  '.join(f'{name.capitalize()}: {now[name]:#.3g} ({average[name]:#.3g})' for name in now)
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    return getattr(optimizer, 'optimizer', optimizer)
 
 
 class Trainer:
@@ -29,14 +81,13 @@ class Trainer:
         task: A timm training task. Its trainable module and the optimizer are prepared here.
         optimizer: Optimizer of the task's trainable module.
         accelerator: Device, processes and precision. Its own gradient accumulation stays at 1.
-        scheduler: A timm scheduler, stepped every update here and every epoch by the caller.
-        grad_accum_steps: Batches an update.
-        clip_gradients: Called with the prepared optimizer before an update.
+        scheduler: A timm scheduler.
+        config: How to train and validate.
         mixup_fn: Pixel mixup, where the loader does not do it.
-        channels_last: Memory layout of the images.
-        log_interval: Updates between log lines.
-        recovery_interval: Updates between calls of save_recovery, 0 for never.
-        save_recovery: Called with epoch and update in the epoch.
+        clip_gradients: Called with the prepared optimizer before an update.
+        freezer: Keeps the backbone from training in the first epochs.
+        record: Writes the folder of the run (`state.RunRecord`), on all processes.
+        metrics: Further metrics of a validation (`metrics.EvalMetrics`).
     """
 
     def __init__(
@@ -45,72 +96,105 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         accelerator: Accelerator,
         scheduler: Optional[Any] = None,
-        grad_accum_steps: int = 1,
-        clip_gradients: Optional[Callable[[torch.optim.Optimizer], None]] = None,
+        config: Optional[LoopConfig] = None,
         mixup_fn: Optional[Callable] = None,
-        channels_last: bool = False,
-        log_interval: int = 50,
-        recovery_interval: int = 0,
-        save_recovery: Optional[Callable[[int, int], None]] = None,
+        clip_gradients: Optional[Callable[[torch.optim.Optimizer], None]] = None,
+        freezer: Optional[BackboneFreezer] = None,
+        record: Optional[Any] = None,
+        metrics: Optional[Any] = None,
     ):
         # Only these two are prepared: timm's loaders are no DataLoader, its schedulers count updates themselves.
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
         self.task = task
         self.accelerator = accelerator
         self.scheduler = scheduler
-        self.grad_accum_steps = max(1, grad_accum_steps)
-        self.clip_gradients = clip_gradients
+        self.config = config or LoopConfig()
         self.mixup_fn = mixup_fn
-        self.channels_last = channels_last
-        self.log_interval = log_interval
-        self.recovery_interval = recovery_interval
-        self.save_recovery = save_recovery
+        self.clip_gradients = clip_gradients
+        self.freezer = freezer
+        self.record = record
+        self.metrics = metrics
+        self.meter = LossMeter(accelerator)
+        self.best: Tuple[Optional[float], Optional[int]] = (None, None)
+        self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.second_order = getattr(_unwrapped(self.optimizer), 'is_second_order', False)
 
     def num_updates(self, loader: Any) -> int:
         """Updates an epoch; the last may accumulate fewer batches."""
-        return -(-len(loader) // self.grad_accum_steps)
+        return -(-len(loader) // self.config.grad_accum_steps)
 
-    def _progress(self, total: int, description: str) -> tqdm:
+    def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
-        return tqdm(total=total, desc=description, disable=hidden, leave=False, dynamic_ncols=True)
+        return tqdm(
+            total=total, initial=initial, desc=description, disable=hidden, leave=False, dynamic_ncols=True
+        )  # fmt: skip
 
-    def _step(self, input: torch.Tensor, target: torch.Tensor, num_accum: int, need_update: bool) -> Dict:
-        """Forward and backward of one batch, and the update if it is due."""
-        if need_update:
-            result = self.task(input, target)
-            self.accelerator.backward(result['loss'] / num_accum)
-            if self.clip_gradients is not None:
-                self.clip_gradients(self.optimizer)
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-        else:
-            with self.task.no_sync():
-                result = self.task(input, target)
-                self.accelerator.backward(result['loss'] / num_accum)
+    def _scale(self, loss: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """The loss scaled for a batch that is larger or smaller than most, or than those of other processes."""
+        config = self.config
+        if config.loss_scale != 'none':
+            ratio = batch_size / config.reference_batch_size
+            loss = loss * (ratio**0.5 if config.loss_scale == 'sqrt' else ratio)
+        # Core-tuning weighs each image of the global batch alike already
+        if config.uneven_batches and not isinstance(self.task, CoreTuningTask):
+            size = torch.tensor(float(batch_size), device=self.accelerator.device)
+            loss = loss * (batch_size / self.accelerator.reduce(size, 'mean'))
+        return loss
+
+    def _forward_backward(self, input: Input, target: torch.Tensor, num_accum: int) -> Dict[str, torch.Tensor]:
+        result = self.task(input, target)
+        loss = self._scale(result['loss'], len(target)) / num_accum
+        self.accelerator.backward(loss, **({'create_graph': True} if self.second_order else {}))
         return result
 
-    def train_one_epoch(self, epoch: int, loader: Any) -> Dict[str, float]:
+    def _step(self, input: Input, target: torch.Tensor, num_accum: int, need_update: bool) -> Dict[str, torch.Tensor]:
+        """Forward and backward of one batch, and the update if it is due."""
+        if not need_update:
+            with self.task.no_sync():
+                return self._forward_backward(input, target, num_accum)
+        result = self._forward_backward(input, target, num_accum)
+        if self.clip_gradients is not None:
+            self.clip_gradients(self.optimizer)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return result
+
+    def train_one_epoch(self, epoch: int, loader: Any, start_batch: int = 0) -> Dict[str, float]:
         """Train on every batch of loader once.
+
+        Args:
+            epoch: Index of the epoch.
+            loader: Images and targets.
+            start_batch: Batch to start at, the first of an update; the losses of those before were loaded.
 
         Returns:
             Mean losses by name over all processes, in nats.
 
         Raises:
-            ValueError: A loss is not finite.
+            DivergedError: A loss is not finite.
         """
         self.task.get_trainable_module().train()
-        meter = LossMeter(self.accelerator)
-        accum, num_updates = self.grad_accum_steps, self.num_updates(loader)
+        if self.freezer is not None:
+            self.freezer.after_train_mode()
+        if not start_batch:
+            self.meter = LossMeter(self.accelerator)
+        meter, config, device = self.meter, self.config, self.accelerator.device
+        accum, num_updates = config.grad_accum_steps, self.num_updates(loader)
         # reading a value is free on one CPU process; elsewhere it waits for the device, or for the others
-        check_always = self.accelerator.device.type == 'cpu' and self.accelerator.num_processes == 1
+        check_always = device.type == 'cpu' and self.accelerator.num_processes == 1
         update_time, data_time, num_images = AverageMeter(), AverageMeter(), 0
         update_start = data_start = time.perf_counter()
-        with self._progress(num_updates, f'Train {epoch}') as bar, logging_redirect_tqdm():
-            for batch_idx, batch in enumerate(loader):
+        batches = in_step(batches_from(loader, epoch, start_batch), loader, self.accelerator)
+        start_update = start_batch // accum
+        with self._progress(num_updates, f'Train {epoch}', start_update) as bar, logging_redirect_tqdm():
+            for batch_idx, batch in enumerate(batches, start_batch):
                 update = batch_idx // accum
                 num_accum = min(accum, len(loader) - update * accum)
                 need_update = (batch_idx + 1) % accum == 0 or batch_idx + 1 == len(loader)
-                input, target = to_device(batch, self.accelerator.device, self.channels_last)
+                input, target = to_device(batch, device, config.channels_last, config.dtype)
+                seed_generators(
+                    make_key(config.seed, self.accelerator.process_index, epoch, batch_idx), device
+                )  # fmt: skip
                 if self.mixup_fn is not None:
                     input, target = self.mixup_fn(input, target)
                 data_time.update(num_accum * (time.perf_counter() - data_start))
@@ -123,8 +207,16 @@ class Trainer:
                     continue
 
                 self.task.update_ema(step=num_done)
-                due = update % self.log_interval == 0 or update + 1 == num_updates
-                if due or check_always:
+                if config.synchronize_step and device.type != 'cpu':
+                    getattr(torch, device.type).synchronize()
+                due = update % config.log_interval == 0 or update + 1 == num_updates
+                recovery_due = (
+                    self.record is not None
+                    and config.recovery_interval > 0
+                    and (update + 1) % config.recovery_interval == 0
+                    and update + 1 < num_updates  # the checkpoint of the epoch follows
+                )
+                if due or recovery_due or check_always:
                     meter.check()
                 update_time.update(time.perf_counter() - update_start)
                 if due:
@@ -137,18 +229,25 @@ class Trainer:
                         f'LR: {sum(lrs) / len(lrs):.3e}  '
                         f'Data: {data_time.val:.3f} ({data_time.avg:.3f})'
                     )
-                if self.recovery_interval and (update + 1) % self.recovery_interval == 0:
-                    self.save_recovery(epoch, update)
+                    if self.record is not None:
+                        self.record.save_images(input, batch_idx)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_done)
+                if recovery_due:
+                    self.record.save_recovery(self, epoch, update, next_batch=batch_idx + 1)
                 bar.update()
                 num_images, update_start = 0, time.perf_counter()
                 data_start = update_start
-        if hasattr(self.optimizer, 'sync_lookahead'):
-            self.optimizer.sync_lookahead()
+        if hasattr(_unwrapped(self.optimizer), 'sync_lookahead'):
+            _unwrapped(self.optimizer).sync_lookahead()
+        meter.check()
         return meter.average()
 
-    @torch.inference_mode()
+    def _eval_model(self, ema: bool) -> torch.nn.Module:
+        # a sharded model gathers its weights in the forward of the module that was wrapped
+        return self.task.get_trainable_module() if self.is_sharded else self.task.get_eval_model(ema=ema)
+
+    @torch.no_grad()
     def validate(self, loader: Any, ema: bool = False) -> Dict[str, float]:
         """Loss in nats, top-1 and top-5 accuracy in percent, over all processes.
 
@@ -156,20 +255,98 @@ class Trainer:
             loader: Images and class indices.
             ema: Validate the moving average of the weights.
         """
-        model = self.task.get_eval_model(ema=ema)
+        model, tta = self._eval_model(ema), self.config.tta
         model.eval()
         meter = AccuracyMeter(self.accelerator, num_own_samples(loader, self.accelerator))
         name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
+        if self.metrics is not None:
+            self.metrics.reset()
         with self._progress(len(loader), name) as bar:
             for batch in loader:
-                input, target = to_device(batch, self.accelerator.device, self.channels_last)
+                input, target = to_device(batch, self.accelerator.device, self.config.channels_last, self.config.dtype)
                 with self.accelerator.autocast():
                     output = model(input)
-                meter.update(output[0] if isinstance(output, (tuple, list)) else output, target)
+                output = output[0] if isinstance(output, (tuple, list)) else output
+                if tta > 1:
+                    output = output.unfold(0, tta, tta).mean(dim=2)
+                    target = target[0 : len(target) : tta]
+                output, target = meter.update(output, target)
+                if self.metrics is not None:
+                    self.metrics.update(output, target)
                 bar.update()
         metrics = meter.compute()
+        if self.metrics is not None:
+            metrics.update(self.metrics.compute())
         _logger.info(
             f'{name}: [{len(loader):>4d}/{len(loader)}]  Time: {time.perf_counter() - start:.3f}s  '
             f'Loss: {metrics["loss"]:>7.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}'
         )
         return metrics
+
+    def _distribute_batch_norm(self, ema: bool = False) -> None:
+        if self.accelerator.num_processes > 1 and self.config.dist_bn and not self.is_sharded:
+            distribute_bn(
+                self.task.get_eval_model(ema=ema), self.accelerator.num_processes, self.config.dist_bn == 'reduce'
+            )
+
+    def evaluate(self, loader: Any) -> Dict[str, float]:
+        """Validate the weights, and their moving average where it counts, whose metrics are returned then."""
+        metrics = self.validate(loader)
+        if self.task.has_ema() and self.config.validate_ema:
+            self._distribute_batch_norm(ema=True)
+            metrics = self.validate(loader, ema=True)
+        return metrics
+
+    def _start_epoch(self, epoch: int) -> None:
+        if self.freezer is not None and self.freezer.start_epoch(epoch):
+            _logger.info(f'Epoch {epoch}: {"only the head trains" if self.freezer.frozen else "everything trains"}.')
+            if self.accelerator.num_processes > 1:
+                # what reduces gradients must learn which parameters have some
+                module = self.accelerator.unwrap_model(self.task.trainable_module, keep_fp32_wrapper=False)
+                self.task.trainable_module = self.accelerator.prepare_model(module)
+
+    def _is_better(self, metric: float) -> bool:
+        best = self.best[0]
+        return best is None or (metric < best if self.config.eval_metric in LOWER_IS_BETTER else metric > best)
+
+    def fit(
+        self,
+        train_loader: Any,
+        validation_loader: Optional[Any],
+        epochs: range,
+        start_batch: int = 0,
+    ) -> List[Dict[str, Any]]:
+        """Train, validate and save, epoch by epoch.
+
+        Args:
+            train_loader: Images and targets.
+            validation_loader: Images and class indices; without it the training loss decides on the best.
+            epochs: The epochs, from the first one to train.
+            start_batch: Batch of the first epoch to start at.
+
+        Returns:
+            For each validated epoch its index, 'epoch', and the metrics of 'train' and 'validation'.
+        """
+        results = []
+        config = self.config
+        for epoch in epochs:
+            self._start_epoch(epoch)
+            train_metrics = self.train_one_epoch(epoch, train_loader, start_batch)
+            start_batch = 0
+            self._distribute_batch_norm()
+            metric = None
+            if (epoch + 1) % config.val_interval == 0 or epoch + 1 == epochs.stop:
+                eval_metrics = self.evaluate(validation_loader) if validation_loader is not None else None
+                metric = train_metrics['loss'] if eval_metrics is None else eval_metrics[config.eval_metric]
+                is_best = self._is_better(metric)
+                if is_best:
+                    self.best = (metric, epoch)
+                results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
+                if self.record is not None:
+                    self.record.save_epoch(self, epoch, metric, is_best, train_metrics, eval_metrics)
+            if self.scheduler is not None:
+                self.scheduler.step(epoch + 1, metric)
+            if config.patience and epoch - (self.best[1] or 0) >= config.patience * config.val_interval:
+                _logger.info(f'No better {config.eval_metric} in {config.patience} validations: stopping.')
+                break
+        return results

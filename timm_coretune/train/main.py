@@ -2,107 +2,260 @@
 
 import argparse
 import functools
+import json
 import logging
 import os
 import shlex
 import sys
-from typing import List, Optional
+from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType
 from timm.data import resolve_data_config
-from timm.utils import distribute_bn, random_seed, setup_default_logging
+from timm.utils import random_seed, setup_default_logging
 
-from ..report import plot_curves
-from .arguments import ParsedArguments, parse_args
-from .data import Loaders, create_datasets, create_loaders, set_epoch
-from .loop import Trainer
+from ..report import plot_confusion, plot_curves
+from .arguments import ParsedArguments, import_device_modules, parse_args, split_names
+from .datasets import Datasets, create_datasets
+from .folder import DEFAULT_OUTPUT, take_folder
+from .freezing import BackboneFreezer
+from .loaders import LoaderFactory, Loaders, mean_batch_size
+from .loop import LOWER_IS_BETTER, LoopConfig, Trainer
+from .meters import DivergedError
+from .metrics import EvalMetrics
 from .model import create_backbone, create_task, place_model, resolve_num_classes
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from .state import LAST_NAME, SUMMARY_NAME, WEIGHTS_NAME, RunRecord, create_output_dir, resume, setup_ema
+from .overview import log_contrast, log_data, log_optimization
+from .state import SUMMARY_NAME, WEIGHTS_NAME, RunRecord, RunState, resolve_resume, resume, setup_ema
 
 _logger = logging.getLogger(__name__)
 
 
-def create_accelerator(args: argparse.Namespace) -> Accelerator:
+class Run(NamedTuple):
+    """All that trains.
+
+    Attributes:
+        trainer: What trains and validates.
+        loaders: What it trains and validates on.
+        epochs: Epochs still to train.
+        start_batch: Batch of the first of them to start at.
+        lock: Held as long as the folder is written.
+    """
+
+    trainer: Trainer
+    loaders: Loaders
+    epochs: range
+    start_batch: int
+    lock: Any
+
+
+def create_accelerator(parsed: ParsedArguments) -> Accelerator:
     """Device, processes and precision: those of accelerate launch, and --amp where it was given no precision."""
-    mixed_precision = None
-    if args.amp:
+    args, mixed_precision = parsed.args, None
+    launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
+    if args.amp and launched == 'no':
         mixed_precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
-        if os.environ.get('ACCELERATE_MIXED_PRECISION', 'no') != 'no':
-            mixed_precision = None
-    return Accelerator(
+    elif args.amp:
+        _logger.warning(f'accelerate launch was given --mixed_precision {launched}, which wins over --amp.')
+    if 'MASTER_PORT' in os.environ and 'RANK' not in os.environ and 'ACCELERATE_MIXED_PRECISION' in os.environ:
+        _logger.warning(
+            'accelerate launch --cpu starts one process, whatever --num_processes says. For several use '
+            'accelerate launch --multi_gpu --num_processes N train.py --device cpu, or a file of configs/.'
+        )
+    trackers = split_names(args.log_with)
+    if args.log_wandb and 'wandb' not in trackers:
+        trackers.append('wandb')
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
+        cpu=args.device == 'cpu' or not torch.accelerator.is_available(),
+        log_with=trackers or None,
+        project_dir=args.output or DEFAULT_OUTPUT,  # until the folder of the run is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+    )
+    if 'device' in parsed.given and accelerator.device.type != args.device:
+        raise ValueError(
+            f'Expected --device {args.device}, accelerate found {accelerator.device.type}. Check the installation of '
+            'torch, and what accelerate launch was given.'
+        )
+    return accelerator
+
+
+def check_strategy(args: argparse.Namespace, accelerator: Accelerator) -> None:
+    """Stop where a way of distributing excludes an option.
+
+    Raises:
+        ValueError: It does.
+    """
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        return
+    name = accelerator.distributed_type.value
+    for flag, given in (
+        ('--resume', args.resume),
+        ('--recovery-interval', args.recovery_interval),
+        ('--model-ema', args.model_ema),
+        ('--freeze-epochs', args.freeze_epochs),
+    ):
+        if given:
+            raise ValueError(f'{flag} needs whole weights on every process, which {name} shards. Use DDP, or leave it.')
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.grad_accum_steps > 1:
+        raise ValueError('--grad-accum-steps: DeepSpeed updates by itself. Raise --batch-size, or use DDP.')
+
+
+def start_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: str) -> None:
+    """Start the trackers of accelerate."""
+    if not accelerator.log_with:
+        return
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
+    wandb = dict(name=os.path.basename(folder), tags=args.wandb_tags)
+    if args.wandb_resume_id:
+        wandb.update(id=args.wandb_resume_id, resume='must')
+    accelerator.project_configuration.logging_dir = folder
+    accelerator.init_trackers(args.wandb_project or 'timm_coretune', config, init_kwargs={'wandb': wandb})
+
+
+def create_loop_config(args: argparse.Namespace, loaders: Loaders) -> LoopConfig:
+    """What the loop takes from the arguments."""
+    scaled = args.naflex_loader or args.train_img_sizes
+    return LoopConfig(
+        seed=args.seed,
+        grad_accum_steps=args.grad_accum_steps,
+        channels_last=args.channels_last,
+        dtype=getattr(torch, args.model_dtype) if args.model_dtype else None,
+        loss_scale=(args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale)
+        if scaled
+        else 'none',
+        reference_batch_size=mean_batch_size(args, loaders.train),
+        uneven_batches=args.naflex_loader,
+        log_interval=args.log_interval,
+        val_interval=args.val_interval,
+        recovery_interval=args.recovery_interval,
+        synchronize_step=args.synchronize_step,
+        dist_bn='' if args.sync_bn else args.dist_bn,
+        validate_ema=not args.model_ema_force_cpu,
+        tta=args.tta,
+        eval_metric=args.eval_metric,
+        patience=args.patience,
     )
 
 
-def run_epochs(
-    args: argparse.Namespace,
-    trainer: Trainer,
-    loaders: Loaders,
-    record: Optional[RunRecord],
-    epochs: range,
-) -> None:
-    """Train, validate and save, epoch by epoch. record is None on all processes but the main one."""
-    task, scheduler, num_processes = trainer.task, trainer.scheduler, trainer.accelerator.num_processes
-    with_ema = task.has_ema() and not args.model_ema_force_cpu
-    for epoch in epochs:
-        set_epoch(loaders.train, epoch)
-        if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
-            for mixup in (loaders.train, trainer.mixup_fn):
-                if getattr(mixup, 'mixup_enabled', False):
-                    mixup.mixup_enabled = False
-        train_metrics = trainer.train_one_epoch(epoch, loaders.train)
-        lrs = [group['lr'] for group in trainer.optimizer.param_groups]
-        metric = None
-        if (epoch + 1) % args.val_interval == 0 or epoch + 1 == epochs.stop:
-            if num_processes > 1 and args.dist_bn in ('broadcast', 'reduce') and not args.sync_bn:
-                for model in [task.get_eval_model()] + ([task.get_eval_model(ema=True)] if with_ema else []):
-                    distribute_bn(model, num_processes, args.dist_bn == 'reduce')
-            eval_metrics = None
-            if loaders.validation is not None:
-                eval_metrics = trainer.validate(loaders.validation)
-                if with_ema:
-                    eval_metrics = trainer.validate(loaders.validation, ema=True)
-            metric = (eval_metrics or train_metrics).get(args.eval_metric)
-            if record is not None:
-                record.save_epoch(epoch, sum(lrs) / len(lrs), train_metrics, eval_metrics)
-        if scheduler is not None:
-            scheduler.step(epoch + 1, metric)
+def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets) -> Run:
+    """Create everything, in the order timm's script does."""
+    args = parsed.args
+    folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
+    state_path = resolve_resume(args, accelerator, folder)
+    model = create_backbone(args, resolve_num_classes(args, datasets.num_classes))
+    data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
+    model = place_model(args, model, accelerator)
+    loaders = LoaderFactory(args, data_config, model, accelerator).create(datasets)
+    task = create_task(args, model, accelerator)
+    log_data(datasets)
+    if args.coretune and datasets.train is not None:
+        log_contrast(args, datasets, accelerator.num_processes)
+
+    args.lr = resolve_lr(args, mean_batch_size(args, loaders.train), accelerator.num_processes)
+    optimizer = create_optimizer(args, task)
+    run_state = RunState(accelerator)
+    resume(args, state_path, task, optimizer, run_state)
+    setup_ema(args, task, state_path)
+    if args.torchcompile:
+        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if task.has_ema():
+            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+
+    start_epoch, start_batch = run_state.values.get('epoch', 0), run_state.values.get('batch', 0)
+    if args.start_epoch is not None:
+        start_epoch, start_batch = args.start_epoch, 0
+    updates_per_epoch = 1 if loaders.train is None else -(-len(loaders.train) // args.grad_accum_steps)
+    scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch)
+    if scheduler is not None and (start_epoch or start_batch):
+        if args.sched_on_updates:
+            scheduler.step_update(start_epoch * updates_per_epoch + start_batch // args.grad_accum_steps)
+        else:
+            scheduler.step(start_epoch)
+    freezer = BackboneFreezer(task, args.freeze_epochs) if args.freeze_epochs else None
+    if freezer is not None and freezer.start_epoch(start_epoch):
+        _logger.info(f'Only the head trains for {args.freeze_epochs} epoch(s).')
+    log_optimization(args, task, optimizer, scheduler, num_epochs, updates_per_epoch, accelerator.num_processes)
+
+    record, lock = None, None
+    if not args.eval_only:
+        folder = ''
+        if accelerator.is_main_process:
+            folder, lock = take_folder(args, data_config['input_size'][-1], state_path)
+            _logger.info(f'Output: {folder}')
+        record = RunRecord(args, parsed.text, folder, task, optimizer, run_state)
+        if state_path is not None:
+            record.continue_from(state_path)
+        start_trackers(args, accelerator, folder)
+    metrics = None
+    if args.metrics:
+        metrics = EvalMetrics(split_names(args.metrics), model.num_classes, datasets.class_names, accelerator)
+    trainer = Trainer(
+        task,
+        optimizer,
+        accelerator,
+        scheduler=scheduler,
+        config=create_loop_config(args, loaders),
+        mixup_fn=loaders.mixup_fn,
+        clip_gradients=functools.partial(clip_gradients, args, accelerator, task),
+        freezer=freezer,
+        record=record,
+        metrics=metrics,
+    )
+    run_state.restore(trainer)
+    return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, lock)
 
 
-def continue_command(args: argparse.Namespace, argv: List[str], output_dir: str) -> str:
+def continue_command(argv: List[str], folder: str) -> str:
     """The command that continues an interrupted run in its folder."""
-    folder, name = os.path.split(os.path.abspath(output_dir))
-    words = ['--resume', os.path.join(output_dir, LAST_NAME), '--output', folder, '--experiment', name]
+    output, name = os.path.split(os.path.abspath(folder))
+    words = ['--output', output, '--experiment', name, '--resume', 'auto']
     return f'accelerate launch {shlex.quote(sys.argv[0])} {shlex.join([*argv, *words])}'
 
 
-def summarize(record: RunRecord, args: argparse.Namespace, num_classes: int) -> None:
+def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, num_classes: int) -> None:
     """Say what came out and where it is."""
-    metric, epoch = record.best
+    metric, epoch = trainer.best
     if metric is None:
         return
     _logger.info(f'*** Best metric: {metric} (epoch {epoch})')
+    if record.last_row is not None:
+        name = f'eval_{args.eval_metric}'
+        last = record.last_row.get(name, record.last_row['train_loss'])
+        _logger.info(f'Last epoch: {last}. The best was chosen on these very images, the last was not.')
     weights = record.path(WEIGHTS_NAME)
     _logger.info(f'Weights: {weights}')
     _logger.info(
         f"Load them: timm.create_model('{args.model}', num_classes={num_classes}, checkpoint_path='{weights}')"
     )
-    picture = record.path('curves.png')
     try:
-        plot_curves(record.path(SUMMARY_NAME), picture)
-        _logger.info(f'Curves: {picture}')
+        plot_curves(record.path(SUMMARY_NAME), record.path('curves.png'))
+        _logger.info(f'Curves: {record.path("curves.png")}')
+        if os.path.exists(record.path('confusion.csv')):
+            plot_confusion(record.path('confusion.csv'), record.path('confusion.png'))
+            _logger.info(f'Confusion matrix: {record.path("confusion.png")}')
     except ImportError as e:
         _logger.info(str(e))
 
 
-def run(parsed: ParsedArguments, argv: List[str]) -> None:
-    """Train as parsed. argv is what the command to continue with is made of."""
+def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
+    """Print the ten best epochs as JSON, as timm's script does."""
+    results = [{k: v for k, v in result.items() if v is not None} for result in results]
+    results.sort(
+        key=lambda result: result.get('validation', result.get('train')).get(eval_metric, 0),
+        reverse=eval_metric in LOWER_IS_BETTER,
+    )
+    print(f'--result\n{json.dumps(results[-10:], indent=4)}')
+
+
+def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
+    """Train as parsed, and return what each validated epoch gave. The command that continues is made of argv."""
     args = parsed.args
-    accelerator = create_accelerator(args)
-    setup_default_logging(default_level=logging.INFO if accelerator.is_main_process else logging.WARNING)
+    import_device_modules(args)
+    setup_default_logging(default_level=logging.INFO if int(os.environ.get('RANK', 0)) == 0 else logging.WARNING)
+    accelerator = create_accelerator(parsed)
+    check_strategy(args, accelerator)
     if parsed.assumed:
         _logger.info(parsed.assumed)
     _logger.info(
@@ -112,60 +265,37 @@ def run(parsed: ParsedArguments, argv: List[str]) -> None:
     if accelerator.device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    random_seed(args.seed, accelerator.process_index)
-
+    # alike on all processes: the weights that the checkpoint lacks must be; the loop seeds each process by itself
+    random_seed(args.seed)
     datasets = create_datasets(args)
-    model = create_backbone(args, resolve_num_classes(args, datasets.num_classes))
-    data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
-    model = place_model(args, model, accelerator)
-    loaders = create_loaders(args, datasets, data_config, model.num_classes, accelerator)
-    soft_target = loaders.mixup_fn is not None or getattr(loaders.train, 'mixup_enabled', False)
-    task = create_task(args, model, accelerator, soft_target)
-
-    args.lr = resolve_lr(args, accelerator.num_processes)
-    optimizer = create_optimizer(args, task)
-    start_epoch = resume(args, task, optimizer)
-    setup_ema(args, task)
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        if task.has_ema():
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
-    record = None
-    if accelerator.is_main_process:
-        output_dir = create_output_dir(args, data_config['input_size'][-1])
-        record = RunRecord(args, parsed.text, output_dir, task, optimizer)
-
-    updates_per_epoch = -(-len(loaders.train) // max(1, args.grad_accum_steps))
-    scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch)
-    if scheduler is not None and start_epoch > 0:
-        if args.sched_on_updates:
-            scheduler.step_update(start_epoch * updates_per_epoch)
-        else:
-            scheduler.step(start_epoch)
-    trainer = Trainer(
-        task,
-        optimizer,
-        accelerator,
-        scheduler=scheduler,
-        grad_accum_steps=args.grad_accum_steps,
-        clip_gradients=functools.partial(clip_gradients, args, accelerator, task),
-        mixup_fn=loaders.mixup_fn,
-        channels_last=args.channels_last,
-        log_interval=args.log_interval,
-        recovery_interval=args.recovery_interval if record else 0,
-        save_recovery=record.save_recovery if record else None,
-    )
+    if datasets.validation is None:
+        args.eval_metric = 'loss'
+    trainer, loaders, epochs, start_batch, lock = set_up(parsed, accelerator, datasets)
+    record = trainer.record
+    if args.eval_only:
+        metrics = trainer.evaluate(loaders.validation)
+        if accelerator.is_main_process:
+            print_results([{'validation': metrics}], args.eval_metric)
+        return [{'validation': metrics}]
+    results = []
     try:
-        run_epochs(args, trainer, loaders, record, range(start_epoch, num_epochs))
+        results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
+        record.finish()
     except KeyboardInterrupt:
-        if record is not None:
-            if os.path.exists(record.path(LAST_NAME)):
-                _logger.info(f'Interrupted. Continue with:\n{continue_command(args, argv, record.output_dir)}')
-            else:
-                _logger.info('Interrupted in the first epoch, before a checkpoint: start anew to continue.')
-    if record is not None:
-        summarize(record, args, model.num_classes)
+        if record.last_state:
+            _logger.info(f'Interrupted. Continue with:\n{continue_command(argv, record.folder)}')
+        else:
+            _logger.info('Interrupted in the first epoch, before a checkpoint: start anew to continue.')
+    except DivergedError as e:
+        state = f'The last state before is {record.last_state}.' if record.last_state else 'There is no state before.'
+        raise DivergedError(f'{e} {state}') from None
+    if accelerator.is_main_process:
+        summarize(record, trainer, args, trainer.task.get_eval_model().num_classes)
+        print_results(results, args.eval_metric)
     accelerator.end_training()
+    if lock is not None:
+        lock.close()
+    return results
 
 
 def main(argv: Optional[List[str]] = None) -> None:

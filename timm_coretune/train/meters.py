@@ -1,11 +1,15 @@
 """Running losses and accuracies, kept on the device so that a step never waits for it"""
 
 from collections import OrderedDict
-from typing import Dict, Optional
+from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+
+
+class DivergedError(ValueError):
+    """A loss was not finite."""
 
 
 class LossMeter:
@@ -46,17 +50,26 @@ class LossMeter:
         """Stop a diverged run. All processes must call this together.
 
         Raises:
-            ValueError: A loss was not finite; the message holds the step and the last finite losses.
+            DivergedError: A loss was not finite; the message holds the step and the last finite losses.
         """
         values = torch.stack([*self.last_finite, self.first_bad_step])
         for *last_finite, step in self.accelerator.gather(values[None]).tolist():
             if step >= 0:
                 losses = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, last_finite, strict=True))
-                raise ValueError(
+                raise DivergedError(
                     f'Expected finite losses, got NaN or Inf at update {step:.0f}. The last finite losses: {losses}. '
                     'Likely the learning rate is too high (--lr), or features overflow (--amp-dtype bfloat16), or the '
                     'images hold NaN.'
                 )
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What this process needs to go on in the middle of an epoch."""
+        return dict(names=list(self.names), total=self.total.tolist(), num_steps=self.num_steps)
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        self._start(dict.fromkeys(state['names']))
+        self.total += torch.tensor(state['total'], device=self.accelerator.device)
+        self.num_steps = state['num_steps']
 
     def _by_name(self, values: torch.Tensor) -> Dict[str, float]:
         return OrderedDict(zip(self.names, self.accelerator.reduce(values, 'mean').tolist(), strict=True))
@@ -86,8 +99,8 @@ class AccuracyMeter:
         dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64
         self.sums = torch.zeros(4, dtype=dtype, device=accelerator.device)  # loss, top-1, top-5, images
 
-    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take logits (B, C) and class indices (B,)."""
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Take logits (B, C) and class indices (B,), and return those that count, float32 and int64."""
         if self.max_samples is not None:
             num_left = max(self.max_samples - self.num_seen, 0)
             output, target = output[:num_left], target[:num_left]
@@ -97,6 +110,7 @@ class AccuracyMeter:
         loss = F.cross_entropy(output, target, reduction='sum')
         count = torch.full_like(loss, len(target))
         self.sums += torch.stack([loss, correct[:, 0].sum(), correct.any(dim=1).sum(), count]).to(self.sums.dtype)
+        return output, target
 
     def compute(self) -> Dict[str, float]:
         """Means over all processes, which must call this together."""

@@ -7,14 +7,16 @@ from typing import Any, Dict, Optional
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
-from timm.layers import convert_sync_batchnorm
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
+from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model, safe_model_name
 from timm.task import ClassificationTask, TrainingTask
+from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
 from ..task import CoreTuningTask
-from .data import get_in_chans
+from .arguments import mixes_pixels
+from .datasets import get_in_chans
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +39,10 @@ def resolve_num_classes(args: argparse.Namespace, num_data_classes: Optional[int
 
 def create_backbone(args: argparse.Namespace, num_classes: Optional[int]) -> nn.Module:
     """Create the model and load the checkpoint it starts from."""
+    if args.fuser:
+        set_jit_fuser(args.fuser)
+    if args.fast_norm:
+        set_fast_norm()
     model = create_model(
         args.model,
         pretrained=args.pretrained,
@@ -48,6 +54,7 @@ def create_backbone(args: argparse.Namespace, num_classes: Optional[int]) -> nn.
         global_pool=args.gp,
         bn_momentum=args.bn_momentum,
         bn_eps=args.bn_eps,
+        scriptable=args.torchscript,
         **args.model_kwargs,
     )
     if args.pretrained_path:
@@ -69,13 +76,16 @@ def create_backbone(args: argparse.Namespace, num_classes: Optional[int]) -> nn.
 
 
 def place_model(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """Move the model to its device, memory layout and kind of BatchNorm."""
-    model.to(device=accelerator.device)
+    """Move the model to its device, dtype, memory layout and kind of BatchNorm."""
+    if args.split_bn:
+        model = convert_splitbn_model(model, max(args.aug_splits, 2))
+    model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype or 'float32'))
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
     if accelerator.num_processes > 1 and args.sync_bn:
         model = convert_sync_batchnorm(model)
-    return model
+        _logger.info('Converted model to use Synchronized BatchNorm.')
+    return torch.jit.script(model) if args.torchscript else model
 
 
 def coretune_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
@@ -88,28 +98,63 @@ def coretune_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
         projection_dim=args.projection_dim,
         label_smoothing=args.smoothing,
         gather=not args.no_coretune_gather,
+        # patches of different lengths come in batches of different sizes
+        uneven_batches=args.naflex_loader,
         generator=torch.Generator().manual_seed(args.seed),
     )
 
 
-def create_task(
-    args: argparse.Namespace, model: nn.Module, accelerator: Accelerator, soft_target: bool
-) -> TrainingTask:
-    """Core-tuning, or plain cross-entropy tuning to compare with.
+def create_criterion(args: argparse.Namespace) -> nn.Module:
+    """The loss of plain tuning, chosen as timm's script does."""
+    if args.jsd_loss:
+        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
+    mixes = mixes_pixels(args)  # mixing smooths the labels itself
+    if args.bce_loss and (mixes or args.smoothing):
+        return BinaryCrossEntropy(
+            target_threshold=args.bce_target_thresh,
+            sum_classes=args.bce_sum,
+            pos_weight=args.bce_pos_weight,
+            **({} if mixes else dict(smoothing=args.smoothing)),
+        )
+    if mixes:
+        return SoftTargetCrossEntropy()
+    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
 
-    Args:
-        args: Arguments of the run.
-        model: The model, on its device.
-        accelerator: Device and processes.
-        soft_target: Whether pixel mixup makes soft targets.
-    """
-    common = dict(device=accelerator.device, verbose=accelerator.is_main_process)
+
+def _create_distillation_task(args: argparse.Namespace, model: nn.Module, **kwargs) -> TrainingTask:
+    # where the installed timm has them
+    from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
+
+    kwargs.update(
+        student_model=model,
+        teacher_model=args.kd_model_name,
+        distill_loss_weight=args.distill_loss_weight,
+        task_loss_weight=args.task_loss_weight,
+    )
+    if args.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            student_feature_dim=args.kd_student_feature_dim,
+            teacher_feature_dim=args.kd_teacher_feature_dim,
+            **kwargs,
+        )
+    if args.kd_distill_type == 'token':
+        return TokenDistillationTask(
+            distill_type=args.kd_token_distill_type,
+            temperature=args.kd_temperature,
+            **kwargs,
+        )
+    return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
+
+
+def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> TrainingTask:
+    """Core-tuning, or one of timm's tasks to compare with."""
+    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
+    common = dict(device=accelerator.device, dtype=dtype, verbose=accelerator.is_main_process)
     if args.coretune:
-        if soft_target:
+        if mixes_pixels(args):
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
         return CoreTuningTask(model, **coretune_kwargs(args), **common)
-    if soft_target:
-        criterion = SoftTargetCrossEntropy()
-    else:
-        criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-    return ClassificationTask(model, criterion.to(accelerator.device), **common)
+    common['criterion'] = create_criterion(args).to(accelerator.device)
+    if args.kd_model_name:
+        return _create_distillation_task(args, model, **common)
+    return ClassificationTask(model, **common)

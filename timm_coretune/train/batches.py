@@ -1,0 +1,79 @@
+"""Batches on their way to the model: from any place in an epoch, in step over processes, on the device"""
+
+import itertools
+import logging
+from typing import Any, Dict, Iterator, Optional, Tuple, Union
+
+import torch
+from accelerate import Accelerator
+from torch.utils.data import IterableDataset
+
+from .sampling import EpochBatchSampler, SeededErasing
+
+_logger = logging.getLogger(__name__)
+
+Input = Union[torch.Tensor, Dict[str, torch.Tensor]]
+
+
+def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
+    """The batches of an epoch from `start` on.
+
+    A loader of our own starts there. Any other is read up to there, which is exact only if it draws by epoch.
+    """
+    sampler = getattr(loader, 'batch_sampler', None)
+    sampler = getattr(sampler, 'sampler', sampler) if not isinstance(sampler, EpochBatchSampler) else sampler
+    for part in (getattr(loader, 'dataset', None), sampler, getattr(loader, 'sampler', None)):
+        if hasattr(part, 'set_epoch'):
+            part.set_epoch(epoch)
+    if isinstance(sampler, EpochBatchSampler):
+        sampler.skip(start)
+        erasing = getattr(loader, 'random_erasing', None)
+        if isinstance(erasing, SeededErasing):
+            erasing.start(epoch, start)
+        return itertools.islice(loader, len(loader) - start)
+    if start:
+        _logger.warning(
+            f'This data set cannot start in the middle of an epoch: reading {start} batches to where the run stopped. '
+            'The batches after them may be others than those of an uninterrupted run.'
+        )
+    return itertools.islice(loader, start, None)
+
+
+def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """End on every process when the first runs out, as the others would wait for it for ever.
+
+    Loaders that are known to have as many batches on all processes are passed through.
+    """
+    sampler = getattr(loader, 'batch_sampler', None)
+    if accelerator.num_processes == 1 or isinstance(sampler, EpochBatchSampler):
+        yield from batches
+        return
+    for number in itertools.count():
+        batch = next(batches, None)
+        have_one = torch.tensor(float(batch is not None), device=accelerator.device)
+        if accelerator.reduce(have_one, 'sum').item() < accelerator.num_processes:
+            if batch is not None:
+                _logger.warning(f'Another process ran out of batches after {number}, leaving out the rest.')
+            return
+        yield batch
+
+
+def num_own_samples(loader: Any, accelerator: Accelerator) -> Optional[int]:
+    """Validation images of this process without those a distributed sampler repeats to even out, None without one."""
+    if accelerator.num_processes == 1 or isinstance(getattr(loader, 'dataset', None), IterableDataset):
+        return None
+    return len(range(accelerator.process_index, len(loader.dataset), accelerator.num_processes))
+
+
+def to_device(
+    batch: Tuple[Input, torch.Tensor],
+    device: torch.device,
+    channels_last: bool = False,
+    dtype: Optional[torch.dtype] = None,
+) -> Tuple[Input, torch.Tensor]:
+    """Images, or patches by name, and labels on the device, where a prefetching loader has put them already."""
+    input, target = batch[0], batch[1].to(device, non_blocking=True)
+    if isinstance(input, dict):
+        return {name: value.to(device, non_blocking=True) for name, value in input.items()}, target
+    input = input.to(device, dtype=dtype, non_blocking=True)
+    return (input.contiguous(memory_format=torch.channels_last) if channels_last else input), target

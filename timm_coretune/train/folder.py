@@ -1,0 +1,117 @@
+"""The folder of a run: made, taken by one run at a time, found again"""
+
+import argparse
+import glob
+import logging
+import os
+import zipfile
+from datetime import datetime
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from timm.models import safe_model_name
+
+_logger = logging.getLogger(__name__)
+
+DEFAULT_OUTPUT = './output/train'
+
+
+def _lock(folder: str) -> Optional[Any]:
+    """Hold the folder until this process ends, or None when another run does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return open(os.path.join(folder, '.lock'), 'w')  # noqa: SIM115, held open on purpose
+    handle = open(os.path.join(folder, '.lock'), 'w')  # noqa: SIM115, held open on purpose
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        handle.close()
+        return None
+    return handle
+
+
+def take_folder(args: argparse.Namespace, img_size: int, resumed: Optional[str]) -> Tuple[str, Any]:
+    """Make the folder of a run, named as timm names it, or take that of the state it continues.
+
+    A folder that holds a run already is left alone: a number is added to the name.
+
+    Args:
+        args: Arguments of the run.
+        img_size: Size of the images, part of the default name.
+        resumed: State that is continued, None for a new run.
+
+    Returns:
+        The folder, and what must be kept as long as it is used.
+
+    Raises:
+        ValueError: It cannot be written, or another run that is not over writes it.
+    """
+    name = args.experiment or '-'.join(
+        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(img_size)]
+    )
+    wanted = folder = os.path.join(args.output or DEFAULT_OUTPUT, name)
+    continues = resumed is not None and os.path.abspath(os.path.dirname(resumed)) == os.path.abspath(folder)
+    number = 0
+    try:
+        while True:
+            os.makedirs(folder, exist_ok=True)
+            lock = _lock(folder)
+            if lock is not None and (continues or not os.path.exists(os.path.join(folder, 'args.yaml'))):
+                break
+            if lock is None and continues:
+                raise ValueError(f'Another run writes {folder!r} at this moment. Wait for it, or choose --experiment.')
+            if lock is not None:
+                lock.close()
+            number += 1
+            folder = f'{wanted}-{number}'
+    except OSError as e:
+        raise ValueError(f'Expected to write the run into {folder!r}: {e}. Choose another folder with --output.') from e
+    if number:
+        _logger.warning(f'{wanted!r} holds a run already, this one goes to {folder!r} (--resume auto continues one).')
+    return folder, lock
+
+
+def read_state(path: str) -> Dict[str, Any]:
+    """Read a state of train.py, unpickling nothing but tensors, plain values and the namespace of arguments.
+
+    Raises:
+        ValueError: The file is cut, corrupt or no state.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f'{damaged} in it is damaged')
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        if 'state_dict' not in state or 'epoch' not in state:
+            raise ValueError('it holds no state_dict and epoch')
+    except Exception as e:  # whatever a damaged file makes the readers raise
+        raise ValueError(f'Expected a state of train.py in {path!r}: {e}') from e
+    return state
+
+
+def progress_of(state: Dict[str, Any]) -> Tuple[int, int]:
+    """Epoch and batch a state continues with."""
+    run = state.get('run_state')
+    if run is None:  # of timm's own script
+        return state['epoch'] + (1 if state.get('version', 1) > 1 else 0), 0
+    return run['epoch'], run['batch']
+
+
+def find_newest_state(folder: str) -> Optional[str]:
+    """Path of the intact state that got farthest, None if there is none. Damaged files are named and passed over."""
+    best: Optional[Tuple[Tuple[int, int], str]] = None
+    paths: List[str] = []
+    for pattern in ('last', 'recovery-*', 'checkpoint-*'):
+        paths += sorted(glob.glob(os.path.join(glob.escape(folder), f'{pattern}.pth.tar')))
+    for path in paths:
+        try:
+            progress = progress_of(read_state(path))
+        except ValueError as e:
+            _logger.warning(f'Passing over a damaged state. {e}')
+            continue
+        if best is None or progress > best[0]:
+            best = (progress, path)
+    return best[1] if best else None
