@@ -65,8 +65,16 @@ def draws_of_ranks(scenario: Scenario) -> list[MixupDraws]:
     ]
 
 
-def draws_of_global_batch(scenario: Scenario) -> MixupDraws:
-    return MixupDraws(*map(torch.cat, zip(*draws_of_ranks(scenario), strict=True)))
+def read_by_one_process(scenario: Scenario) -> tuple[torch.Tensor, torch.Tensor, MixupDraws]:
+    """Images, targets and draws of all ranks, in the order of one process: the first images of all, the second, ..."""
+    images, target = global_batch(scenario)
+    draws = MixupDraws(*map(torch.cat, zip(*draws_of_ranks(scenario), strict=True)))
+    order = []
+    for b in range(max(scenario.sizes)):
+        for rank, size in enumerate(scenario.sizes):
+            if b < size:
+                order.append(sum(scenario.sizes[:rank]) + b)
+    return images[order], target[order], MixupDraws(*(draw[order] for draw in draws))
 
 
 def one_process(scenario: Scenario, images: torch.Tensor, target: torch.Tensor, draws: MixupDraws) -> dict:
@@ -97,7 +105,7 @@ NEGATIVE_CONTROLS = [name for name, s in SCENARIOS.items() if not s.sum_over_ran
 @pytest.mark.parametrize('name', GATHERED)
 def test_the_averaged_gradient_is_that_of_one_process_with_the_global_batch(name, found):
     scenario, ranks = SCENARIOS[name], found(name)
-    expected = one_process(scenario, *global_batch(scenario), draws_of_global_batch(scenario))
+    expected = one_process(scenario, *read_by_one_process(scenario))
     for rank in ranks:
         assert relative_error(rank['gradients'], expected['gradients']) < 1e-10
     assert mean_losses(ranks) == pytest.approx(expected['losses'], rel=1e-12)
@@ -105,11 +113,12 @@ def test_the_averaged_gradient_is_that_of_one_process_with_the_global_batch(name
 
 @pytest.mark.parametrize('name', GATHERED)
 def test_the_mean_loss_of_the_ranks_is_the_loss_of_the_reference_on_the_global_batch(name, found):
-    scenario, (images, target) = SCENARIOS[name], global_batch(SCENARIOS[name])
-    task, draws = make_task(scenario), draws_of_global_batch(scenario)
+    scenario = SCENARIOS[name]
+    images, target, draws = read_by_one_process(scenario)
+    task = make_task(scenario)
     features, criterion, drawn = task.trainable_module.model.forward_features(images), task.criterion, {}
     if scenario.mixup_enabled:
-        label = torch.tensor(scenario.label) if not scenario.soft else target.argmax(dim=1)
+        label = target.argmax(dim=1) if scenario.soft else target
         drawn = {
             'random_negative': criterion.mixup.pair(features, label, draws).negative.index.tolist(),
             'a': draws.positive_lam.double().tolist(),
@@ -150,7 +159,7 @@ def test_without_gathering_the_gradient_is_the_mean_of_those_of_the_local_losses
 @pytest.mark.parametrize('name', NEGATIVE_CONTROLS)
 def test_a_backward_that_forgets_the_other_ranks_is_noticed(name, found):
     scenario, ranks = SCENARIOS[name], found(name)
-    expected = one_process(scenario, *global_batch(scenario), draws_of_global_batch(scenario))
+    expected = one_process(scenario, *read_by_one_process(scenario))
     assert relative_error(ranks[0]['gradients'], expected['gradients']) > 1e-3
     assert mean_losses(ranks) == pytest.approx(expected['losses'], rel=1e-12)  # the forward is right
 
@@ -175,6 +184,14 @@ def test_own_rows_of_all_ranks_are_the_rows_of_the_global_batch(sizes):
     assert rows.tolist() == list(range(sum(sizes)))
     assert {batch.num_rows for batch in batches} == {sum(sizes)}
     assert batches[0].loss_scale == pytest.approx(len(sizes) / sum(sizes))
+
+
+@pytest.mark.parametrize('sizes', [[4, 4], [2, 2, 2], [5, 3], [4, 0, 3]], ids=str)
+def test_rows_in_reading_order_are_dealt_out_one_to_each_process_in_turn(sizes):
+    order = GlobalBatch(0, sizes).reading_order(torch.device('cpu')).tolist()
+    owner = [(row, rank) for rank, size in enumerate(sizes) for row in range(size)]
+    assert [owner[row] for row in order] == sorted(owner)
+    assert GlobalBatch(0, [7]).reading_order(torch.device('cpu')) is None
 
 
 def test_one_process_gathers_its_own_rows_without_a_process_group():

@@ -103,6 +103,19 @@ class GlobalBatch:
         start = sum(self.sizes[: self.rank])
         return torch.arange(start, start + self.sizes[self.rank], device=device)
 
+    def reading_order(self, device: torch.device) -> Optional[torch.Tensor]:
+        """Rows in the order of one process that reads the same data (N,) int64, None where they are in it.
+
+        Row b of process r is row b * world_size + r there, as a distributed sampler deals images out. Draws that count
+        rows in this order do not depend on the number of processes.
+        """
+        if self.world_size == 1:
+            return None
+        if min(self.sizes) == max(self.sizes):
+            return torch.arange(self.num_rows, device=device).view(self.world_size, -1).t().flatten()
+        places = [(b, rank) for rank, size in enumerate(self.sizes) for b in range(size)]
+        return torch.tensor(sorted(range(self.num_rows), key=places.__getitem__), device=device)
+
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of all processes in rank order (N, ...), differentiable in the own rows x (B, ...)."""
         if self.world_size == 1:

@@ -280,7 +280,8 @@ class CoreTuningLoss(nn.Module):
         own = batch.own_rows(features.device)
         mixtures = None
         if draws is not None:
-            mixtures = self.mixup.pair(batch.gather(features.detach()), label, draws, anchor=own)
+            order = batch.reading_order(features.device)
+            mixtures = self.mixup.pair(batch.gather(features.detach()), label, draws, anchor=own, order=order)
         task_loss = self._task_loss(logits, target, batch, mixtures)
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}

@@ -55,6 +55,7 @@ def select_hard_pairs(
     label: torch.Tensor,
     draw: torch.Tensor,
     anchor: Optional[torch.Tensor] = None,
+    order: Optional[torch.Tensor] = None,
 ) -> HardPairs:
     """Hard pairs given the random draws: deterministic, no host synchronisation, static shapes.
 
@@ -63,6 +64,7 @@ def select_hard_pairs(
         label: Class of every candidate (N,) int64.
         draw: Uniform in [0, 1), one per anchor, selects its random negative (B,).
         anchor: Row of each anchor among the candidates (B,) int64, all rows in order when None.
+        order: Candidates in the order that draws count them in (N,) int64, as they are when None.
 
     Returns:
         HardPairs with B rows that index the N candidates.
@@ -82,13 +84,15 @@ def select_hard_pairs(
     hard_negative = torch.where(has_negative, similarity.masked_fill(same, float('-inf')).argmax(dim=-1), anchor)
 
     # Sorted by label a class is one run [start, end). The k-th negative is the k-th row once that run is cut out.
-    sorted_label, order = torch.sort(label, stable=True)
+    sorted_label, by_label = torch.sort(label if order is None else label[order], stable=True)
+    if order is not None:
+        by_label = order[by_label]
     start = torch.searchsorted(sorted_label, anchor_label)
     num_same = torch.searchsorted(sorted_label, anchor_label, right=True) - start
     num_negative = num_candidates - num_same
     k = torch.minimum((draw * num_negative).long(), (num_negative - 1).clamp(min=0))
     position = torch.where(k < start, k, k + num_same).clamp(max=num_candidates - 1)
-    random_negative = torch.where(has_negative, order[position], anchor)
+    random_negative = torch.where(has_negative, by_label[position], anchor)
     return HardPairs(hard_positive, hard_negative, random_negative, has_negative)
 
 

@@ -155,10 +155,11 @@ class HardPairMixup:
         label: torch.Tensor,
         draws: MixupDraws,
         anchor: Optional[torch.Tensor] = None,
+        order: Optional[torch.Tensor] = None,
     ) -> HardMixtures:
         """Mine a batch and say what is to be mixed. Arguments as in `mining.select_hard_pairs`."""
         hard_positive, hard_negative, random_negative, has_negative = select_hard_pairs(
-            features, label, draws.random_negative, anchor=anchor
+            features, label, draws.random_negative, anchor=anchor, order=order
         )
         own = torch.arange(features.shape[0], device=features.device) if anchor is None else anchor
         positive_lam = draws.positive_lam.masked_fill(~has_negative, 1.0)

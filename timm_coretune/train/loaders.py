@@ -124,9 +124,7 @@ class LoaderFactory:
         args, accelerator = self.args, self.accelerator
         is_stream = isinstance(dataset, IterableDataset)
         if args.aug_repeats and accelerator.num_processes == 1:
-            raise ValueError(
-                '--aug-repeats shares the repeats of an image among processes, there is one. Leave it out.'
-            )
+            raise ValueError('--aug-repeats deals the repeats of an image out to processes, there is one.')
         batch_sampler = self._create_balanced_sampler(dataset) if args.class_balance else None
         if args.aug_splits:
             dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
