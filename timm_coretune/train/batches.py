@@ -39,13 +39,21 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
     return itertools.islice(loader, start, None)
 
 
-def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> Iterator[Any]:
-    """End on every process when the first runs out, as the others would wait for it for ever.
+def is_even(loader: Any, accelerator: Accelerator) -> bool:
+    """Whether all processes are known to have as many batches."""
+    return accelerator.num_processes == 1 or isinstance(getattr(loader, 'batch_sampler', None), EpochBatchSampler)
 
-    Loaders that are known to have as many batches on all processes are passed through.
-    """
-    sampler = getattr(loader, 'batch_sampler', None)
-    if accelerator.num_processes == 1 or isinstance(sampler, EpochBatchSampler):
+
+def count_batches(loader: Any, accelerator: Accelerator) -> int:
+    """Batches an epoch that every process expects to have."""
+    if is_even(loader, accelerator):
+        return len(loader)
+    return int(accelerator.gather(torch.tensor([len(loader)], device=accelerator.device)).min())
+
+
+def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> Iterator[Any]:
+    """End on every process when the first runs out, as the others would wait for it for ever."""
+    if is_even(loader, accelerator):
         yield from batches
         return
     for number in itertools.count():

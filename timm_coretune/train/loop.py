@@ -15,7 +15,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..task import CoreTuningTask
-from .batches import Input, batches_from, in_step, num_own_samples, to_device
+from .batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
 from .freezing import BackboneFreezer
 from .meters import AccuracyMeter, LossMeter
 from .sampling import make_key, seed_generators
@@ -70,6 +70,11 @@ def _format_losses(now: Dict[str, float], average: Dict[str, float]) -> str:
     return '  '.join(f'{name.capitalize()}: {now[name]:#.3g} ({average[name]:#.3g})' for name in now)
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process holds whole weights, or whole optimizer state."""
+    return accelerator.is_fsdp2 or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, 'optimizer', optimizer)
 
@@ -116,12 +121,8 @@ class Trainer:
         self.metrics = metrics
         self.meter = LossMeter(accelerator)
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
-        self.is_sharded = accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        self.is_sharded = is_sharded(accelerator)
         self.second_order = getattr(_unwrapped(self.optimizer), 'is_second_order', False)
-
-    def num_updates(self, loader: Any) -> int:
-        """Updates an epoch; the last may accumulate fewer batches."""
-        return -(-len(loader) // self.config.grad_accum_steps)
 
     def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
@@ -179,7 +180,8 @@ class Trainer:
         if not start_batch:
             self.meter = LossMeter(self.accelerator)
         meter, config, device = self.meter, self.config, self.accelerator.device
-        accum, num_updates = config.grad_accum_steps, self.num_updates(loader)
+        num_batches, accum = count_batches(loader, self.accelerator), config.grad_accum_steps
+        num_updates = -(-num_batches // accum)  # the last may accumulate fewer batches
         # reading a value is free on one CPU process; elsewhere it waits for the device, or for the others
         check_always = device.type == 'cpu' and self.accelerator.num_processes == 1
         update_time, data_time, num_images = AverageMeter(), AverageMeter(), 0
@@ -189,8 +191,8 @@ class Trainer:
         with self._progress(num_updates, f'Train {epoch}', start_update) as bar, logging_redirect_tqdm():
             for batch_idx, batch in enumerate(batches, start_batch):
                 update = batch_idx // accum
-                num_accum = min(accum, len(loader) - update * accum)
-                need_update = (batch_idx + 1) % accum == 0 or batch_idx + 1 == len(loader)
+                num_accum = min(accum, num_batches - update * accum)
+                need_update = (batch_idx + 1) % accum == 0 or batch_idx + 1 == num_batches
                 input, target = to_device(batch, device, config.channels_last, config.dtype)
                 seed_generators(
                     make_key(config.seed, self.accelerator.process_index, epoch, batch_idx), device

@@ -21,7 +21,7 @@ from .datasets import Datasets, create_datasets
 from .folder import DEFAULT_OUTPUT, take_folder
 from .freezing import BackboneFreezer
 from .loaders import LoaderFactory, Loaders, mean_batch_size
-from .loop import LOWER_IS_BETTER, LoopConfig, Trainer
+from .loop import LOWER_IS_BETTER, LoopConfig, Trainer, is_sharded
 from .meters import DivergedError
 from .metrics import EvalMetrics
 from .model import create_backbone, create_task, place_model, resolve_num_classes
@@ -87,7 +87,9 @@ def check_strategy(args: argparse.Namespace, accelerator: Accelerator) -> None:
     Raises:
         ValueError: It does.
     """
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if os.environ.get('ACCELERATE_USE_FSDP') == 'true' and not is_sharded(accelerator):
+        _logger.warning('accelerate does not shard by FSDP on this device: training by DistributedDataParallel.')
+    if not is_sharded(accelerator):
         return
     name = accelerator.distributed_type.value
     for flag, given in (

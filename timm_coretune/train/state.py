@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from safetensors.torch import save
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from .folder import find_newest_state, progress_of, read_state
 from .loop import LOWER_IS_BETTER, Trainer
@@ -415,7 +416,11 @@ class RunRecord:
         """Weights of the plain timm model, or of its moving average. A sharded model is gathered by all processes."""
         if trainer.is_sharded:
             module = trainer.task.get_trainable_module()
-            state_dict = trainer.accelerator.get_state_dict(module)
+            if trainer.accelerator.is_fsdp2:
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                state_dict = get_model_state_dict(module, options=options)
+            else:
+                state_dict = trainer.accelerator.get_state_dict(module)
             is_wrapped = hasattr(unwrap_model(module), 'criterion')
             return {
                 k.removeprefix('model.'): v for k, v in state_dict.items() if not is_wrapped or k.startswith('model.')

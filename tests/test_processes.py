@@ -1,0 +1,162 @@
+"""train.py over several processes, and killed ones: same losses, same bits, and nothing waits for ever"""
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / 'benchmarks'))
+from kill_resume import fingerprint, kill_group  # noqa: E402
+
+ENVIRONMENT = {
+    **os.environ,
+    'OMP_NUM_THREADS': '1',
+    'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+}
+SMALL_VIT = (
+    *('--coretune', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--img-size', '32', '--lr', '0.005'),
+    *('--device', 'cpu', '--log-interval', '100'),
+)
+
+
+def run(words, timeout=240):
+    finished = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stderr
+
+
+def launch_two(*words):
+    return ['accelerate', 'launch', '--config_file', str(ROOT / 'configs' / 'cpu_2.yaml'), *words]
+
+
+def losses(read_csv, folder):
+    rows = read_csv(folder / 'summary.csv')
+    return [[float(row[name]) for name in ('train_loss', 'train_task', 'train_contrast', 'eval_loss')] for row in rows]
+
+
+@pytest.fixture(scope='module')
+def two_processes(tmp_path_factory):
+    """A run of two processes, six updates of one batch each."""
+    output = tmp_path_factory.mktemp('two')
+    flags = (*SMALL_VIT, '--epochs', '6', '--label-fraction', '0.033', '--output', str(output))
+    log = run(launch_two(str(ROOT / 'train.py'), *flags, '--experiment', 'two', '-b', '64'))
+    assert 'Training with 2 process(es) on cpu' in log
+    return output, flags
+
+
+def test_two_processes_train_as_one_with_twice_the_batch(two_processes, read_csv):
+    output, flags = two_processes
+    run([sys.executable, str(ROOT / 'train.py'), *flags, '--experiment', 'one', '-b', '128'])
+    one, two = losses(read_csv, output / 'one'), losses(read_csv, output / 'two')
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # float32 sums in another order
+    assert one[0] != pytest.approx(one[-1], rel=1e-3)
+
+
+def test_fsdp2_trains_as_ddp_and_leaves_plain_weights(two_processes, read_csv):
+    output, flags = two_processes
+    worker = str(ROOT / 'tests' / 'fsdp_worker.py')
+    run(launch_two(worker, *flags, '--experiment', 'sharded', '-b', '64'))
+    assert losses(read_csv, output / 'sharded') == losses(read_csv, output / 'two')
+    weights = [
+        timm.create_model(
+            'test_vit', num_classes=10, img_size=32, checkpoint_path=str(output / name / 'model_best.safetensors')
+        ).state_dict()
+        for name in ('sharded', 'two')
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[1])
+    assert not list((output / 'sharded').glob('*.pth.tar'))  # no process has the state of all
+
+
+def test_fsdp2_refuses_what_needs_whole_weights():
+    worker = str(ROOT / 'tests' / 'fsdp_worker.py')
+    finished = subprocess.run(
+        launch_two(worker, *SMALL_VIT, '--model-ema'), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode != 0
+    assert '--model-ema needs whole weights on every process' in finished.stderr
+
+
+def test_a_process_that_runs_out_of_batches_first_ends_the_epoch_for_all():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    worker = str(ROOT / 'tests' / 'uneven_worker.py')
+    processes = [
+        subprocess.Popen(
+            [sys.executable, worker, str(rank), str(batches), port],
+            env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, batches in enumerate((5, 3))
+    ]  # fmt: skip
+    outputs = [process.communicate(timeout=120) for process in processes]
+    assert [out.split()[:2] for out, _ in outputs] == [['trained', '3']] * 2, outputs
+    assert 'Another process ran out of batches after 3' in outputs[0][1]
+
+
+RECIPE = (
+    *('--coretune', '--model-ema', '--model-ema-decay', '0.9', '--epochs', '4', '--recovery-interval', '1'),
+    *('--reprob', '0.3', '--mixup', '0.2', '--color-jitter', '0.2', '--drop', '0.1', '--device', 'cpu'),
+    *('--label-fraction', '0.15', '--log-interval', '1000', '-b', '32'),
+)
+
+
+def wait_for_states(folder, process, count):
+    deadline = time.monotonic() + 120
+    while len(list(folder.glob('*.pth.tar'))) < count and time.monotonic() < deadline:
+        assert process.poll() is None, 'the run ended before it was killed'
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize('processes', [1, 2])
+def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(processes, tmp_path):
+    train = [str(ROOT / 'train.py'), *RECIPE, '--output', str(tmp_path)]
+    command = launch_two(*train) if processes == 2 else [sys.executable, *train]
+    run([*command, '--experiment', 'whole', '-j', '0'])
+    broken = [*command, '--experiment', 'broken', '--resume', 'auto', '-j', '2' if processes == 1 else '0']
+    draws = random.Random(processes)
+    for count in (1, 2, 3):
+        process = subprocess.Popen(
+            broken, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        wait_for_states(tmp_path / 'broken', process, count)
+        time.sleep(draws.uniform(0, 0.3))
+        assert process.poll() is None, 'the run ended before it was killed'
+        kill_group(process)
+    log = run(broken)
+    assert 'Continuing' in log
+    assert fingerprint(str(tmp_path / 'broken')) == fingerprint(str(tmp_path / 'whole'))
+
+
+def test_a_terminated_launcher_leaves_no_process_behind(tmp_path):
+    words = [str(ROOT / 'train.py'), *RECIPE, '--epochs', '1000', '--output', str(tmp_path), '--experiment', 'run']
+    process = subprocess.Popen(
+        launch_two(*words),
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    wait_for_states(tmp_path / 'run', process, 1)
+    process.send_signal(signal.SIGTERM)
+    process.wait(timeout=60)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        kill_group(process)
+        pytest.fail('processes were still there after a minute')
