@@ -3,11 +3,12 @@
 import argparse
 import os
 import random
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Callable, Dict, List, NamedTuple, Optional
 
 import torch
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import VisionDataset
 
 from .reader import ReaderSafetensors
 from .sampling import make_key
@@ -27,6 +28,46 @@ class Datasets(NamedTuple):
     validation: Optional[Dataset]
     num_classes: Optional[int]
     class_names: Optional[List[str]]
+
+
+class _Convert:
+    """A transform behind a conversion of the image."""
+
+    def __init__(self, img_mode: str, transform: Optional[Callable]):
+        self.img_mode = img_mode
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        image = image.convert(self.img_mode)
+        return image if self.transform is None else self.transform(image)
+
+
+class ConvertedImages(Dataset):
+    """Images of a torchvision data set in another PIL mode, as timm's own data sets hand them over.
+
+    Args:
+        dataset: A data set that applies its `transform` to PIL images.
+        img_mode: PIL mode, such as RGB.
+    """
+
+    def __init__(self, dataset: Dataset, img_mode: str):
+        self.dataset = dataset
+        self.img_mode = img_mode
+        self.transform = None
+
+    @property
+    def transform(self) -> Optional[Callable]:
+        return self.dataset.transform.transform
+
+    @transform.setter
+    def transform(self, transform: Optional[Callable]) -> None:
+        self.dataset.transform = _Convert(self.img_mode, transform)
+
+    def __getitem__(self, index: int):
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
 
 
 class LabelledSubset(Dataset):
@@ -68,6 +109,8 @@ def get_labels(dataset: Dataset) -> Optional[List[int]]:
     if isinstance(dataset, LabelledSubset):
         labels = get_labels(dataset.dataset)
         return None if labels is None else [labels[index] for index in dataset.indices]
+    if isinstance(dataset, ConvertedImages):
+        return get_labels(dataset.dataset)
     if getattr(dataset, 'target_transform', None) is not None or isinstance(dataset, IterableDataset):
         return None
     reader = getattr(dataset, 'reader', dataset)
@@ -92,7 +135,7 @@ def _create_split(args: argparse.Namespace, split: str, is_training: bool) -> Da
     if not args.dataset and args.data_dir.endswith('.safetensors'):
         return ImageDataset(args.data_dir, reader=ReaderSafetensors(args.data_dir, split), input_img_mode=img_mode)
     try:
-        return create_dataset(
+        dataset = create_dataset(
             args.dataset,
             root=args.data_dir,
             split=split,
@@ -113,10 +156,12 @@ def _create_split(args: argparse.Namespace, split: str, is_training: bool) -> Da
             f'Expected images of the {split} split in --data-dir {args.data_dir!r}: {e} Images lie in one folder a '
             f'class, in a folder {split}/ where there are several splits.'
         ) from e
+    return ConvertedImages(dataset, img_mode) if isinstance(dataset, VisionDataset) else dataset
 
 
 def _class_names(dataset: Dataset) -> Optional[Dict[Any, int]]:
     # timm keeps them in the reader, torchvision in the data set
+    dataset = dataset.dataset if isinstance(dataset, ConvertedImages) else dataset
     reader = getattr(dataset, 'reader', dataset)
     return getattr(reader, 'class_to_idx', None) or None
 
