@@ -1,3 +1,5 @@
+from .checkpoint import convert_checkpoint as convert_checkpoint
+from .checkpoint import inspect_checkpoint as inspect_checkpoint
 from .checkpoint import load_checkpoint as load_checkpoint
 from .loss import CoreTuningLoss as CoreTuningLoss
 from .loss import FocalSupConLoss as FocalSupConLoss

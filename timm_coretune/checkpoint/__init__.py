@@ -1,4 +1,4 @@
-from .load import CheckpointReport as CheckpointReport
+from .inspection import convert_checkpoint as convert_checkpoint
+from .inspection import inspect_checkpoint as inspect_checkpoint
 from .load import load_checkpoint as load_checkpoint
-from .rules import KEY_RULES as KEY_RULES
-from .rules import KeyRule as KeyRule
+from .report import CheckpointReport as CheckpointReport

@@ -1,0 +1,56 @@
+"""Each kind of file gives every tensor of its backbone, from the copy that should be taken"""
+
+import pytest
+import timm
+import torch
+from checkpoint_formats import CASES, SMALL, create, weights
+from safetensors.torch import load_file
+
+from timm_coretune import convert_checkpoint, inspect_checkpoint, load_checkpoint
+
+IDS = [f'{fmt.name}-{architecture}' for fmt, architecture in CASES]
+
+
+@pytest.fixture
+def saved(request, tmp_path):
+    """The file of a format, and the model it is for."""
+    fmt, architecture = request.param
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(fmt.content(weights(architecture), weights(architecture, seed=1)), path)
+    return fmt, architecture, str(path)
+
+
+@pytest.mark.parametrize('saved', CASES, ids=IDS, indirect=True)
+def test_all_of_the_backbone_is_loaded_from_the_right_copy(saved):
+    fmt, architecture, path = saved
+    expected = weights(architecture)
+    model = create(architecture, num_classes=5)
+    classifier = model.get_classifier().weight.clone()
+    report = load_checkpoint(model, path)
+    assert (report.method, report.copy) == (fmt.method, fmt.copy)
+    assert torch.equal(model.get_classifier().weight, classifier)
+    assert not report.left_over
+    fresh = [name for name in expected if name.startswith('fc_norm.')]
+    assert list(report.missing) == sorted(fresh)
+    half = 'clip_quickgelu' in architecture
+    state = model.state_dict()
+    for name, value in expected.items():
+        if name not in fresh and not (name.endswith('num_batches_tracked') and name not in report.loaded):
+            assert torch.equal(state[name], value.half().float() if half else value), name
+    assert report.matched == report.total
+
+
+@pytest.mark.parametrize('saved', CASES, ids=IDS, indirect=True)
+def test_it_is_inspected_and_converted_for_plain_timm(saved, tmp_path):
+    fmt, architecture, path = saved
+    small = architecture in SMALL
+    report = inspect_checkpoint(path, create(architecture) if small else None)
+    text = str(report)
+    assert all(part in text for part in (fmt.method, fmt.copy, architecture, f'{report.total} of {report.total}'))
+    if report.missing:  # a norm that starts fresh is not in the file, so the file cannot fill a model strictly
+        return
+    destination = str(tmp_path / 'converted.safetensors')
+    convert_checkpoint(path, destination, create(architecture) if small else None)
+    model = timm.create_model(architecture, num_classes=0, checkpoint_path=destination, **SMALL.get(architecture, {}))
+    tensors = load_file(destination)
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())

@@ -1,0 +1,93 @@
+"""Which of timm's models a checkpoint would fit, by the shapes of its tensors"""
+
+import re
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from timm.models import create_model, is_model
+
+from .mapping import create_target, search, state_dicts
+from .read import Checkpoint
+from .unseen import contradictions
+
+MAX_NAMES = 3  # shown to the user
+
+Architecture = Tuple[str, Dict[str, Any]]
+
+
+class Family(NamedTuple):
+    """Models that are tried for files with certain keys, the most usual first.
+
+    Attributes:
+        marker: Pattern of a key, in any library's naming.
+        names: timm models.
+    """
+
+    marker: str
+    names: Tuple[str, ...]
+
+
+FAMILIES = (
+    Family(r'.*relative_position_bias_table$', (
+        'swin_tiny_patch4_window7_224', 'swin_small_patch4_window7_224', 'swin_base_patch4_window7_224',
+        'swin_base_patch4_window12_384', 'swin_large_patch4_window7_224',
+    )),
+    Family(r'.*(dwconv|conv_dw|depthwise_conv)\.', (
+        'convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base', 'convnext_large', 'convnext_femto',
+        'convnext_pico', 'convnext_nano', 'convnextv2_atto', 'convnextv2_nano', 'convnextv2_tiny', 'convnextv2_base',
+        'test_convnext', 'test_convnext2',
+    )),
+    Family(r'(.*\.)?storage_tokens$', (
+        'vit_small_patch16_dinov3', 'vit_base_patch16_dinov3', 'vit_large_patch16_dinov3',
+    )),
+    Family(r'.*(class_embedding$|pre_layrnorm|norm_pre)', (
+        'vit_base_patch32_clip_quickgelu_224', 'vit_base_patch16_clip_quickgelu_224',
+        'vit_large_patch14_clip_quickgelu_224', 'vit_base_patch32_clip_224', 'vit_base_patch16_clip_224',
+        'vit_large_patch14_clip_224',
+    )),
+    Family(r'.*((blocks|layers?)\.(\d+\.)?0\.(attn|attention|ln1|norm1|norm_before)|encoder\.layer\.0\.attention)', (
+        'vit_small_patch16_224', 'vit_small_patch16_224, num_heads=12', 'vit_base_patch16_224',
+        'vit_large_patch16_224', 'vit_tiny_patch16_224', 'vit_small_patch8_224', 'vit_base_patch8_224',
+        'vit_small_patch14_dinov2', 'vit_base_patch14_dinov2', 'vit_large_patch14_dinov2',
+        'vit_small_patch14_reg4_dinov2', 'vit_base_patch14_reg4_dinov2', 'vit_large_patch14_reg4_dinov2',
+        'vit_base_patch32_224', 'vit_base_patch16_gap_224', 'vit_huge_patch14_224', 'test_vit',
+    )),
+    Family(r'.*(layer1\.0|(^|\.)4\.0|stages\.0\.layers\.0\.layer\.0)\.(conv1|convolution)', (
+        'resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152', 'wide_resnet50_2', 'resnext50_32x4d',
+        'resnet26', 'resnet50d', 'test_resnet',
+    )),
+)  # fmt: skip
+
+
+def parse(description: str) -> Architecture:
+    """Name and arguments from 'name, key=value'."""
+    name, *arguments = description.split(', ')
+    return name, {key: int(value) for key, value in (argument.split('=') for argument in arguments)}
+
+
+def candidates(checkpoint: Checkpoint) -> List[str]:
+    """Models of the families that a file's keys look like, as 'name, key=value'."""
+    keys = {key for _, tensors in state_dicts(checkpoint.tree) for key in tensors}
+    family = next((f for f in FAMILIES if any(re.match(f.marker, key) for key in keys)), None)
+    return [name for name in family.names if is_model(parse(name)[0])] if family else []
+
+
+def build_on_meta(description: str) -> nn.Module:
+    """A model without memory for its weights or a classifier."""
+    name, kwargs = parse(description)
+    with torch.device('meta'):
+        return create_model(name, num_classes=0, **kwargs)
+
+
+def fitting_models(checkpoint: Checkpoint, checkpoint_key: Optional[str] = None) -> List[str]:
+    """Models that a file would fill, as 'name, key=value', the most usual first."""
+    found = []
+    for description in candidates(checkpoint):
+        target = create_target(build_on_meta(description))
+        mappings = search(target, checkpoint.tree, checkpoint_key)
+        if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
+            found.append(description)
+        if len(found) == MAX_NAMES:
+            break
+    return found

@@ -1,0 +1,179 @@
+"""A reading of a checkpoint for a model, checked before the model is touched"""
+
+import re
+from typing import Dict, List, NamedTuple, Optional, Tuple
+
+import torch
+
+from .mapping import Mapping, Target, search, state_dicts, strip
+from .nearest import fitting_models
+from .read import Checkpoint
+from .report import CheckpointReport, few
+from .rules import HEADS, REFUSALS
+from .unseen import contradictions, data_config
+
+
+class Plan(NamedTuple):
+    """A checked reading of a checkpoint."""
+
+    report: CheckpointReport
+    tensors: Dict[str, torch.Tensor]
+
+
+def make_plan(
+    target: Target,
+    checkpoint: Checkpoint,
+    load_classifier: bool = False,
+    checkpoint_key: Optional[str] = None,
+    allow_partial: bool = False,
+) -> Plan:
+    """Map a checkpoint onto a model and check the result, without touching the model.
+
+    Raises:
+        ValueError: It does not fit, or must not be loaded.
+    """
+    mapping = _choose(target, checkpoint, checkpoint_key)
+    problems = contradictions(mapping, target.model, checkpoint.config)
+    if not mapping.complete:
+        problems.insert(0, _explain(target, checkpoint, mapping))
+    notes: Tuple[str, ...] = ()
+    if problems:
+        text = ' '.join(problems)
+        if not allow_partial:
+            raise ValueError(text)
+        notes = (text,)
+    has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())
+    tensors = {
+        name: tensor for name, tensor in mapping.tensors.items() if has_classifier or name not in target.classifier
+    }
+    check_values(checkpoint, tensors, target)
+    return Plan(_report(target, checkpoint, mapping, tensors, has_classifier, notes, checkpoint_key), tensors)
+
+
+def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str]) -> Mapping:
+    """The one reading of a file that is meant."""
+    _refuse_known(checkpoint, target)
+    mappings = search(target, checkpoint.tree, checkpoint_key)
+    if not mappings:
+        dicts = ', '.join(f'{path or "top"} ({len(tensors)} tensors)' for path, tensors in state_dicts(checkpoint.tree))
+        if checkpoint_key:
+            raise ValueError(
+                f'Expected {checkpoint_key!r} to name a copy of the backbone in {checkpoint.source!r}, found '
+                f'{dicts or "no state dict"} and no such prefix with enough tensors.'
+            )
+        raise ValueError(
+            f'Expected tensors by name in {checkpoint.source!r}, enough for a {type(target.model).__name__}, found '
+            f'{dicts or f"only {few(map(str, checkpoint.tree))}"}.'
+        )
+    if len(mappings) > 1:
+        raise ValueError(
+            f'Expected one backbone in {checkpoint.source!r}, found {len(mappings)} that differ, and no known method '
+            f'that writes such a file. Choose one with checkpoint_key (train.py: --checkpoint-key): '
+            f'{", ".join(mapping.label for mapping in mappings)}.'
+        )
+    return mappings[0]
+
+
+def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
+    for _, tensors in state_dicts(checkpoint.tree):
+        for refusal in REFUSALS:
+            for key, tensor in tensors.items():
+                if not re.match(refusal.key, key) or (refusal.shape and tuple(tensor.shape) != refusal.shape):
+                    continue
+                if not any(shape == tensor.shape and key.endswith(name) for name, shape in target.shapes.items()):
+                    raise ValueError(
+                        f'Expected a network that timm has in {checkpoint.source!r}, got {refusal.what} '
+                        f'({key}). {refusal.why}'
+                    )
+
+
+def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
+    """Why a reading is not complete, and which models it would complete."""
+    shapes = [f'{name} {shape} for {tuple(target.shapes[name])}' for name, shape in mapping.wrong_shape.items()]
+    names = fitting_models(checkpoint)
+    fix = (
+        f'It fits {" or ".join(names)}: pass that as the model (train.py: --model).'
+        if names
+        else 'None of the timm models tried fits it.'
+    )
+    return (
+        f'Expected all {len(target.backbone)} backbone tensors of {type(target.model).__name__} in '
+        f'{checkpoint.source!r}, read as {mapping.rule.method} at {mapping.label}: '
+        f'{len(mapping.missing)} are missing ({few(mapping.missing)}), of these {len(shapes)} have another shape '
+        f'({few(shapes)}); {len(mapping.blocks)} of the file have no place in the model ({few(mapping.blocks)}). '
+        f'The model must be the architecture that was pretrained. {fix} '
+        'allow_partial (--allow-partial) loads what fits.'
+    )
+
+
+def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], target: Target) -> None:
+    """Refuse a dtype that is no weight, NaN and infinity.
+
+    Raises:
+        ValueError: There are such.
+    """
+    wanted = {name: tensor.dtype for name, tensor in target.model.state_dict().items()}
+    for name, tensor in tensors.items():
+        if wanted[name].is_floating_point and not tensor.is_floating_point():
+            raise ValueError(
+                f'Expected weights in {checkpoint.source!r}, {name} holds {tensor.dtype}. '
+                'Quantised checkpoints are not supported: take the one they were made from.'
+            )
+    bad: List[str] = []
+    for batch in checkpoint.batches({k: v for k, v in tensors.items() if v.is_floating_point()}):
+        # a sum is finite only if all of its terms are; one that overflows is looked at again
+        bad += [
+            name
+            for name, tensor in batch.items()
+            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all()
+        ]
+    if bad:
+        raise ValueError(
+            f'Expected finite weights in {checkpoint.source!r}, found NaN or infinity in {few(bad)}. '
+            'The pretraining diverged or the file is damaged: take an earlier checkpoint.'
+        )
+
+
+def _report(
+    target: Target,
+    checkpoint: Checkpoint,
+    mapping: Mapping,
+    tensors: Dict[str, torch.Tensor],
+    has_classifier: bool,
+    notes: Tuple[str, ...],
+    checkpoint_key: Optional[str],
+) -> CheckpointReport:
+    container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
+    source = strip(container, mapping.prefix)
+    addresses = {tensor.data_ptr() for tensor in source.values()}
+    wanted = {name: tensor.dtype for name, tensor in target.model.state_dict().items()}
+    outside = [key for key in container if not key.startswith(mapping.prefix)]
+    under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]
+    heads = [key for key in under if re.match(HEADS, key[len(mapping.prefix) :])]
+    fresh = target.fresh - tensors.keys()
+    if fresh:
+        under = [key for key in under if not key.startswith(mapping.prefix + 'norm.')]
+        notes = (*notes, f'{few(fresh)} start fresh: timm normalizes after the pooling, the file before it')
+    return CheckpointReport(
+        source=checkpoint.source,
+        kind=checkpoint.kind,
+        method=mapping.rule.method,
+        container=mapping.container,
+        prefix=mapping.prefix,
+        copy=mapping.rule.copy if checkpoint_key is None else mapping.label,
+        why=mapping.rule.why if checkpoint_key is None else 'asked for',
+        names=mapping.names,
+        total=len(target.backbone),
+        loaded=tuple(sorted(tensors)),
+        classifier=has_classifier,
+        renamed=tuple(sorted(name for name in tensors if name not in source)),
+        resized=tuple(
+            sorted(n for n, t in tensors.items() if not hasattr(t, 'parts') and t.data_ptr() not in addresses)
+        ),
+        cast=tuple(sorted(name for name, tensor in tensors.items() if tensor.dtype != wanted[name])),
+        dropped=tuple(sorted([*outside, *heads])),
+        missing=tuple(sorted([*mapping.missing, *fresh])),
+        left_over=tuple(sorted({*under, *(mapping.prefix + n for n in mapping.blocks)} - set(heads))),
+        data_config=data_config(mapping, target.model, source, checkpoint.config),
+        notes=notes,
+    )

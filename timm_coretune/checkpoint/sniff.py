@@ -1,0 +1,77 @@
+"""What a file is, told from its first bytes and not from its name"""
+
+import struct
+import zipfile
+from pathlib import Path
+
+
+def refuse(path: str, got: str, fix: str) -> ValueError:
+    return ValueError(f'Expected a checkpoint in safetensors or PyTorch format in {path!r}, got {got}. {fix}')
+
+
+_SIGNATURES = (  # first bytes, what they are, what to do
+    (b'version https://git-lfs', 'a git-lfs pointer', 'Fetch the file itself: git lfs pull.'),
+    (b'\x1f\x8b', 'a gzip archive', 'Unpack it first: gunzip or tar xzf.'),
+    (b'BZh', 'a bzip2 archive', 'Unpack it first: bunzip2.'),
+    (b'\xfd7zXZ', 'an xz archive', 'Unpack it first: unxz.'),
+    (b'\x28\xb5\x2f\xfd', 'a zstd archive', 'Unpack it first: unzstd.'),
+    (b'\x89HDF', 'an HDF5 file', 'Keras weights are not supported.'),
+)
+
+
+def sniff(path: str) -> str:
+    """Tell the format from the content: 'safetensors', 'torch', 'torch legacy', 'npz' or 'index'.
+
+    Raises:
+        ValueError: It is something else; the message says what and what to do.
+    """
+    size = Path(path).stat().st_size
+    with open(path, 'rb') as f:
+        head = f.read(512)
+    text = head.lstrip().lower()
+    if not size:
+        raise refuse(path, 'an empty file', 'The download or the copy failed: get it again.')
+    for start, what, fix in _SIGNATURES:
+        if head.startswith(start):
+            raise refuse(path, what, fix)
+    if text.startswith((b'<!doctype', b'<html', b'<?xml', b'<head')):
+        raise refuse(path, 'a web page', 'The link leads to a page about the file: take the link of the file itself.')
+    if head[257:262] == b'ustar':
+        raise refuse(path, 'a tar archive', 'Unpack it first: tar xf.')
+    if head.startswith(b'PK\x03\x04'):
+        return _sniff_zip(path, size)
+    if head.startswith(b'\x80'):
+        return 'torch legacy'
+    if text.startswith(b'{') and b'"weight_map"' in text or path.endswith('.index.json'):
+        return 'index'
+    if len(head) > 8 and head[8:9] == b'{':
+        (length,) = struct.unpack('<Q', head[:8])
+        if length > size - 8:
+            raise refuse(
+                path, f'a safetensors header of {length} bytes in a file of {size}', 'The file is cut: get it again.'
+            )
+        return 'safetensors'
+    raise refuse(path, f'an unknown format that starts with {head[:8]!r}', 'Is it another file of the release?')
+
+
+def _sniff_zip(path: str, size: int) -> str:
+    try:
+        entries = zipfile.ZipFile(path).infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
+        raise refuse(path, f'an archive that is damaged ({e})', 'The file is cut: get it again.') from e
+    unpacked = sum(entry.file_size for entry in entries)
+    names = [entry.filename for entry in entries]
+    if all(name.endswith('.npy') for name in names):
+        if unpacked > 20 * size:
+            raise refuse(path, f'an archive of {size} bytes that unpacks to {unpacked}', 'Do not trust its source.')
+        return 'npz'
+    if any(name.endswith('/constants.pkl') for name in names):
+        raise refuse(
+            path,
+            'a TorchScript archive, a program',
+            'Where you trust it, write safetensors.torch.save_file(torch.jit.load(path).state_dict(), destination).',
+        )
+    # torch stores tensors as they are, so an archive that unpacks to more than itself was not written by torch
+    if unpacked > size + 2**20:
+        raise refuse(path, f'an archive of {size} bytes that unpacks to {unpacked}', 'Do not trust its source.')
+    return 'torch'
