@@ -33,7 +33,7 @@ def create(architecture: str, num_classes: int = 0) -> torch.nn.Module:
     return timm.create_model(architecture, num_classes=num_classes, **SMALL.get(architecture, {}))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def weights(architecture: str, seed: int = 0) -> StateDict:
     """Random values for all tensors of a headless model, so that a default initialisation cannot pass for them."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,8 +155,15 @@ def dinov3(b, o):
 
 
 def fb_convnext(b, o):
-    out = sub(b, (r'^stem\.', 'downsample_layers.0.'), (r'^stages\.(\d)\.downsample\.', r'downsample_layers.\1.'),
-              (r'\.blocks\.', '.'), ('conv_dw', 'dwconv'), (r'mlp\.fc', 'pwconv'), (r'^head\.norm', 'norm'))  # fmt: skip
+    out = sub(
+        b,
+        (r'^stem\.', 'downsample_layers.0.'),
+        (r'^stages\.(\d)\.downsample\.', r'downsample_layers.\1.'),
+        (r'\.blocks\.', '.'),
+        ('conv_dw', 'dwconv'),
+        (r'mlp\.fc', 'pwconv'),
+        (r'^head\.norm', 'norm'),
+    )
     return {k: v.flatten(1) if 'pwconv' in k and v.ndim == 4 else v for k, v in out.items()}
 
 
@@ -250,7 +257,10 @@ def supcontrast(b, o):
 
 
 def pixpro(b, o):
-    return {'opt': ARGS, 'model': {**put('module.encoder.', b), **put('module.encoder_k.', o), **mlp('module.projector')}}
+    return {
+        'opt': ARGS,
+        'model': {**put('module.encoder.', b), **put('module.encoder_k.', o), **mlp('module.projector')},
+    }
 
 
 def sthalles(b, o):
@@ -348,9 +358,9 @@ FORMATS = (
     Format('lightly, examples', 'lightly', 'online encoder', lightly_moco, (RESNET,)),
     Format('lightly, DINO example', 'lightly DINO', 'teacher', lightly_dino, (RESNET,)),
     Format('LightlyTrain, state dict', 'LightlyTrain', 'teacher', lightly_train, (VIT, CONVNEXT)),
-    Format('DenseCL, OpenSelfSup', 'DenseCL, OpenSelfSup', 'query encoder', densecl, (RESNET50,)),
+    Format('OpenSelfSup, DenseCL, mmselfsup', 'DenseCL, OpenSelfSup', 'query encoder', densecl, (RESNET50,)),
     Format('mmselfsup BYOL', 'BYOL of OpenSelfSup, mmselfsup', 'online encoder', mm_byol, (RESNET,)),
-    Format('mmselfsup MoCo', 'DenseCL, OpenSelfSup', 'query encoder', mm_moco, (RESNET,)),
+    Format('mmselfsup MoCo', 'OpenSelfSup, DenseCL, mmselfsup', 'query encoder', mm_moco, (RESNET,)),
     Format('mmpretrain ViT', 'mmselfsup, mmpretrain', 'online encoder', mm_vit, (VIT,)),
     Format('mmpretrain ConvNeXt', 'mmselfsup, mmpretrain', 'online encoder', mm_convnext, (CONVNEXT,)),
     Format('PyContrast (MoCo, InfoMin)', 'PyContrast', 'query encoder', pycontrast, (RESNET,)),
@@ -362,7 +372,7 @@ FORMATS = (
     Format('OpenAI CLIP', 'OpenAI CLIP', 'image tower', openai_clip, ('vit_base_patch32_clip_quickgelu_224',)),
     Format('OpenCLIP', 'OpenCLIP', 'image tower', open_clip, ('vit_base_patch32_clip_224',)),
     Format('OpenCLIP with a timm tower', 'OpenCLIP with a timm tower', 'image tower', open_clip_timm, (VIT, CONVNEXT)),
-    Format('Lightning module', 'plain backbone', 'model.backbone', lightning, (RESNET, SWIN)),
+    Format('Lightning module', 'unknown method', 'state_dict/model.backbone', lightning, (RESNET, SWIN)),
     Format('timm train.py', 'timm train.py', 'EMA', timm_training, (RESNET,)),
     Format('any of these, compiled or sharded', 'MoCo v1/v2, PCL', 'query encoder', compiled_fsdp, (RESNET,)),
 )  # fmt: skip

@@ -21,11 +21,13 @@ class Family(NamedTuple):
 
     Attributes:
         marker: Pattern of a key, in any library's naming.
-        names: timm models.
+        names: timm models, with arguments where shapes do not show them.
+        skip_init: Whether they can be built without initialisation, which takes most of the time of building a ViT.
     """
 
     marker: str
     names: Tuple[str, ...]
+    skip_init: bool = False
 
 
 FAMILIES = (
@@ -45,14 +47,14 @@ FAMILIES = (
         'vit_base_patch32_clip_quickgelu_224', 'vit_base_patch16_clip_quickgelu_224',
         'vit_large_patch14_clip_quickgelu_224', 'vit_base_patch32_clip_224', 'vit_base_patch16_clip_224',
         'vit_large_patch14_clip_224',
-    )),
+    ), skip_init=True),
     Family(r'.*((blocks|layers?)\.(\d+\.)?0\.(attn|attention|ln1|norm1|norm_before)|encoder\.layer\.0\.attention)', (
         'vit_small_patch16_224', 'vit_small_patch16_224, num_heads=12', 'vit_base_patch16_224',
         'vit_large_patch16_224', 'vit_tiny_patch16_224', 'vit_small_patch8_224', 'vit_base_patch8_224',
         'vit_small_patch14_dinov2', 'vit_base_patch14_dinov2', 'vit_large_patch14_dinov2',
         'vit_small_patch14_reg4_dinov2', 'vit_base_patch14_reg4_dinov2', 'vit_large_patch14_reg4_dinov2',
         'vit_base_patch32_224', 'vit_base_patch16_gap_224', 'vit_huge_patch14_224', 'test_vit',
-    )),
+    ), skip_init=True),
     Family(r'.*(layer1\.0|(^|\.)4\.0|stages\.0\.layers\.0\.layer\.0)\.(conv1|convolution)', (
         'resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152', 'wide_resnet50_2', 'resnext50_32x4d',
         'resnet26', 'resnet50d', 'test_resnet',
@@ -76,6 +78,8 @@ def candidates(checkpoint: Checkpoint) -> List[str]:
 def build_on_meta(description: str) -> nn.Module:
     """A model without memory for its weights or a classifier."""
     name, kwargs = parse(description)
+    if any(family.skip_init and description in family.names for family in FAMILIES):
+        kwargs['weight_init'] = 'skip'
     with torch.device('meta'):
         return create_model(name, num_classes=0, **kwargs)
 

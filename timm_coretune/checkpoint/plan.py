@@ -151,17 +151,21 @@ def _report(
     under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]
     heads = [key for key in under if re.match(HEADS, key[len(mapping.prefix) :])]
     fresh = target.fresh - tensors.keys()
+    known = mapping.prefix in mapping.rule.prefixes
+    copy, why = (mapping.rule.copy, mapping.rule.why) if known else (mapping.label, 'the only part that fits')
+    if checkpoint_key is not None:
+        copy, why = mapping.label, 'asked for'
     if fresh:
         under = [key for key in under if not key.startswith(mapping.prefix + 'norm.')]
         notes = (*notes, f'{few(fresh)} start fresh: timm normalizes after the pooling, the file before it')
     return CheckpointReport(
         source=checkpoint.source,
         kind=checkpoint.kind,
-        method=mapping.rule.method,
+        method=mapping.rule.method if known else 'unknown method',
         container=mapping.container,
         prefix=mapping.prefix,
-        copy=mapping.rule.copy if checkpoint_key is None else mapping.label,
-        why=mapping.rule.why if checkpoint_key is None else 'asked for',
+        copy=copy,
+        why=why,
         names=mapping.names,
         total=len(target.backbone),
         loaded=tuple(sorted(tensors)),

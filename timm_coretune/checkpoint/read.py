@@ -98,6 +98,8 @@ class Checkpoint(NamedTuple):
 
 def read_torch(path: str, kind: str) -> Any:
     """Read a file of torch.save, with the weights-only unpickler and the allowed globals."""
+    if path.endswith('.safetensors'):  # torch goes by the name, and would not use its unpickler
+        raise refuse(path, 'a file of torch.save with the name of another format', 'Rename it to .pth.')
     try:
         with torch.serialization.safe_globals(_allowed_globals()):
             return torch.load(path, map_location='cpu', weights_only=True, mmap=kind == 'torch')

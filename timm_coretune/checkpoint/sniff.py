@@ -6,7 +6,9 @@ from pathlib import Path
 
 
 def refuse(path: str, got: str, fix: str) -> ValueError:
-    return ValueError(f'Expected a checkpoint in safetensors or PyTorch format in {path!r}, got {got}. {fix}')
+    return ValueError(
+        f'Expected a checkpoint in safetensors or PyTorch format, could not read {path!r}: it is {got}. {fix}'
+    )
 
 
 _SIGNATURES = (  # first bytes, what they are, what to do
