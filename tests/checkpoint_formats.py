@@ -358,7 +358,7 @@ FORMATS = (
     Format('lightly, examples', 'lightly', 'online encoder', lightly_moco, (RESNET,)),
     Format('lightly, DINO example', 'lightly DINO', 'teacher', lightly_dino, (RESNET,)),
     Format('LightlyTrain, state dict', 'LightlyTrain', 'teacher', lightly_train, (VIT, CONVNEXT)),
-    Format('OpenSelfSup, DenseCL, mmselfsup', 'DenseCL, OpenSelfSup', 'query encoder', densecl, (RESNET50,)),
+    Format('OpenSelfSup, DenseCL, mmselfsup', 'OpenSelfSup, DenseCL, mmselfsup', 'query encoder', densecl, (RESNET50,)),
     Format('mmselfsup BYOL', 'BYOL of OpenSelfSup, mmselfsup', 'online encoder', mm_byol, (RESNET,)),
     Format('mmselfsup MoCo', 'OpenSelfSup, DenseCL, mmselfsup', 'query encoder', mm_moco, (RESNET,)),
     Format('mmpretrain ViT', 'mmselfsup, mmpretrain', 'online encoder', mm_vit, (VIT,)),

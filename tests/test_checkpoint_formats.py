@@ -1,12 +1,16 @@
 """Each kind of file gives every tensor of its backbone, from the copy that should be taken"""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
-from checkpoint_formats import CASES, SMALL, create, weights
+from checkpoint_docs import page
+from checkpoint_formats import CASES, FORMATS, SMALL, create, weights
 from safetensors.torch import load_file
 
 from timm_coretune import convert_checkpoint, inspect_checkpoint, load_checkpoint
+from timm_coretune.checkpoint.rules import RULES
 
 IDS = [f'{fmt.name}-{architecture}' for fmt, architecture in CASES]
 
@@ -50,7 +54,18 @@ def test_it_is_inspected_and_converted_for_plain_timm(saved, tmp_path):
     if report.missing:  # a norm that starts fresh is not in the file, so the file cannot fill a model strictly
         return
     destination = str(tmp_path / 'converted.safetensors')
-    convert_checkpoint(path, destination, create(architecture) if small else None)
+    convert_checkpoint(path, destination, create(architecture))  # which looks for a model as inspect does
     model = timm.create_model(architecture, num_classes=0, checkpoint_path=destination, **SMALL.get(architecture, {}))
     tensors = load_file(destination)
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+
+
+def test_every_row_of_the_table_has_a_file_that_it_reads():
+    # transformers and plain files are in test_checkpoint_libraries.py
+    tested = {fmt.method for fmt in FORMATS}
+    assert {rule.method for rule in RULES if not rule.method.startswith('Hugging Face')} <= tested
+
+
+def test_the_page_of_the_docs_is_that_of_these_tests():
+    written = Path(__file__).parent.parent / 'docs' / 'checkpoints.md'
+    assert written.read_text() == page(), 'python tests/checkpoint_docs.py > docs/checkpoints.md'

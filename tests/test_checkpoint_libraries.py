@@ -67,6 +67,18 @@ def hugging_face(name):
 
 
 HF = ('ResNet-18', 'ResNet-50', 'ViT', 'DINOv2', 'DINOv2 with registers', 'ConvNeXt', 'Swin', 'CLIP', 'CLIP with GELU')
+LIGHTLY = ('SimCLR', 'MoCo', 'BYOL', 'SwAV', 'SimSiam', 'Barlow Twins', 'DINO')
+LIBRARIES = {  # for the table of the docs: copy and architectures of what is tested here
+    'Hugging Face ResNet': ('encoder', ('ResNet',)),
+    'Hugging Face ViT, ViT-MAE, DINOv2, DINOv2 with registers': ('encoder', ('ViT',)),
+    'Hugging Face ConvNeXt': ('encoder', ('ConvNeXt',)),
+    'Hugging Face Swin': ('encoder', ('Swin',)),
+    'Hugging Face CLIP': ('image tower', ('ViT',)),
+    **{f'lightly {m}': ('teacher' if m == 'DINO' else 'online encoder', ('ResNet',)) for m in LIGHTLY},
+    'open_clip': ('image tower', ('ViT',)),
+    'open_clip with a timm tower': ('image tower', ('ViT', 'ConvNeXt')),
+    'torchvision': ('encoder', ('ResNet',)),
+}
 
 
 @pytest.mark.parametrize('name', HF)
@@ -144,7 +156,7 @@ def lightly_module(method, torchvision_backbone):
 
 
 @pytest.mark.parametrize('network', ['resnet18', 'resnet50'])
-@pytest.mark.parametrize('method', ['SimCLR', 'MoCo', 'BYOL', 'SwAV', 'SimSiam', 'Barlow Twins', 'DINO'])
+@pytest.mark.parametrize('method', LIGHTLY)
 def test_a_module_of_lightly_computes_the_same_in_timm(method, network, tmp_path):
     backbone = randomize(getattr(torchvision.models, network)())
     module = lightly_module(method, backbone)

@@ -37,7 +37,7 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
         print(report)
         return report
     report = convert_checkpoint(args.source, args.destination, model, args.checkpoint_key)
-    name, *kwargs = report.architecture.split(' or ')[0].split(', ')
+    name, *kwargs = report.architecture.split(', ')
     kwargs += [f'{key}={value!r}' for key, value in args.model_kwargs.items()]
     print(report)
     call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={args.destination!r}'])

@@ -78,14 +78,14 @@ def _plan(checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Op
     if model is None:
         if checkpoint.kind == 'npz':
             raise ValueError(f'Expected a model to read the JAX archive {checkpoint.source!r} for: give one (--model).')
-        found = fitting_models(checkpoint, checkpoint_key)
+        found = fitting_models(checkpoint, 1, checkpoint_key)
         if not found:
             tried = '; '.join(candidates(checkpoint)) or 'its keys look like no known family'
             raise ValueError(
                 f'Expected a network that timm has in {checkpoint.source!r}, none of those tried fits ({tried}). '
                 'Give the model (--model NAME --model-kwargs KEY=VALUE ...) to see what is missing.'
             )
-        architecture, model = ' or '.join(found), build_on_meta(found[0])
+        architecture, model = found[0], build_on_meta(found[0])
     else:
         architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
         if checkpoint.kind == 'npz':

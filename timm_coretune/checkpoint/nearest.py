@@ -11,8 +11,6 @@ from .mapping import create_target, search, state_dicts
 from .read import Checkpoint
 from .unseen import contradictions
 
-MAX_NAMES = 3  # shown to the user
-
 Architecture = Tuple[str, Dict[str, Any]]
 
 
@@ -84,14 +82,14 @@ def build_on_meta(description: str) -> nn.Module:
         return create_model(name, num_classes=0, **kwargs)
 
 
-def fitting_models(checkpoint: Checkpoint, checkpoint_key: Optional[str] = None) -> List[str]:
-    """Models that a file would fill, as 'name, key=value', the most usual first."""
+def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None) -> List[str]:
+    """Up to so many models that a file would fill, as 'name, key=value', the most usual first."""
     found = []
     for description in candidates(checkpoint):
         target = create_target(build_on_meta(description))
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
             found.append(description)
-        if len(found) == MAX_NAMES:
+        if len(found) == most:
             break
     return found

@@ -90,7 +90,7 @@ def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
 def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
     """Why a reading is not complete, and which models it would complete."""
     shapes = [f'{name} {shape} for {tuple(target.shapes[name])}' for name, shape in mapping.wrong_shape.items()]
-    names = fitting_models(checkpoint)
+    names = fitting_models(checkpoint, most=3)
     fix = (
         f'It fits {" or ".join(names)}: pass that as the model (train.py: --model).'
         if names

@@ -42,13 +42,12 @@ def contradictions(mapping: Mapping, model: nn.Module, config: Configs) -> List[
         )
     quick_gelu = _trained_with_quick_gelu(mapping, config)
     if quick_gelu is not None and quick_gelu != _is_quick_gelu(model):
-        is_clip = mapping.rule.quick_gelu or mapping.rule.quick_gelu is None
         if quick_gelu:
             found.append(
                 'The network was trained with QuickGELU, this model has another activation: take the timm model with '
                 "'quickgelu' in its name (vit_base_patch32_clip_quickgelu_224), or act_layer='quick_gelu'."
             )
-        elif is_clip:
+        else:
             found.append(
                 'The network was trained with GELU, this model has QuickGELU: take the timm model without '
                 "'quickgelu' in its name."
