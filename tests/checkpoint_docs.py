@@ -17,8 +17,8 @@ HEAD = """# Checkpoints
 `load_checkpoint(model, source)`, `train.py --pretrained-path SOURCE` and
 `python -m timm_coretune.checkpoint inspect SOURCE` take a file (safetensors, `.pth`, `.pth.tar`, `.pt`, `.ckpt`,
 `.bin`, and `.npz` where timm reads it), a folder (of shards, or of Hugging Face), `hf-hub:owner/name[@revision]`, an
-`https://` URL, or a short name. Pickles are never run: a file that needs more than tensors and plain data is refused, with what it
-wanted to import.
+`https://` URL, or a short name. Pickles are never run: a file that needs more than tensors and plain data is refused,
+with what it wanted to import.
 
 All of the backbone must be found, and no block of the file may be left over. Otherwise the model stays as it was, and
 the error names the timm models that would fit. `python -m timm_coretune.checkpoint convert SOURCE FILE.safetensors`

@@ -208,6 +208,21 @@ def test_a_wrong_name_is_told_with_near_ones(tmp_path):
         load_checkpoint(tiny(), 'mocov2_resnet_50')
 
 
+@pytest.mark.parametrize('start', [b'\x80\x02', b'\x1f\x8b', b'<!', b'PK'], ids=repr)
+def test_a_safetensors_file_may_begin_like_another_format(start, tmp_path):
+    # it begins with the length of its header, which may be padded
+    save_file(weights(), tmp_path / 'plain')
+    content = (tmp_path / 'plain').read_bytes()
+    length = int.from_bytes(content[:8], 'little')
+    wanted = int.from_bytes(start, 'little')
+    while wanted < length:
+        wanted += 256 ** len(start)
+    padded = wanted.to_bytes(8, 'little') + content[8 : 8 + length] + b' ' * (wanted - length) + content[8 + length :]
+    (tmp_path / 'padded').write_bytes(padded)
+    assert padded.startswith(start)
+    assert load_checkpoint(tiny(), tmp_path / 'padded').missing == ()
+
+
 def test_a_folder_with_one_file_of_any_name_is_enough(tmp_path):
     torch.save(moco(weights()), tmp_path / 'epoch_199.ckpt')
     (tmp_path / 'log.txt').write_text('loss 6.9')

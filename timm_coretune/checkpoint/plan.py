@@ -1,5 +1,6 @@
 """A reading of a checkpoint for a model, checked before the model is touched"""
 
+import math
 import re
 from typing import Dict, List, NamedTuple, Optional, Tuple
 
@@ -112,9 +113,8 @@ def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], targe
     Raises:
         ValueError: There are such.
     """
-    wanted = {name: tensor.dtype for name, tensor in target.model.state_dict().items()}
     for name, tensor in tensors.items():
-        if wanted[name].is_floating_point and not tensor.is_floating_point():
+        if target.dtypes[name].is_floating_point and not tensor.is_floating_point():
             raise ValueError(
                 f'Expected weights in {checkpoint.source!r}, {name} holds {tensor.dtype}. '
                 'Quantised checkpoints are not supported: take the one they were made from.'
@@ -125,7 +125,7 @@ def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], targe
         bad += [
             name
             for name, tensor in batch.items()
-            if not torch.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all()
+            if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all()
         ]
     if bad:
         raise ValueError(
@@ -146,7 +146,6 @@ def _report(
     container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
     source = strip(container, mapping.prefix)
     addresses = {tensor.data_ptr() for tensor in source.values()}
-    wanted = {name: tensor.dtype for name, tensor in target.model.state_dict().items()}
     outside = [key for key in container if not key.startswith(mapping.prefix)]
     under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]
     heads = [key for key in under if re.match(HEADS, key[len(mapping.prefix) :])]
@@ -174,7 +173,7 @@ def _report(
         resized=tuple(
             sorted(n for n, t in tensors.items() if not hasattr(t, 'parts') and t.data_ptr() not in addresses)
         ),
-        cast=tuple(sorted(name for name, tensor in tensors.items() if tensor.dtype != wanted[name])),
+        cast=tuple(sorted(name for name, tensor in tensors.items() if tensor.dtype != target.dtypes[name])),
         dropped=tuple(sorted([*outside, *heads])),
         missing=tuple(sorted([*mapping.missing, *fresh])),
         left_over=tuple(sorted({*under, *(mapping.prefix + n for n in mapping.blocks)} - set(heads))),

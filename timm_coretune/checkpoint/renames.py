@@ -128,4 +128,5 @@ def apply_rename(rename: Rename, tensors: Dict[str, torch.Tensor]) -> Dict[str, 
 
 def renames_for(tensors: Dict[str, torch.Tensor]) -> Tuple[Rename, ...]:
     """The renames whose marker is among the keys."""
-    return tuple(r for r in RENAMES if any(re.match(r.marker, key) for key in tensors))
+    keys = '\n'.join(tensors)
+    return tuple(r for r in RENAMES if re.search(f'^({r.marker})', keys, re.MULTILINE))

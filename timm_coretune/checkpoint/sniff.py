@@ -1,6 +1,5 @@
 """What a file is, told from its first bytes and not from its name"""
 
-import struct
 import zipfile
 from pathlib import Path
 
@@ -33,6 +32,10 @@ def sniff(path: str) -> str:
     text = head.lstrip().lower()
     if not size:
         raise refuse(path, 'an empty file', 'The download or the copy failed: get it again.')
+    # safetensors first: it begins with a length, whose bytes can be those that another format begins with
+    header_length = int.from_bytes(head[:8], 'little')
+    if head[8:9] == b'{' and header_length <= size - 8:
+        return 'safetensors'
     for start, what, fix in _SIGNATURES:
         if head.startswith(start):
             raise refuse(path, what, fix)
@@ -46,13 +49,9 @@ def sniff(path: str) -> str:
         return 'torch legacy'
     if text.startswith(b'{') and b'"weight_map"' in text or path.endswith('.index.json'):
         return 'index'
-    if len(head) > 8 and head[8:9] == b'{':
-        (length,) = struct.unpack('<Q', head[:8])
-        if length > size - 8:
-            raise refuse(
-                path, f'a safetensors header of {length} bytes in a file of {size}', 'The file is cut: get it again.'
-            )
-        return 'safetensors'
+    if head[8:9] == b'{':
+        what = f'a safetensors header of {header_length} bytes in a file of {size}'
+        raise refuse(path, what, 'The file is cut: get it again.')
     raise refuse(path, f'an unknown format that starts with {head[:8]!r}', 'Is it another file of the release?')
 
 
