@@ -18,6 +18,7 @@ def test_the_bundled_file_gives_the_query_encoder():
     assert (report.method, report.copy) == ('MoCo v1/v2, PCL', 'query encoder')
     assert torch.equal(model.conv1[0].weight, tensors['module.encoder_q.conv1.0.weight'])
     assert not torch.equal(model.conv1[0].weight, tensors['module.encoder_k.conv1.0.weight'])
+    assert report.data_config['mean'] == (0.5, 0.5, 0.5)  # as its own metadata says
 
 
 def test_its_architecture_is_found():

@@ -7,7 +7,7 @@ import timm
 import torch
 from checkpoint_docs import page
 from checkpoint_formats import CASES, FORMATS, SMALL, create, weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from timm_coretune import convert_checkpoint, inspect_checkpoint, load_checkpoint
 from timm_coretune.checkpoint.rules import RULES
@@ -42,6 +42,23 @@ def test_all_of_the_backbone_is_loaded_from_the_right_copy(saved):
         if name not in fresh and not (name.endswith('num_batches_tracked') and name not in report.loaded):
             assert torch.equal(state[name], value.half().float() if half else value), name
     assert report.matched == report.total
+
+
+FLAT = ('DINOv2, as released', 'DINOv2 with registers', 'DINOv3', 'OpenAI CLIP', 'ConvNeXt, original names')
+
+
+@pytest.mark.parametrize(
+    'fmt, architecture', [c for c in CASES if c[0].name in FLAT], ids=lambda v: getattr(v, 'name', v)
+)
+def test_the_same_is_loaded_from_safetensors_which_are_read_piece_by_piece(fmt, architecture, tmp_path):
+    content = fmt.content(weights(architecture), weights(architecture, seed=1))
+    save_file({k: v.contiguous().clone() for k, v in content.items()}, tmp_path / 'model.safetensors')
+    torch.save(content, tmp_path / 'model.pth')
+    models = create(architecture), create(architecture)
+    for model, file in zip(models, ('model.safetensors', 'model.pth'), strict=True):
+        assert load_checkpoint(model, tmp_path / file).missing == ()
+    first, second = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.parametrize('saved', CASES, ids=IDS, indirect=True)

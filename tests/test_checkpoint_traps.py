@@ -104,16 +104,23 @@ def test_what_fits_of_a_file_is_loaded_where_that_is_allowed(save, caplog):
     assert 'are missing' in caplog.text
 
 
+def test_a_file_with_less_than_half_of_the_network_is_refused_even_then(save):
+    little = {k: v for k, v in weights(TINY).items() if k.startswith(('conv1', 'layer1'))}
+    little.update({f'other{i}': torch.zeros(3) for i in range(60)})
+    with pytest.raises(ValueError, match='are missing'):
+        load_checkpoint(create(TINY), save(little), allow_partial=True)
+
+
 def test_the_good_case_is_one_line(save, caplog):
     file = save(moco(weights('resnet50'), weights('resnet50', 1)))
     with caplog.at_level(logging.INFO, logger='timm_coretune'):
         report = load_checkpoint(create('resnet50', num_classes=10), file)
     (record,) = [r for r in caplog.records if r.name.startswith('timm_coretune')]
     assert record.getMessage() == (
-        f'Loaded {file}: MoCo v1/v2, PCL, query encoder (state_dict/encoder_q.), 265 of 265 backbone tensors, '
+        f'Loaded {file}: MoCo v1/v2, PCL, query encoder (state_dict/encoder_q.), 318 of 318 backbone tensors, '
         'classifier new.'
     )
-    assert len(report.loaded) == 318  # with the counters of BatchNorm
+    assert len(report.loaded) == 318
     assert {name.split('.')[0] for name in report.dropped} == {'encoder_k', 'encoder_q', 'queue', 'queue_ptr'}
 
 
@@ -230,6 +237,29 @@ def test_clip_brings_its_own_mean(save):
     assert 'mean' not in load_checkpoint(create(name), save(bare)).data_config
 
 
+def test_the_mean_in_the_file_itself_comes_first(tmp_path):
+    content = put('encoder_q.', weights(TINY))
+    save_file(content, tmp_path / 'moco.safetensors', {'mean': '0.1 0.2 0.3', 'std': '0.4 0.5 0.6'})
+    report = load_checkpoint(create(TINY), tmp_path / 'moco.safetensors')
+    assert (report.data_config['mean'], report.data_config['std']) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    convert_checkpoint(tmp_path / 'moco.safetensors', tmp_path / 'converted.safetensors')
+    assert inspect_checkpoint(tmp_path / 'converted.safetensors').data_config['mean'] == (0.1, 0.2, 0.3)
+
+
+def test_an_activation_that_the_file_does_not_tell_is_told(save):
+    name = 'vit_base_patch32_clip_224'
+    (note,) = (n for n in load_checkpoint(create(name), save(open_clip(weights(name), None))).notes if 'GELU' in n)
+    assert 'does not tell whether it was trained with QuickGELU' in note
+
+
+def test_tensors_that_are_not_dense_are_no_weights(save):
+    sparse = {**weights(TINY), 'memory': torch.eye(8).to_sparse()}
+    assert load_checkpoint(create(TINY), save(sparse)).missing == ()
+    sparse['layer1.0.conv1.weight'] = sparse['layer1.0.conv1.weight'].to_sparse()
+    with pytest.raises(ValueError, match='1 are missing'):
+        load_checkpoint(create(TINY), save(sparse))
+
+
 def test_half_precision_is_cast_and_it_is_said(save):
     model = create(TINY)
     report = load_checkpoint(
@@ -304,7 +334,7 @@ def test_the_command_line_inspects_and_converts(save, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     save(moco(weights('resnet18'), weights('resnet18', 1)))
     shown = shown_by('inspect', 'checkpoint.pth')
-    for part in ('MoCo v1/v2', 'query encoder', 'resnet18', '100 of 100', 'queue (1)'):
+    for part in ('MoCo v1/v2', 'query encoder', 'resnet18', '120 of 120', 'queue (1)'):
         assert part in shown
     shown = shown_by('convert', 'checkpoint.pth', 'out.safetensors', '--checkpoint-key', 'encoder_k')
     assert "timm.create_model('resnet18', num_classes=0, checkpoint_path='out.safetensors')" in shown

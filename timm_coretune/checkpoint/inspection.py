@@ -1,7 +1,6 @@
 """What a checkpoint holds, and its backbone as a file that plain timm loads"""
 
 import dataclasses
-import json
 import os
 from typing import Optional, Tuple, Union
 
@@ -66,8 +65,9 @@ def convert_checkpoint(
         if name.endswith('num_batches_tracked'):  # timm's loading is strict, and a file may lack these
             tensors.setdefault(name, torch.zeros(shape, dtype=torch.long))
     report = plan.report
-    metadata = {'format': 'pt', 'source': report.source, 'method': report.method, 'copy': report.copy,
-                'architecture': report.architecture, 'data_config': json.dumps(report.data_config)}  # fmt: skip
+    metadata = {'format': 'pt', 'method': report.method, 'copy': report.copy, 'architecture': report.architecture}
+    # so that loading it again brings them along
+    metadata.update({key: ' '.join(map(str, value)) for key, value in report.data_config.items()})
     save_file(tensors, destination + '.part', metadata)
     os.replace(destination + '.part', destination)
     return report

@@ -52,7 +52,8 @@ def load_checkpoint(
         load_classifier: Load the classifier too, where the file has one that fits. Otherwise it stays as initialised.
         checkpoint_key: Which copy to take, where the file has more than one and not the default: a key of the file
             (`student`), a prefix (`encoder_k`), or both (`state_dict/encoder_k`).
-        allow_partial: Load what fits where the file lacks a part of the backbone or has one more, with a warning.
+        allow_partial: Load what fits, if that is more than half, where the file lacks a part of the backbone or has
+            one more, with a warning.
 
     Returns:
         What was loaded.

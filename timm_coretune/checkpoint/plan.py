@@ -11,7 +11,7 @@ from .nearest import fitting_models
 from .read import Checkpoint
 from .report import CheckpointReport, few
 from .rules import HEADS, REFUSALS
-from .unseen import contradictions, data_config
+from .unseen import contradictions, data_config, unknowns
 
 
 class Plan(NamedTuple):
@@ -37,12 +37,13 @@ def make_plan(
     problems = contradictions(mapping, target.model, checkpoint.config)
     if not mapping.complete:
         problems.insert(0, _explain(target, checkpoint, mapping))
-    notes: Tuple[str, ...] = ()
+    notes = tuple(unknowns(mapping, target.model, checkpoint.config))
     if problems:
         text = ' '.join(problems)
-        if not allow_partial:
+        # a file that gives less than half of a network holds another one
+        if not allow_partial or 2 * len(mapping.missing) > len(target.backbone):
             raise ValueError(text)
-        notes = (text,)
+        notes = (text, *notes)
     has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())
     tensors = {
         name: tensor for name, tensor in mapping.tensors.items() if has_classifier or name not in target.classifier
@@ -103,7 +104,7 @@ def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
         f'{len(mapping.missing)} are missing ({few(mapping.missing)}), of these {len(shapes)} have another shape '
         f'({few(shapes)}); {len(mapping.blocks)} of the file have no place in the model ({few(mapping.blocks)}). '
         f'The model must be the architecture that was pretrained. {fix} '
-        'allow_partial (--allow-partial) loads what fits.'
+        'allow_partial (--allow-partial) loads what fits, if that is most of it.'
     )
 
 
@@ -114,7 +115,8 @@ def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], targe
         ValueError: There are such.
     """
     for name, tensor in tensors.items():
-        if target.dtypes[name].is_floating_point and not tensor.is_floating_point():
+        is_weight = tensor.is_floating_point() and tensor.element_size() > 1
+        if target.dtypes[name].is_floating_point and not is_weight:
             raise ValueError(
                 f'Expected weights in {checkpoint.source!r}, {name} holds {tensor.dtype}. '
                 'Quantised checkpoints are not supported: take the one they were made from.'
@@ -125,7 +127,8 @@ def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], targe
         bad += [
             name
             for name, tensor in batch.items()
-            if not math.isfinite(tensor.sum(dtype=torch.float32)) and not torch.isfinite(tensor).all()
+            if not math.isfinite(tensor.sum(dtype=torch.float32))
+            and not torch.isfinite(tensor.to(target.dtypes[name])).all()
         ]
     if bad:
         raise ValueError(
@@ -145,7 +148,7 @@ def _report(
 ) -> CheckpointReport:
     container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
     source = strip(container, mapping.prefix)
-    addresses = {tensor.data_ptr() for tensor in source.values()}
+    storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
     outside = [key for key in container if not key.startswith(mapping.prefix)]
     under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]
     heads = [key for key in under if re.match(HEADS, key[len(mapping.prefix) :])]
@@ -166,12 +169,17 @@ def _report(
         copy=copy,
         why=why,
         names=mapping.names,
-        total=len(target.backbone),
+        # BatchNorm's counters count where the file has them
+        total=len(target.backbone | {name for name in tensors if name.endswith('num_batches_tracked')}),
         loaded=tuple(sorted(tensors)),
         classifier=has_classifier,
         renamed=tuple(sorted(name for name in tensors if name not in source)),
         resized=tuple(
-            sorted(n for n, t in tensors.items() if not hasattr(t, 'parts') and t.data_ptr() not in addresses)
+            sorted(
+                name
+                for name, tensor in tensors.items()
+                if not hasattr(tensor, 'parts') and tensor.untyped_storage().data_ptr() not in storages
+            )
         ),
         cast=tuple(sorted(name for name, tensor in tensors.items() if tensor.dtype != target.dtypes[name])),
         dropped=tuple(sorted([*outside, *heads])),

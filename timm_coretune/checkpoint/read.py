@@ -42,6 +42,9 @@ def _allowed_globals() -> List[Any]:
     return allowed
 
 
+Places = Dict[Tuple[int, int], Tuple[str, str]]
+
+
 class Checkpoint(NamedTuple):
     """What a source holds.
 
@@ -50,15 +53,15 @@ class Checkpoint(NamedTuple):
         kind: Format of the files.
         files: Their paths.
         tree: Nested dictionaries with tensors at their leaves.
-        places: File and key of each tensor by its address, for files that can be read again a tensor at a time.
-        config: What JSON files beside the weights tell of the network and its input.
+        places: File and key of each tensor by its address and length, where it can be read again on its own.
+        config: What JSON files beside the weights and the file's own metadata tell of the network and its input.
     """
 
     source: str
     kind: str
     files: Tuple[str, ...]
     tree: Dict[str, Any]
-    places: Dict[int, Tuple[str, str]]
+    places: Places
     config: Dict[str, Any]
 
     def batches(self, tensors: Dict[str, torch.Tensor]) -> Iterator[Dict[str, torch.Tensor]]:
@@ -82,7 +85,7 @@ class Checkpoint(NamedTuple):
         handles: Dict[str, Any] = {}
 
         def again(tensor: torch.Tensor) -> torch.Tensor:
-            place = self.places.get(tensor.data_ptr()) if tensor.numel() else None
+            place = self.places.get((tensor.data_ptr(), tensor.numel()))
             if place is None or not tensor.is_contiguous():
                 return tensor
             file, key = place
@@ -121,14 +124,15 @@ def read_torch(path: str, kind: str) -> Any:
         raise refuse(path, f'a damaged file ({str(e).splitlines()[0] if str(e) else e!r})', 'Get it again.') from e
 
 
-def read_safetensors(path: str) -> Tuple[Dict[str, torch.Tensor], Dict[int, Tuple[str, str]]]:
-    """Map a safetensors file. The library checks that its header describes all of the file, without gaps."""
+def read_safetensors(path: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, str]]:
+    """Map a safetensors file, and read its metadata. The library checks the header against the file."""
     try:
         with safe_open(path, 'pt') as f:
+            metadata = f.metadata() or {}
             tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError, MemoryError, OverflowError) as e:
         raise refuse(path, f'a damaged safetensors file ({e})', 'Get it again.') from e
-    return tensors, {t.data_ptr(): (path, key) for key, t in tensors.items() if t.numel()}
+    return tensors, metadata
 
 
 def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> Checkpoint:
@@ -138,13 +142,14 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
         ValueError: A file is no checkpoint, is damaged, or would have to be trusted.
     """
     tree: Dict[str, Any] = {}
-    places: Dict[int, Tuple[str, str]] = {}
+    places: Places = {}
     kind = ''
     for path in files:
         kind = sniff(path)
         if kind == 'safetensors':
-            part, part_places = read_safetensors(path)
-            places.update(part_places)
+            part, metadata = read_safetensors(path)
+            places.update({(t.data_ptr(), t.numel()): (path, key) for key, t in part.items() if t.numel()})
+            config = {**config, 'metadata': metadata}
         elif kind == 'npz':
             part = {}
         else:
@@ -169,6 +174,10 @@ def _check_sizes(path: str, tree: Dict[str, Any]) -> None:
                 )
 
 
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+
+
 def walk(tree: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
     """Each dictionary inside a file that holds tensors, with the path of keys to it, outer ones first."""
     queue = collections.deque([('', tree, 0)])
@@ -178,7 +187,7 @@ def walk(tree: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
         if id(node) in seen or depth > MAX_DEPTH:
             continue
         seen.add(id(node))
-        tensors = {k: v for k, v in node.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
+        tensors = {k: v for k, v in node.items() if isinstance(k, str) and _is_dense(v)}
         if tensors:
             yield path, tensors
         for key, value in node.items():

@@ -88,7 +88,7 @@ def _shards(index: str) -> Tuple[str, ...]:
     try:
         weight_map = json.loads(Path(index).read_text())['weight_map']
         names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"Expected an index with a 'weight_map' of tensors to files in {index!r}, got {e}.") from e
     if not names:
         raise ValueError(f'Expected an index that names files in {index!r}, it names none.')
@@ -117,7 +117,7 @@ def _configs(folder: str) -> Dict[str, Any]:
         if path.is_file():
             try:
                 configs[name] = json.loads(path.read_text())
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 raise ValueError(f'Expected JSON in {str(path)!r}, got {e}.') from e
     return configs
 
@@ -134,10 +134,12 @@ def _snapshot(hub_id: str) -> str:
         if weights.endswith('.json'):
             wanted.append(weights.replace('model', 'model-*').replace('.index.json', ''))
         return huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=wanted)
-    except huggingface_hub.errors.OfflineModeIsEnabled:
-        return huggingface_hub.snapshot_download(repo_id, revision=revision or None, local_files_only=True)
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.HFValidationError, OSError) as e:
-        raise ValueError(
-            f'Expected a repository of the Hub in hf-hub:{hub_id!r}, got {type(e).__name__}: '
-            f'{str(e).strip().splitlines()[0]}. Check its name; a private one needs `hf auth login`.'
-        ) from e
+    except Exception as e:  # of the client and of the HTTP library below it, which changes with its version
+        try:
+            return huggingface_hub.snapshot_download(repo_id, revision=revision or None, local_files_only=True)
+        except Exception:
+            raise ValueError(
+                f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(e).__name__}: '
+                f'{(str(e).strip() or "no message").splitlines()[0]}. Check its name and the connection; a private one '
+                'needs `hf auth login`.'
+            ) from e

@@ -13,11 +13,18 @@ from .rules import IMAGENET
 Configs = Dict[str, Any]
 
 
+def _section(config: Configs, *names: str) -> Dict[str, Any]:
+    """A dictionary inside the configs, empty where there is none."""
+    for name in names:
+        config = config.get(name)
+        if not isinstance(config, dict):
+            return {}
+    return config
+
+
 def _vision(config: Configs) -> Dict[str, Any]:
     """What config.json says of the image tower."""
-    config = config.get('config.json') or {}
-    config = config.get('vision_config') or config
-    return config if isinstance(config, dict) else {}
+    return _section(config, 'config.json', 'vision_config') or _section(config, 'config.json')
 
 
 def _num_heads(model: nn.Module) -> int:
@@ -60,26 +67,43 @@ def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Any:
     activation = _vision(config).get('hidden_act')
     if activation:
         return activation == 'quick_gelu'
-    open_clip = (config.get('open_clip_config.json') or {}).get('model_cfg')
+    open_clip = _section(config, 'open_clip_config.json', 'model_cfg')
     if open_clip:
         return bool(open_clip.get('quick_gelu'))
     return mapping.rule.quick_gelu
 
 
-def normalization(mapping: Mapping, config: Configs) -> Tuple[Any, Any]:
-    """Mean and std of the pretraining: what the files beside the weights say, else the method's, else None."""
-    open_clip = (config.get('open_clip_config.json') or {}).get('preprocess_cfg') or {}
-    processor = config.get('preprocessor_config.json') or {}
-    timm_config = (config.get('config.json') or {}).get('pretrained_cfg') or {}
-    for names, values in (
-        (('mean', 'std'), open_clip), (('image_mean', 'image_std'), processor), (('mean', 'std'), timm_config),
-    ):  # fmt: skip
-        mean, std = (values.get(name) for name in names)
-        if mean and std and processor.get('do_normalize', True):
-            return tuple(mean), tuple(std)
+def unknowns(mapping: Mapping, model: nn.Module, config: Configs) -> List[str]:
+    """What the user has to know, as neither the layout of the file nor a config tells it."""
+    if 'CLIP' in mapping.rule.method and _trained_with_quick_gelu(mapping, config) is None:
+        activation = 'QuickGELU' if _is_quick_gelu(model) else 'another activation'
+        return [f'the file does not tell whether it was trained with QuickGELU, as weights of OpenAI are; this model '
+                f'has {activation}']  # fmt: skip
+    return []
+
+
+def _numbers(value: Any) -> Tuple[float, ...]:
+    """A value for each channel, empty where there is none."""
+    try:
+        return tuple(float(number) for number in (value.split() if isinstance(value, str) else value or ()))
+    except (TypeError, ValueError):
+        return ()
+
+
+def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+    """Mean and std of the pretraining: what the checkpoint itself says, else the method's, else empty."""
+    for section, names in (
+        (('metadata',), ('mean', 'std')),  # of safetensors, as numbers with spaces between
+        (('open_clip_config.json', 'preprocess_cfg'), ('mean', 'std')),
+        (('preprocessor_config.json',), ('image_mean', 'image_std')),
+        (('config.json', 'pretrained_cfg'), ('mean', 'std')),
+    ):
+        mean, std = (_numbers(_section(config, *section).get(name)) for name in names)
+        if mean and std:
+            return mean, std
     if 'release' in config:
         return IMAGENET
-    return mapping.rule.normalization or (None, None)
+    return mapping.rule.normalization or ((), ())
 
 
 def data_config(mapping: Mapping, model: nn.Module, file_tensors: Dict[str, torch.Tensor], config: Configs) -> Configs:
