@@ -9,11 +9,11 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from .load import open_checkpoint, read_npz
-from .mapping import create_target
 from .nearest import build_on_meta, candidates, fitting_models
 from .plan import Plan, make_plan
 from .read import Checkpoint
 from .report import CheckpointReport
+from .target import create_target
 
 
 def inspect_checkpoint(

@@ -9,12 +9,12 @@ from typing import Optional, Union
 import torch
 import torch.nn as nn
 
-from .mapping import create_target
 from .plan import make_plan
 from .read import Checkpoint, read_files
 from .releases import RELEASES
 from .report import CheckpointReport
 from .source import resolve_source
+from .target import create_target
 from .unseen import write_data_config
 
 _logger = logging.getLogger(__name__)

@@ -4,16 +4,15 @@ Nothing is copied here and the model is not touched: a mapping is names of the m
 """
 
 import re
-import sys
-from typing import Callable, Dict, FrozenSet, List, NamedTuple, Optional, Tuple
+from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
-import torch.nn as nn
 from timm.models import adapt_input_conv
 
 from .read import walk
 from .renames import apply_rename, renames_for
 from .rules import BLOCKS, RULES, WRAPPERS, Rule
+from .target import Target
 
 Tensors = Dict[str, torch.Tensor]
 
@@ -22,29 +21,6 @@ MIN_SHARE = 0.4  # of the model's tensors that a prefix must hold; libraries spl
 
 _WRAPPER = re.compile(rf'(^|(?<=\.))({"|".join(WRAPPERS)})\.')
 _BLOCK = re.compile(BLOCKS)
-
-
-class Target(NamedTuple):
-    """What a mapping has to fill.
-
-    Attributes:
-        shapes: Shape of each tensor of the model.
-        dtypes: Its dtype.
-        backbone: Tensors that the file must have.
-        classifier: Tensors of the classifier.
-        fresh: Norms that timm puts after the pooling instead of before it: a file trained otherwise lacks them.
-        filter_fn: timm's own reader of the original files of this architecture.
-        first_conv: Convolutions over the input's channels.
-    """
-
-    shapes: Dict[str, torch.Size]
-    dtypes: Dict[str, torch.dtype]
-    backbone: FrozenSet[str]
-    classifier: FrozenSet[str]
-    fresh: FrozenSet[str]
-    filter_fn: Optional[Callable]
-    first_conv: Tuple[str, ...]
-    model: nn.Module
 
 
 class Mapping(NamedTuple):
@@ -82,37 +58,6 @@ class Mapping(NamedTuple):
     @property
     def label(self) -> str:
         return '/'.join(filter(None, (self.container, self.prefix.rstrip('.')))) or 'the whole file'
-
-
-def classifier_keys(model: nn.Module) -> Tuple[str, ...]:
-    """Names of the parameters that classify, those of `get_classifier()`."""
-    classifiers = model.get_classifier() if getattr(model, 'num_classes', 0) else ()
-    classifiers = classifiers if isinstance(classifiers, (tuple, list, nn.ModuleList)) else (classifiers,)
-    owned = {id(p) for classifier in classifiers for p in classifier.parameters()}
-    return tuple(name for name, p in model.named_parameters() if id(p) in owned)
-
-
-def create_target(model: nn.Module) -> Target:
-    """Describe a model for the search."""
-    state = model.state_dict()
-    shapes = {name: tensor.shape for name, tensor in state.items()}
-    classifier = frozenset(classifier_keys(model))
-    fresh = frozenset(name for name in shapes if name.startswith('fc_norm.'))
-    # BatchNorm's counters are not in files converted from elsewhere, and no forward pass uses them
-    counters = {name for name in shapes if name.endswith('num_batches_tracked')}
-    modules = (sys.modules[cls.__module__] for cls in type(model).__mro__ if cls.__module__.startswith('timm.'))
-    filter_fn = next((m.checkpoint_filter_fn for m in modules if hasattr(m, 'checkpoint_filter_fn')), None)
-    first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
-    return Target(
-        shapes,
-        {name: tensor.dtype for name, tensor in state.items()},
-        frozenset(shapes) - classifier - fresh - counters,
-        classifier,
-        fresh,
-        filter_fn,
-        (first_conv,) if isinstance(first_conv, str) else tuple(first_conv),
-        model,
-    )
 
 
 def unwrap(tensors: Tensors) -> Tensors:
@@ -262,8 +207,12 @@ def _sources(tensor: torch.Tensor) -> Tuple[torch.Tensor, ...]:
 
 def _same(one: Mapping, other: Mapping) -> bool:
     """Whether two readings give the model the same values, for some files hold a copy under two names."""
-    return one.tensors.keys() == other.tensors.keys() and all(
-        a.data_ptr() == b.data_ptr() or torch.equal(a, b)
-        for name in one.tensors
-        for a, b in zip(_sources(one.tensors[name]), _sources(other.tensors[name]), strict=True)
-    )
+    if one.tensors.keys() != other.tensors.keys():
+        return False
+    for name in one.tensors:
+        sources, others = _sources(one.tensors[name]), _sources(other.tensors[name])
+        if len(sources) != len(others):
+            return False
+        if not all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in zip(sources, others, strict=True)):
+            return False
+    return True

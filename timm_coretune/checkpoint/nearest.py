@@ -7,8 +7,9 @@ import torch
 import torch.nn as nn
 from timm.models import create_model, is_model
 
-from .mapping import create_target, search, state_dicts
+from .mapping import search, state_dicts
 from .read import Checkpoint
+from .target import create_target
 from .unseen import contradictions
 
 Architecture = Tuple[str, Dict[str, Any]]

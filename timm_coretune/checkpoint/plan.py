@@ -6,11 +6,12 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from .mapping import Mapping, Target, search, state_dicts, strip
+from .mapping import Mapping, search, state_dicts, strip
 from .nearest import fitting_models
 from .read import Checkpoint
 from .report import CheckpointReport, few
 from .rules import HEADS, REFUSALS
+from .target import Target
 from .unseen import contradictions, data_config, unknowns
 
 
