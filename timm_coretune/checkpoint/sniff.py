@@ -70,8 +70,8 @@ def _sniff_zip(path: str, size: int) -> str:
         raise refuse(
             path,
             'a TorchScript archive, a program',
-            'Where you trust it, write safetensors.torch.save_file(torch.jit.load(path).state_dict(), destination). The '
-            'weights of OpenAI CLIP are also in hf-hub:openai/clip-vit-base-patch32 and its siblings.',
+            'Where you trust it, write safetensors.torch.save_file(torch.jit.load(path).state_dict(), destination). '
+            'The weights of OpenAI CLIP are also in hf-hub:openai/clip-vit-base-patch32 and its siblings.',
         )
     # torch stores tensors as they are, so an archive that unpacks to more than itself was not written by torch
     if unpacked > size + 2**20:

@@ -97,9 +97,9 @@ def _shards(index: str) -> Tuple[str, ...]:
         inside.append(os.path.join(Path(inside[0]).parents[1], 'blobs'))
     paths: List[str] = []
     for name in names:
-        path = os.path.join(folder, str(name))
+        path = os.path.join(folder, name)
         real = os.path.realpath(path)
-        if os.path.basename(str(name)) != name or os.path.dirname(real) not in inside:
+        if os.path.dirname(real) not in inside:
             raise ValueError(
                 f'Expected shards inside {folder!r}, but its index leads to {name!r} outside of it. '
                 'Copy the shards into the folder, if you trust them.'
