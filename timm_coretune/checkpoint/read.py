@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 
 from .sniff import refuse, sniff
 
-BATCH_BYTES = 16 * 2**20  # tensors of this size together are read at once when a file is copied into a model
+SMALL_BYTES = 2**19  # tensors below this are together a small part of a model, and not worth a mapping of their own
+BATCH_BYTES = 4 * 2**20  # tensors of this size together are read at once when a file is copied into a model
 MAX_DEPTH = 8  # of nested dictionaries; VISSL's are the deepest known, 4
 
 
@@ -85,7 +86,8 @@ class Checkpoint(NamedTuple):
         handles: Dict[str, Any] = {}
 
         def again(tensor: torch.Tensor) -> torch.Tensor:
-            place = self.places.get((tensor.data_ptr(), tensor.numel()))
+            small = tensor.numel() * tensor.element_size() < SMALL_BYTES
+            place = None if small else self.places.get((tensor.data_ptr(), tensor.numel()))
             if place is None or not tensor.is_contiguous():
                 return tensor
             file, key = place
