@@ -6,6 +6,8 @@ from typing import Callable, Dict, FrozenSet, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 
+from ..classifier import classifier_parameters
+
 
 class Target(NamedTuple):
     """The tensors of a model, and how timm reads original files of its architecture.
@@ -31,19 +33,12 @@ class Target(NamedTuple):
     model: nn.Module
 
 
-def classifier_keys(model: nn.Module) -> Tuple[str, ...]:
-    """Names of the parameters that classify, those of `get_classifier()`."""
-    classifiers = model.get_classifier() if getattr(model, 'num_classes', 0) else ()
-    classifiers = classifiers if isinstance(classifiers, (tuple, list, nn.ModuleList)) else (classifiers,)
-    owned = {id(p) for classifier in classifiers for p in classifier.parameters()}
-    return tuple(name for name, p in model.named_parameters() if id(p) in owned)
-
-
 def create_target(model: nn.Module) -> Target:
     """Describe a model for the search."""
     state = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    classifier = frozenset(classifier_keys(model))
+    classifying = {id(p) for p in classifier_parameters(model)}
+    classifier = frozenset(name for name, p in model.named_parameters() if id(p) in classifying)
     fresh = frozenset(name for name in shapes if name.startswith('fc_norm.'))
     # BatchNorm's counters are not in files converted from elsewhere, and no forward pass uses them
     counters = {name for name in shapes if name.endswith('num_batches_tracked')}

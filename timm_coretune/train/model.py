@@ -57,10 +57,11 @@ def create_backbone(args: argparse.Namespace, num_classes: Optional[int]) -> nn.
         scriptable=args.torchscript,
         **args.model_kwargs,
     )
+    options = dict(checkpoint_key=args.checkpoint_key, allow_partial=args.allow_partial)
     if args.pretrained_path:
-        load_checkpoint(model, args.pretrained_path)
+        load_checkpoint(model, args.pretrained_path, **options)
     if args.initial_checkpoint:
-        load_checkpoint(model, args.initial_checkpoint, load_classifier=True)
+        load_checkpoint(model, args.initial_checkpoint, load_classifier=True, **options)
     with torch.no_grad():
         if args.head_init_scale is not None:
             model.get_classifier().weight.mul_(args.head_init_scale)
