@@ -175,7 +175,7 @@ def make_contrast(batch_size: int, width: int, num_classes: int, device: torch.d
     return run
 
 
-def describe_machine(device: torch.device) -> str:
+def describe_machine(device: torch.device = torch.device('cpu')) -> str:  # noqa: B008, immutable
     """Processor or accelerator, threads and versions, for the line under the table."""
     name = platform.processor() or platform.machine()
     if device.type == 'cuda':

@@ -1,0 +1,95 @@
+#!/usr/bin/env python3
+"""Is train.py as fast as timm's own?
+
+    python benchmarks/throughput.py --timm-train ../pytorch-image-models/train.py
+
+runs both in turn on the bundled sample as a folder of PNGs, with the same model, loader and plain cross-entropy, and
+prints one Markdown table of medians and of the median of the ratios pair by pair: images a second as both log them,
+seconds from the start of the process to the first logged step, and peak resident memory.
+"""
+
+import argparse
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib import resources
+from typing import Dict, List
+
+from PIL import Image
+from safetensors import safe_open
+from step import describe_machine
+
+# timm's script with the installed timm, not with the one beside the script
+_TIMM = 'import runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = ""; runpy.run_path(sys.argv[0], run_name="__main__")'
+_STEP = re.compile(r'Train: \d+ \[.*?Time: [\d.]+s, +([\d.]+)/s')
+
+
+def write_images(folder: str, num_images: int) -> None:
+    """The first images of both splits of the sample, in one folder a class."""
+    path = str(resources.files('timm_coretune') / 'assets' / 'fashion_mnist_sample.safetensors')
+    with safe_open(path, framework='pt') as f:
+        for split in ('train', 'validation'):
+            images, labels = (f.get_tensor(f'{split}.{name}')[:num_images] for name in ('image', 'label'))
+            for index, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+                os.makedirs(os.path.join(folder, split, str(label)), exist_ok=True)
+                Image.fromarray(image.numpy()).save(os.path.join(folder, split, str(label), f'{index}.png'))
+
+
+def measure(command: List[str]) -> Dict[str, float]:
+    """Run a training script and read its log as it comes."""
+    started, first, rates = time.perf_counter(), None, []
+    environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
+    with tempfile.TemporaryFile('w+') as rest:
+        process = subprocess.Popen(command, stdout=rest, stderr=subprocess.PIPE, text=True, env=environment)
+        log = []
+        for line in process.stderr:
+            log.append(line)
+            match = _STEP.search(line)
+            if match:
+                first = first or time.perf_counter() - started
+                rates.append(float(match[1]))
+        _, status, usage = os.wait4(process.pid, 0)
+    if status or len(rates) < 3:
+        raise SystemExit(f'{" ".join(command)} failed:\n{"".join(log[-30:])}')
+    # the first step of the run warms up
+    return {'images/s': statistics.median(rates[1:]), 'start, s': first, 'peak, MiB': usage.ru_maxrss / 1024}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--timm-train', required=True, metavar='PATH', help="train.py of timm's repository")
+    parser.add_argument('--pairs', type=int, default=5, metavar='N', help='alternating pairs of runs (default: 5)')
+    parser.add_argument('--model', default='resnet18', metavar='NAME', help='timm model (default: resnet18)')
+    parser.add_argument('--images', type=int, default=1280, metavar='N', help='training images (default: 1280)')
+    args = parser.parse_args()
+    results: Dict[str, List[Dict[str, float]]] = {'ours': [], 'timm': []}
+    with tempfile.TemporaryDirectory() as folder:
+        write_images(folder, args.images)
+        flags = [
+            *('--data-dir', folder, '--model', args.model, '--num-classes', '10', '--img-size', '64', '-b', '64'),
+            *('-j', '1', '--epochs', '1', '--lr', '0.01', '--warmup-epochs', '0', '--log-interval', '2'),
+            *('--device', 'cpu', '--output', os.path.join(folder, 'output')),
+        ]
+        commands = {
+            'ours': [sys.executable, '-m', 'timm_coretune.train', *flags],
+            'timm': [sys.executable, '-c', _TIMM, os.path.abspath(args.timm_train), *flags],
+        }
+        for number in range(args.pairs):
+            for name in sorted(commands, reverse=number % 2 == 1):
+                results[name].append(measure(commands[name]))
+                print(f'{name}: {results[name][-1]}', file=sys.stderr)
+    print('| what | ours | timm | ours / timm |')
+    print('|---|---|---|---|')
+    for what in results['ours'][0]:
+        ours, timm = ([run[what] for run in results[name]] for name in ('ours', 'timm'))
+        ratio = statistics.median(a / b for a, b in zip(ours, timm, strict=True))
+        print(f'| {what} | {statistics.median(ours):.4g} | {statistics.median(timm):.4g} | {ratio:.3f} |')
+    print(f'\n{describe_machine()}; {args.model} at 64 px, batch 64, 1 loader worker; medians of {args.pairs} pairs')
+
+
+if __name__ == '__main__':
+    main()
