@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import yaml
 
-from .flags import create_parser
+from .flags import PRESETS, create_parser
 
 _SAMPLE_RECIPE = 'sample.yaml'
 
@@ -91,7 +91,11 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     assumed = None
     if not any(given.get(key) for key in ('data', 'data_dir', 'dataset')):
         assumed = _assume_sample(parser, given.get('model'))
+    if given.keys() & {'preset', 'lr_base', 'lr_base_size', 'lr_base_scale'}:
+        parser.set_defaults(lr=None)  # else the rate of the sample's recipe would win over them
     if given.get('preset'):
+        if given['preset'] not in PRESETS:
+            parser.error(f'argument --preset: {given["preset"]!r} in the config, choose from {", ".join(PRESETS)}')
         parser.set_defaults(**yaml.safe_load((_assets() / f'preset_{given["preset"]}.yaml').read_text()))
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
