@@ -233,6 +233,6 @@ class LoaderFactory:
 
 def mean_batch_size(args: argparse.Namespace, loader: Any) -> float:
     """Images of a batch on average, where sizes are scheduled, as timm scales the learning rate by it."""
-    if args.train_img_sizes:
+    if args.train_img_sizes and loader is not None:
         return loader.batch_sampler.batches.average_batch_size
     return float(args.batch_size)
