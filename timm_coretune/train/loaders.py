@@ -189,6 +189,7 @@ class LoaderFactory:
             for unsupported in ('mode', 'cutmix_minmax'):
                 kwargs.pop(unsupported)
             mixup_fn = NaFlexMixup(**kwargs)
+            mixup_fn.mixup_off_epoch = args.mixup_off_epoch
         patches = dict(patch_size=self.patch_size)
         if args.naflex_patch_sizes:
             patches = dict(

@@ -139,6 +139,7 @@ def create_loop_config(args: argparse.Namespace, loaders: Loaders) -> LoopConfig
         tta=args.tta,
         eval_metric=args.eval_metric,
         patience=args.patience,
+        mixup_off_epoch=args.mixup_off_epoch,
     )
 
 
