@@ -163,8 +163,9 @@ CONTRADICTIONS = [
     ('--jsd-loss', '--jsd-loss needs --aug-splits'),
     ('--split-bn', '--split-bn needs --aug-splits of 2 or more, or --resplit'),
     ('--split-bn --resplit --sync-bn', '--split-bn and --sync-bn exclude each other'),
-    ('--aug-splits 2 --mixup 0.2', '--aug-splits with pixel mixup needs --no-prefetcher'),
-    ('--aug-splits 2 --cutmix-minmax 0.2 0.8', '--aug-splits with pixel mixup needs --no-prefetcher'),
+    ('--aug-splits 2 --mixup 0.2', '--aug-splits: not with pixel mixup or --no-prefetcher'),
+    ('--aug-splits 2 --no-prefetcher', '--aug-splits: not with pixel mixup or --no-prefetcher'),
+    ('--aug-splits 2 --cutmix-minmax 0.2 0.8', '--aug-splits: not with pixel mixup or --no-prefetcher'),
     ('--naflex-loader --train-img-sizes 32', '--naflex-loader and --train-img-sizes are alternatives'),
     ('--naflex-loader --use-multi-epochs-loader', '--naflex-loader: not with --use-multi-epochs-loader'),
     ('--naflex-loader --aug-splits 2', '--naflex-loader: not with --use-multi-epochs-loader'),
@@ -226,7 +227,7 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
         '0.1 --cutmix 1.0 --smoothing 0 --bce-loss --drop-path 0.05 --model-ema --clip-grad 1 --train-interpolation '
         'random --crop-pct 0.95 --channels-last --pin-mem',
         '--aug-splits 3 --aa rand-m9-mstd0.5-inc1 --resplit --split-bn --jsd-loss --dist-bn reduce',
-        '--coretune --mixup 0.2 --no-prefetcher --aug-splits 2 --class-balance --metrics ece,per-class --eval-metric '
+        '--coretune --mixup 0.2 --no-prefetcher --class-balance --metrics ece,per-class --eval-metric '
         'ece --resume auto --experiment x --torchcompile',
         '--device cpu --amp --amp-dtype bfloat16 --model-dtype float32 --torchscript --val-split=',
     ],

@@ -152,8 +152,8 @@ def find_contradictions(args: argparse.Namespace) -> List[str]:
             args.split_bn and args.aug_splits < 2 and not args.resplit
         ),
         '--split-bn and --sync-bn exclude each other': args.split_bn and args.sync_bn,
-        '--aug-splits with pixel mixup needs --no-prefetcher': (
-            args.aug_splits and mixes_pixels(args) and not args.no_prefetcher
+        '--aug-splits: not with pixel mixup or --no-prefetcher': (
+            args.aug_splits and (mixes_pixels(args) or args.no_prefetcher)
         ),
         '--naflex-loader and --train-img-sizes are alternatives': args.naflex_loader and sizes,
         '--naflex-loader: not with --use-multi-epochs-loader, --aug-splits, --aug-repeats or --class-balance': (
