@@ -102,6 +102,7 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     args.data_dir = args.data_dir or args.data
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     args.eval_only = args.eval_only or args.epochs == 0
+    args.epochs = args.epochs or 1  # a schedule needs an epoch, which is not trained
     for problem in find_contradictions(args):
         parser.error(problem)
     text = yaml.safe_dump(vars(args), default_flow_style=False)
