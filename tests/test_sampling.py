@@ -258,10 +258,15 @@ def test_mixup_in_the_loop_ends_at_its_epoch(images):
     trainer = Trainer(
         task, optimizer, Accelerator(cpu=True), mixup_fn=mixup, config=LoopConfig(mixup_off_epoch=1, log_interval=1)
     )
-    batches = [(torch.rand(4, 3, 16, 16), torch.tensor([0, 0, 1, 1]))]
+    batches = [(torch.rand(4, 3, 16, 16), torch.tensor([0, 0, 1, 1]))] * 2
     for epoch in (0, 1, 2, 0):
         trainer.train_one_epoch(epoch, batches)
-    assert is_mixed(seen) == [True, False, False, True]
+    assert is_mixed(seen) == [True, True, False, False, False, False, True, True]
+    # every step draws anew, and the same in the same place
+    targets = [target for _, target in seen]
+    assert torch.equal(targets[0], targets[6])
+    assert torch.equal(targets[1], targets[7])
+    assert not torch.equal(targets[0], targets[1])
 
 
 # batches with two of each class

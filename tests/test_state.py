@@ -184,11 +184,11 @@ def take():
 
 def test_a_folder_that_holds_a_run_is_left_alone_and_the_next_is_numbered(tmp_path, take, caplog):
     assert take(folder_args(tmp_path)) == 'run'
-    (tmp_path / 'run' / 'args.yaml').write_text('')
-    assert take(folder_args(tmp_path)) == 'run-1'
+    assert take(folder_args(tmp_path)) == 'run-1'  # this process holds the first, empty as it is
     assert "run' holds a run already, this one goes to" in caplog.text
-    (tmp_path / 'run-1' / 'args.yaml').write_text('')
-    assert take(folder_args(tmp_path)) == 'run-2'
+    (tmp_path / 'run-2').mkdir()
+    (tmp_path / 'run-2' / 'args.yaml').write_text('')  # a run that is over
+    assert take(folder_args(tmp_path)) == 'run-3'
     assert take(folder_args(tmp_path, 'other')) == 'other'
 
 
