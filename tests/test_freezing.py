@@ -14,7 +14,7 @@ from timm_coretune import CoreTuningTask
 from timm_coretune.train import main
 from timm_coretune.train.arguments import parse_args
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
-from timm_coretune.train.optimization import create_optimizer, create_schedule
+from timm_coretune.train.optimization import create_optimizer, create_schedule, resolve_lr
 
 CLASSIFIERS = {'test_resnet': 'fc.', 'test_vit': 'head.'}
 
@@ -173,9 +173,7 @@ def test_a_rate_of_the_head_holds_without_a_scheduler_too():
     assert scheduler is None
 
 
-def test_a_learning_rate_that_is_not_given_follows_the_global_batch(caplog):
-    from timm_coretune.train.optimization import resolve_lr
-
+def test_a_learning_rate_that_is_not_given_follows_the_global_batch():
     def lr(opt, batch, processes, accum, scale=''):
         args = argparse.Namespace(
             lr=None, lr_base=0.1, lr_base_size=256, lr_base_scale=scale, opt=opt, grad_accum_steps=accum

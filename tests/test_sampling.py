@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -240,9 +241,7 @@ def test_a_seeded_collate_mixes_without_an_end_when_there_is_none():
     assert is_mixed([collate([(draw, (image, i % 2)) for i in range(4)])]) == [True]
 
 
-def test_mixup_in_the_loop_ends_at_its_epoch(images):
-    from accelerate import Accelerator
-
+def test_mixup_in_the_loop_ends_at_its_epoch():
     seen = []
 
     class Recording(ClassificationTask):
