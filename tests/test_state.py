@@ -375,11 +375,12 @@ def test_a_continued_run_with_the_same_arguments_has_nothing_to_say(tmp_path, da
     assert outcome(folder) == outcome(straight())
 
 
-def test_rows_and_ranks_after_the_state_are_dropped(tmp_path, data, monkeypatch, straight, read_csv):
+@pytest.mark.parametrize('flags', [[], ['--no-resume-opt']], ids=['whole', 'without-optimizer'])
+def test_rows_after_the_state_are_dropped(tmp_path, data, monkeypatch, straight, read_csv, flags):
     folder = copy_of(straight(), tmp_path)
     assert len(read_csv(folder / 'summary.csv')) == 4
     stop_at(monkeypatch, '_step', 0)
-    train(data, tmp_path, '--resume', folder / 'checkpoint-0.pth.tar')
+    train(data, tmp_path, '--resume', folder / 'checkpoint-0.pth.tar', *flags)
     assert read_csv(folder / 'summary.csv') == read_csv(straight() / 'summary.csv')[:1]
 
 
