@@ -10,7 +10,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import yaml
 
-from .flags import create_parser
+from .flags import PRESETS, create_parser
 
 _SAMPLE_RECIPE = 'sample.yaml'
 
@@ -91,13 +91,18 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     assumed = None
     if not any(given.get(key) for key in ('data', 'data_dir', 'dataset')):
         assumed = _assume_sample(parser, given.get('model'))
+    if given.keys() & {'preset', 'lr_base', 'lr_base_size', 'lr_base_scale'}:
+        parser.set_defaults(lr=None)  # else the rate of the sample's recipe would win over them
     if given.get('preset'):
+        if given['preset'] not in PRESETS:
+            parser.error(f'argument --preset: {given["preset"]!r} in the config, choose from {", ".join(PRESETS)}')
         parser.set_defaults(**yaml.safe_load((_assets() / f'preset_{given["preset"]}.yaml').read_text()))
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     args.eval_only = args.eval_only or args.epochs == 0
+    args.epochs = args.epochs or 1  # a schedule needs an epoch, which is not trained
     for problem in find_contradictions(args):
         parser.error(problem)
     text = yaml.safe_dump(vars(args), default_flow_style=False)
@@ -148,8 +153,8 @@ def find_contradictions(args: argparse.Namespace) -> List[str]:
             args.split_bn and args.aug_splits < 2 and not args.resplit
         ),
         '--split-bn and --sync-bn exclude each other': args.split_bn and args.sync_bn,
-        '--aug-splits with pixel mixup needs --no-prefetcher': (
-            args.aug_splits and mixes_pixels(args) and not args.no_prefetcher
+        '--aug-splits: not with pixel mixup or --no-prefetcher': (
+            args.aug_splits and (mixes_pixels(args) or args.no_prefetcher)
         ),
         '--naflex-loader and --train-img-sizes are alternatives': args.naflex_loader and sizes,
         '--naflex-loader: not with --use-multi-epochs-loader, --aug-splits, --aug-repeats or --class-balance': (

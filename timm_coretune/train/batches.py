@@ -6,7 +6,7 @@ from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 
 from .sampling import EpochBatchSampler, SeededErasing
 
@@ -30,6 +30,11 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
         erasing = getattr(loader, 'random_erasing', None)
         if isinstance(erasing, SeededErasing):
             erasing.start(epoch, start)
+        inner = getattr(loader, 'loader', loader)
+        if hasattr(inner, 'iterator'):  # timm's loader of many epochs: anew, unless it comes to this place by itself
+            if start or getattr(inner, 'next_epoch', None) != epoch:
+                inner.iterator = DataLoader.__iter__(inner)
+            inner.next_epoch = None if start else epoch + 1
         return itertools.islice(loader, len(loader) - start)
     if start:
         _logger.warning(

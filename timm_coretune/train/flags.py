@@ -35,9 +35,6 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-PRESETS = ('cnn', 'vit')
-
-
 def _add_coretune(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('Core-tuning').add_argument
     add('--coretune', action='store_true', help='Core-tuning; without it plain cross-entropy tuning')

@@ -187,6 +187,7 @@ class LoaderFactory:
             for unsupported in ('mode', 'cutmix_minmax'):
                 kwargs.pop(unsupported)
             mixup_fn = NaFlexMixup(**kwargs)
+            mixup_fn.mixup_off_epoch = args.mixup_off_epoch
         patches = dict(patch_size=self.patch_size)
         if args.naflex_patch_sizes:
             patches = dict(
@@ -231,6 +232,6 @@ class LoaderFactory:
 
 def mean_batch_size(args: argparse.Namespace, loader: Any) -> float:
     """Images of a batch on average, where sizes are scheduled, as timm scales the learning rate by it."""
-    if args.train_img_sizes:
+    if args.train_img_sizes and loader is not None:
         return loader.batch_sampler.batches.average_batch_size
     return float(args.batch_size)

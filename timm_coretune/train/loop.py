@@ -46,6 +46,7 @@ class LoopConfig:
         tta: Outputs of so many neighbouring images are averaged in validation.
         eval_metric: Name of the metric that decides on the best.
         patience: Validations without a better one before training stops, None for no end.
+        mixup_off_epoch: Epoch from which on pixel mixup is off, 0 for never.
     """
 
     seed: int = 42
@@ -64,6 +65,7 @@ class LoopConfig:
     tta: int = 0
     eval_metric: str = 'top1'
     patience: Optional[int] = None
+    mixup_off_epoch: int = 0
 
 
 def _format_losses(now: Dict[str, float], average: Dict[str, float]) -> str:
@@ -160,6 +162,14 @@ class Trainer:
         self.optimizer.zero_grad()
         return result
 
+    def _switch_mixup(self, epoch: int, loader: Any) -> None:
+        # a loader that draws by epoch looks for itself
+        enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
+        if self.mixup_fn is not None:
+            self.mixup_fn.mixup_enabled = enabled
+        elif not enabled and getattr(loader, 'mixup_enabled', False):
+            loader.mixup_enabled = False
+
     def train_one_epoch(self, epoch: int, loader: Any, start_batch: int = 0) -> Dict[str, float]:
         """Train on every batch of loader once.
 
@@ -175,6 +185,7 @@ class Trainer:
             DivergedError: A loss is not finite.
         """
         self.task.get_trainable_module().train()
+        self._switch_mixup(epoch, loader)
         if self.freezer is not None:
             self.freezer.after_train_mode()
         if not start_batch:

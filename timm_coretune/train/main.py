@@ -73,6 +73,9 @@ def create_accelerator(parsed: ParsedArguments) -> Accelerator:
         project_dir=args.output or DEFAULT_OUTPUT,  # until the folder of the run is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
     )
+    missing = sorted(set(trackers) - {'all'} - {str(getattr(name, 'value', name)) for name in accelerator.log_with})
+    if missing:  # accelerate leaves them out in silence
+        raise ValueError(f'--log-with {", ".join(missing)}: not installed. Install the package of that name.')
     if 'device' in parsed.given and accelerator.device.type != args.device:
         raise ValueError(
             f'Expected --device {args.device}, accelerate found {accelerator.device.type}. Check the installation of '
@@ -138,6 +141,7 @@ def create_loop_config(args: argparse.Namespace, loaders: Loaders) -> LoopConfig
         tta=args.tta,
         eval_metric=args.eval_metric,
         patience=args.patience,
+        mixup_off_epoch=args.mixup_off_epoch,
     )
 
 

@@ -299,7 +299,7 @@ def make_resumable(
     inner = getattr(loader, 'loader', loader)
     if batch_sampler is None:
         batch_sampler = inner.batch_sampler
-        if not isinstance(getattr(batch_sampler, 'sampler', None), Sampler):
+        if not isinstance(batch_sampler, Sampler):
             batch_sampler = batch_sampler.sampler  # timm's loader of many epochs wraps it
     resumable: DataLoader = type(inner)(
         SeededDataset(inner.dataset),

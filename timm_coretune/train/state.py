@@ -323,11 +323,12 @@ class RunRecord:
         if self.saver is None or os.path.abspath(os.path.dirname(path)) != os.path.abspath(self.folder):
             return
         values = self.run_state.values
-        if not values:
-            return
+        epoch = values['epoch'] if values else progress_of(read_state(path))[0]
         rows = read_rows(self.path(SUMMARY_NAME))
-        rows = [row for row in rows if int(row['epoch']) < values['epoch']]
+        rows = [row for row in rows if int(row['epoch']) < epoch]
         self._write_rows(rows)
+        if not values:  # of timm's own script, or without its optimizer
+            return
         column = f'eval_{self.eval_metric}'
         ranked = {int(row['epoch']): float(row.get(column) or row['train_loss']) for row in rows}
         self.saver.restore(values['best'], ranked)
