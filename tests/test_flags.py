@@ -116,17 +116,9 @@ f'{args.eight}'
 
 TREES = {path.name: ast.parse(path.read_text()) for path in (PACKAGE / 'train').glob('*.py')}
 READ = set().union(read_by_timm(), *map(names_read, TREES.values()))
-WAITING = ('checkpoint_key', 'allow_partial')  # the loader of checkpoints learns them
 
 
-@pytest.mark.parametrize(
-    'dest',
-    [
-        pytest.param(a.dest, marks=[pytest.mark.xfail(strict=True)] if a.dest in WAITING else [], id=a.dest)
-        for a in PARSER._actions
-        if a.dest != 'help'
-    ],
-)
+@pytest.mark.parametrize('dest', [a.dest for a in PARSER._actions if a.dest != 'help'])
 def test_every_option_is_read_somewhere(dest):
     assert dest in READ
 

@@ -212,7 +212,7 @@ def test_the_log_says_what_an_image_finds_in_the_contrasted_batch(data, messages
 def test_balanced_classes_leave_those_of_one_image_alone_and_need_no_warning(data, messages):
     args = parse_args(['--data-dir', str(data), '-b', '4', '--class-balance']).args
     log_contrast(args, create_datasets(args), 1)
-    assert f'{100 / 24:.1f} % of the images find none' in messages()[0]
+    assert f'{100 / 24:.1f} % of the images have no other' in messages()[0]
     assert messages('WARNING') == []
 
 

@@ -15,13 +15,18 @@ _logger = logging.getLogger(__name__)
 Input = Union[torch.Tensor, Dict[str, torch.Tensor]]
 
 
+def _order_of(loader: Any) -> Any:
+    """What orders the batches of a loader. timm's loader of many epochs wraps it, as torch's batches wrap an order."""
+    sampler = getattr(loader, 'batch_sampler', None)
+    return sampler if isinstance(sampler, EpochBatchSampler) else getattr(sampler, 'sampler', sampler)
+
+
 def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
     """The batches of an epoch from `start` on.
 
     A loader of our own starts there. Any other is read up to there, which is exact only if it draws by epoch.
     """
-    sampler = getattr(loader, 'batch_sampler', None)
-    sampler = getattr(sampler, 'sampler', sampler) if not isinstance(sampler, EpochBatchSampler) else sampler
+    sampler = _order_of(loader)
     for part in (getattr(loader, 'dataset', None), sampler, getattr(loader, 'sampler', None)):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)
@@ -46,7 +51,7 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
 
 def is_even(loader: Any, accelerator: Accelerator) -> bool:
     """Whether all processes are known to have as many batches."""
-    return accelerator.num_processes == 1 or isinstance(getattr(loader, 'batch_sampler', None), EpochBatchSampler)
+    return accelerator.num_processes == 1 or isinstance(_order_of(loader), EpochBatchSampler)
 
 
 def count_batches(loader: Any, accelerator: Accelerator) -> int:

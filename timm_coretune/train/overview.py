@@ -47,11 +47,15 @@ def log_contrast(args: argparse.Namespace, datasets: Datasets, num_processes: in
     )
     counts = _class_counts(datasets.train)
     if counts:
-        positives, alone = expected_positives(counts, batch_size)
         if args.class_balance:
-            alone = sum(count for count in counts if count == 1) / sum(counts)
-        message += f' An image finds {positives:.1f} positives on average, {100 * alone:.1f} % of the images find none'
-        message += ' but their mixture.'
+            alone = counts.count(1) / sum(counts)
+            message += f' A class in a batch is there at least twice; {100 * alone:.1f} % of the images have no other.'
+        else:
+            positives, alone = expected_positives(counts, batch_size)
+            message += (
+                f' An image finds {positives:.1f} positives on average, {100 * alone:.1f} % of the images find none '
+                'but their mixture.'
+            )
         if batch_size < 2 * len(counts) and not args.class_balance:
             _logger.warning(
                 f'A batch of {batch_size} is less than twice the {len(counts)} classes: many images find no positive. '

@@ -10,7 +10,7 @@ import glob
 import logging
 import os
 import shutil
-from typing import Any, Dict, Iterator, List, Optional
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -56,6 +56,7 @@ class RunState:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.values: Dict[str, Any] = {}
+        self.best: Tuple[Optional[float], Optional[int]] = (None, None)
 
     def collect(self, trainer: Trainer, epoch: int, batch: int, metric: Optional[float]) -> None:
         """Take the values of a moment. All processes must call this together.
@@ -93,10 +94,10 @@ class RunState:
 
     def restore(self, trainer: Trainer) -> None:
         """Put the values back once everything is set up."""
+        trainer.best = self.best
         values = self.values
         if not values:
             return
-        trainer.best = tuple(values['best'])
         processes = values['processes']
         if len(processes) == self.accelerator.num_processes:
             own = processes[self.accelerator.process_index]
@@ -190,9 +191,9 @@ def resume(
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
     state = read_state(path)
+    run_state.best = tuple(state.get('run_state', {}).get('best', (None, None)))
     if not run_state.values:  # of timm's own script, or without its optimizer
         epoch, _ = progress_of(state)
-        run_state.values = {}
         args.start_epoch = epoch if args.start_epoch is None else args.start_epoch
     _logger.info(f'Continuing {path!r} with epoch {progress_of(state)[0]}, batch {progress_of(state)[1]}.')
     if isinstance(state.get('args'), argparse.Namespace):
@@ -228,7 +229,7 @@ class _Saver(CheckpointSaver):
             shutil.copy2(src, temporary)
         os.replace(temporary, dst)
 
-    def restore(self, best: List[Any], metrics: Dict[int, float]) -> None:
+    def restore(self, best: Tuple[Optional[float], Optional[int]], metrics: Dict[int, float]) -> None:
         """Rank the checkpoints that are there, as an uninterrupted run would have.
 
         Args:
@@ -327,11 +328,9 @@ class RunRecord:
         rows = read_rows(self.path(SUMMARY_NAME))
         rows = [row for row in rows if int(row['epoch']) < epoch]
         self._write_rows(rows)
-        if not values:  # of timm's own script, or without its optimizer
-            return
         column = f'eval_{self.eval_metric}'
         ranked = {int(row['epoch']): float(row.get(column) or row['train_loss']) for row in rows}
-        self.saver.restore(values['best'], ranked)
+        self.saver.restore(self.run_state.best, ranked)
 
     def _write_rows(self, rows: List[Dict[str, str]]) -> None:
         path = self.path(SUMMARY_NAME)

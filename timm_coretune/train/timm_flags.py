@@ -179,7 +179,7 @@ def _add_augmentation(parser: argparse.ArgumentParser) -> None:
     add('--cutmix-minmax', type=float, nargs='+', metavar='R', help='side of the cut, in place of alpha')
     add('--mixup-prob', type=float, default=1.0, metavar='P', help='probability of any of them (default: 1)')
     add('--mixup-switch-prob', type=float, default=0.5, metavar='P', help='of CutMix when both are on (default: 0.5)')
-    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem'), help='what shares one draw')
+    add('--mixup-mode', default='batch', choices=('batch', 'pair', 'elem', 'half'), help='what shares one draw')
     add('--mixup-off-epoch', type=int, default=0, metavar='N', help='stop mixing pixels at this epoch (default: never)')
     add('--smoothing', type=float, default=0.1, metavar='R', help='label smoothing (default: 0.1)')
     add('--train-interpolation', default='random', metavar='NAME', help='of training images (default: random)')
