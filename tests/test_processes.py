@@ -99,7 +99,11 @@ def test_a_process_that_runs_out_of_batches_first_ends_the_epoch_for_all():
         )
         for rank, batches in enumerate((5, 3))
     ]  # fmt: skip
-    outputs = [process.communicate(timeout=120) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [out.split()[:2] for out, _ in outputs] == [['trained', '3']] * 2, outputs
     assert 'Another process ran out of batches after 3' in outputs[0][1]
 

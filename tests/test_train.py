@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shlex
 import signal
@@ -229,6 +230,50 @@ def test_accumulated_batches_and_ema_and_mixup_and_compile_run_together(tmp_path
     assert len(read_csv(folder / 'summary.csv')) == 2
     assert not list(folder.glob('recovery-*.pth.tar'))  # the run is over
     timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
+
+
+NAFLEX = (
+    *('--model', 'naflexvit_base_patch16_gap', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2'),
+    *('--naflex-loader', '--naflex-train-seq-lens', '4', '9', '--naflex-max-seq-len', '4', '--mixup', '0.1'),
+)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ('--jsd-loss', '--aug-splits', '3', '--split-bn', '--resplit', '--reprob', '0.5', '--aa', 'augmix-m5-w2'),
+        ('--bce-loss', '--smoothing', '0.1', '--bce-target-thresh', '0.2', '--bce-sum'),
+        ('--bce-loss', '--mixup', '0.2', '--no-prefetcher', '--mixup-off-epoch', '1'),
+        ('--coretune', '--aug-splits', '2', '--aa', 'rand-m5'),
+        ('--coretune', '--train-img-sizes', '32', '48', '--train-size-schedule', 'progressive'),
+        ('--coretune', '--model-dtype', 'bfloat16', '--opt', 'adamw', '--layer-decay', '0.7', '--fast-norm'),
+        ('--coretune', '--head-init-scale', '0.1', '--head-init-bias', '-1', '--gp', 'max', '--in-chans', '1'),
+        ('--torchscript',),
+        NAFLEX,
+        ('--coretune', *NAFLEX),
+    ],
+    ids=['jsd', 'bce', 'bce-mixup', 'augmix', 'sizes', 'bfloat16', 'head', 'script', 'naflex', 'naflex-coretune'],
+)
+def test_the_options_of_timm_train_together_with_ours(tmp_path, tiny, flags, read_csv):
+    folder = train(tmp_path, '--data-dir', tiny, *TINY_FLAGS, *flags)
+    rows = read_csv(folder / 'summary.csv')
+    assert len(rows) == 2
+    assert all(math.isfinite(float(row['train_loss'])) for row in rows)
+    assert (folder / 'model_best.safetensors').stat().st_size > 0
+
+
+@pytest.mark.parametrize('kind', ['logit', 'feature'])
+def test_distillation_is_that_of_timm(tmp_path, tiny, kind, read_csv, monkeypatch):
+    # a teacher's weights come from the Hub, this one is random
+    create_model = timm.models.create_model
+    monkeypatch.setattr(
+        'timm.task.distillation.create_model',
+        lambda *args, **kwargs: create_model(*args, **{**kwargs, 'pretrained': False}),
+    )
+    flags = ['--kd-model-name', 'test_efficientnet', '--kd-distill-type', kind, '--distill-loss-weight', '0.5']
+    folder = train(tmp_path, '--data-dir', tiny, *TINY_FLAGS, *flags)
+    (first, _) = read_csv(folder / 'summary.csv')
+    assert {'train_loss', 'train_kd' if 'train_kd' in first else 'train_distill', 'train_task'} <= first.keys()
 
 
 def test_gradients_of_accumulated_batches_are_averaged_with_a_short_last_group(tiny):

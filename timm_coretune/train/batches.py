@@ -12,7 +12,7 @@ from .sampling import EpochBatchSampler, SeededErasing
 
 _logger = logging.getLogger(__name__)
 
-Input = Union[torch.Tensor, Dict[str, torch.Tensor]]
+Input = Union[torch.Tensor, Dict[str, Any]]
 
 
 def _order_of(loader: Any) -> Any:
@@ -92,6 +92,7 @@ def to_device(
     """Images, or patches by name, and labels on the device, where a prefetching loader has put them already."""
     input, target = batch[0], batch[1].to(device, non_blocking=True)
     if isinstance(input, dict):
-        return {name: value.to(device, non_blocking=True) for name, value in input.items()}, target
+        moved = {k: v.to(device, non_blocking=True) for k, v in input.items() if isinstance(v, torch.Tensor)}
+        return {**input, **moved}, target
     input = input.to(device, dtype=dtype, non_blocking=True)
     return (input.contiguous(memory_format=torch.channels_last) if channels_last else input), target

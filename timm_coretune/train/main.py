@@ -232,9 +232,8 @@ def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, num
         _logger.info(f'Last epoch: {last}. The best was chosen on these very images, the last was not.')
     weights = record.path(WEIGHTS_NAME)
     _logger.info(f'Weights: {weights}')
-    _logger.info(
-        f"Load them: timm.create_model('{args.model}', num_classes={num_classes}, checkpoint_path='{weights}')"
-    )
+    kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **args.model_kwargs}.items())
+    _logger.info(f"Load them: timm.create_model('{args.model}'{kwargs}, checkpoint_path='{weights}')")
     try:
         plot_curves(record.path(SUMMARY_NAME), record.path('curves.png'))
         _logger.info(f'Curves: {record.path("curves.png")}')
