@@ -9,17 +9,18 @@ moving average, summary and best weights bit by bit. Prints one Markdown table.
 """
 
 import argparse
+import contextlib
 import hashlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from typing import Dict, List
 
+import psutil
 import torch
 
 _RECIPE = (
@@ -67,21 +68,23 @@ def fingerprint(folder: str) -> Dict[str, str]:
     return prints
 
 
-def kill_group(process: subprocess.Popen) -> None:
-    """Kill a run, its processes and their loader workers at once."""
-    os.killpg(process.pid, signal.SIGKILL)
+def kill_all(process: subprocess.Popen) -> None:
+    """Kill -9 a run: its launcher, the processes of it, which have sessions of their own, and their loader workers."""
+    everyone = [*psutil.Process(process.pid).children(recursive=True), process]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
+    psutil.wait_procs(everyone[:-1], timeout=30)
 
 
 def is_killed(command: List[str], seconds: float) -> bool:
     """Start a run and kill it after so many seconds. Whether it was still running."""
-    process = subprocess.Popen(
-        command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True, env=_ENVIRONMENT
-    )
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=_ENVIRONMENT)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
-        kill_group(process)
+        kill_all(process)
         return True
     if process.returncode:
         raise SystemExit('A run failed by itself.')
