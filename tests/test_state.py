@@ -164,8 +164,10 @@ def test_progress_of_a_state_of_timm_is_the_epoch_after_it():
 # which folder
 
 
-def folder_args(output, experiment='run'):
-    return argparse.Namespace(output=str(output), experiment=experiment, model='hf-hub:timm/test_resnet.r160_in1k')
+def folder_args(output, experiment='run', resume=''):
+    return argparse.Namespace(
+        output=str(output), experiment=experiment, model='hf-hub:timm/test_resnet.r160_in1k', resume=resume
+    )
 
 
 @pytest.fixture
@@ -212,6 +214,8 @@ def test_a_folder_that_another_process_writes_is_neither_continued_nor_shared(tm
     state = str(tmp_path / 'run' / 'last.pth.tar')
     with pytest.raises(ValueError, match=r"Another run writes '.*run' at this moment\. Wait for it, or choose"):
         take(folder_args(tmp_path), state)
+    with pytest.raises(ValueError, match='Another run writes'):
+        take(folder_args(tmp_path, resume='auto'))
     assert take(folder_args(tmp_path)) == 'run-1'
     holder.kill()
     holder.wait()
@@ -223,6 +227,15 @@ def test_a_state_of_elsewhere_does_not_open_a_folder_that_holds_a_run(tmp_path, 
     (tmp_path / 'run' / 'args.yaml').write_text('')
     assert take(folder_args(tmp_path), str(tmp_path / 'elsewhere' / 'last.pth.tar')) == 'run-1'
     assert take(folder_args(tmp_path), str(tmp_path / 'run' / 'last.pth.tar')) == 'run'
+
+
+def test_a_run_that_was_stopped_before_its_first_epoch_ended_starts_anew_in_its_folder(tmp_path, take):
+    (tmp_path / 'run').mkdir()
+    (tmp_path / 'run' / 'args.yaml').write_text('')
+    assert take(folder_args(tmp_path, resume='auto')) == 'run'
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'summary.csv').write_text('')  # its states are gone or damaged, not its results
+    assert take(folder_args(tmp_path, 'other', resume='auto')) == 'other-1'
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path, take):

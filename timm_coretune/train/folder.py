@@ -57,9 +57,11 @@ def take_folder(args: argparse.Namespace, img_size: int, resumed: Optional[str])
         while True:
             os.makedirs(folder, exist_ok=True)
             lock = _lock(folder)
-            if lock is not None and (continues or not os.path.exists(os.path.join(folder, 'args.yaml'))):
+            # a run that --resume auto found nothing of was stopped before its first epoch ended
+            mark = 'summary.csv' if args.resume == 'auto' else 'args.yaml'
+            if lock is not None and (continues or not os.path.exists(os.path.join(folder, mark))):
                 break
-            if lock is None and continues:
+            if lock is None and (continues or args.resume == 'auto'):
                 raise ValueError(f'Another run writes {folder!r} at this moment. Wait for it, or choose --experiment.')
             if lock is not None:
                 lock.close()
