@@ -114,7 +114,8 @@ def main() -> None:
             flags = ['--output', output, '--experiment', str(number), '--resume', 'auto', '-j', str(workers)]
             command = make_command(args.processes, flags)
             while not is_killed(command, moment := draws.uniform(0.2, 1.0) * seconds):
-                shutil.rmtree(folder)  # it was over before
+                seconds = moment  # it was over before
+                shutil.rmtree(folder)
             states = ' '.join(sorted(name[: -len('.pth.tar')] for name in os.listdir(folder) if 'recovery-' in name))
             subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT)
             found = fingerprint(folder)
