@@ -331,12 +331,19 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step_and_the_last_fin
 def test_ctrl_c_leaves_a_whole_checkpoint_and_prints_the_command_that_continues(tmp_path, tiny, read_csv):
     flags = ['--data-dir', str(tiny), *TINY_FLAGS, '--coretune', '--output', str(tmp_path), '--experiment', 'run']
     command = [sys.executable, '-m', 'timm_coretune.train', *flags, '--epochs', '5000']
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+    # a shell that starts tests in the background has them ignore the signal, and what they start too
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, cwd=tmp_path,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
         deadline = time.monotonic() + 120
         while not (tmp_path / 'run' / 'last.pth.tar').exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, log = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0, log
     epoch = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['epoch']
     words = shlex.split(log.split('Continue with:\n')[1].splitlines()[0])
