@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import skip_without_loader_option
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -162,6 +163,7 @@ CASES += [
 
 @pytest.mark.parametrize('flags', CASES)
 def test_batches_are_the_same_in_any_loader_process_and_from_any_start(images, flags):
+    skip_without_loader_option(flags)
     loader = create_loaders(images, *flags).train
     epochs = [read(loader, epoch) for epoch in range(3)]
     assert not same(epochs[0], epochs[1])
@@ -175,6 +177,7 @@ def test_batches_are_the_same_in_any_loader_process_and_from_any_start(images, f
 
 @pytest.mark.parametrize('name', ['erasing', 'mixup', 'multi-epochs', 'sizes'])
 def test_two_loader_processes_change_nothing(images, name):
+    skip_without_loader_option(AUGMENTATIONS[name])
     loader = create_loaders(images, *AUGMENTATIONS[name]).train
     epochs = [read(loader, epoch) for epoch in range(3)]
     parallel = create_loaders(images, *AUGMENTATIONS[name], '--workers', 2).train

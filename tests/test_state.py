@@ -411,7 +411,9 @@ def test_resume_auto_without_a_state_starts_anew(tmp_path, data, straight, caplo
 
 def resumed(state, no_resume_opt):
     torch.manual_seed(1)
-    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    task = ClassificationTask(
+        timm.create_model('test_resnet', num_classes=3), torch.nn.CrossEntropyLoss(), verbose=False
+    )
     optimizer = timm.optim.create_optimizer_v2(task.get_trainable_module(), opt='momentum', lr=0.7, weight_decay=0.3)
     args = argparse.Namespace(no_resume_opt=no_resume_opt, start_epoch=None)
     run_state = RunState(Accelerator(cpu=True))
@@ -436,7 +438,9 @@ def test_weights_are_resumed_with_the_optimizer_unless_told_otherwise(tmp_path, 
 def test_a_state_of_timm_goes_on_with_the_next_epoch(tmp_path, data, caplog, read_csv):
     caplog.set_level(logging.INFO)
     torch.manual_seed(0)
-    task = ClassificationTask(timm.create_model('test_resnet', num_classes=3), verbose=False)
+    task = ClassificationTask(
+        timm.create_model('test_resnet', num_classes=3), torch.nn.CrossEntropyLoss(), verbose=False
+    )
     optimizer = timm.optim.create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.05, weight_decay=2e-5)
     loss = task(torch.rand(4, 3, 32, 32), torch.tensor([0, 1, 2, 0]))['loss']
     loss.backward()

@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from conftest import skip_without_loader_option
 from PIL import Image
 from safetensors.torch import save_file
 from timm.task import ClassificationTask
@@ -255,6 +256,7 @@ NAFLEX = (
     ids=['jsd', 'bce', 'bce-mixup', 'augmix', 'sizes', 'bfloat16', 'head', 'script', 'naflex', 'naflex-coretune'],
 )
 def test_the_options_of_timm_train_together_with_ours(tmp_path, tiny, flags, read_csv):
+    skip_without_loader_option(flags)
     folder = train(tmp_path, '--data-dir', tiny, *TINY_FLAGS, *flags)
     rows = read_csv(folder / 'summary.csv')
     assert len(rows) == 2

@@ -25,7 +25,7 @@ MAX_DEPTH = 8  # of nested dictionaries; VISSL's are the deepest known, 4
 
 def _allowed_globals() -> List[Any]:
     """All that a pickle may name besides tensors: types that hold data and do nothing else when they are rebuilt."""
-    core = getattr(np, '_core', None) or np.core
+    core = np._core if hasattr(getattr(np, '_core', None), 'multiarray') else np.core  # of numpy 2, of numpy 1
     scalars = (np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.int64, np.uint8, np.bool_)
     allowed: List[Any] = [
         argparse.Namespace,  # arguments of the run, in files of DINO, MAE, SupContrast and many others

@@ -17,7 +17,7 @@ Input = Union[torch.Tensor, Dict[str, Any]]
 
 def _order_of(loader: Any) -> Any:
     """What orders the batches of a loader. timm's loader of many epochs wraps it, as torch's batches wrap an order."""
-    sampler = getattr(loader, 'batch_sampler', None)
+    sampler = getattr(getattr(loader, 'loader', loader), 'batch_sampler', None)  # behind a prefetching loader
     return sampler if isinstance(sampler, EpochBatchSampler) else getattr(sampler, 'sampler', sampler)
 
 

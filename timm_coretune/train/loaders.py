@@ -1,8 +1,10 @@
 """Loaders: timm's, from the arguments"""
 
 import argparse
+import inspect
 from typing import Any, Dict, NamedTuple, Optional
 
+import timm
 import torch
 from accelerate import Accelerator
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
@@ -130,6 +132,8 @@ class LoaderFactory:
             dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
         sizes = {}
         if args.train_img_sizes:
+            if 'input_size_choices' not in inspect.signature(create_loader).parameters:
+                raise ValueError(f'--train-img-sizes needs a newer timm than {timm.__version__}: pip install -U timm')
             progressive = args.train_size_schedule == 'progressive'
             sizes = dict(
                 input_size_choices=args.train_img_sizes,
