@@ -116,7 +116,8 @@ def main() -> None:
             while not is_killed(command, moment := draws.uniform(0.2, 1.0) * seconds):
                 seconds = moment  # it was over before
                 shutil.rmtree(folder)
-            states = ' '.join(sorted(name[: -len('.pth.tar')] for name in os.listdir(folder) if 'recovery-' in name))
+            names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []  # killed before it made one
+            states = ' '.join(name[: -len('.pth.tar')] for name in names if 'recovery-' in name)
             subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT)
             found = fingerprint(folder)
             wrong = [name for name in expected if expected[name] != found[name]]
