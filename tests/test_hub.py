@@ -136,6 +136,7 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     assert config['label_names'][:2] == ['T-shirt/top', 'Trouser']
     assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
     assert config['pretrained_cfg']['crop_pct'] == 1.0
+    assert not {'tag', 'license'} & set(config['pretrained_cfg'])  # those of the weights timm has of that name
 
     card = ModelCard(files['README.md'].decode())
     assert (card.data.library_name, card.data.license) == ('timm', 'mit')
@@ -145,6 +146,8 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     assert 'the moving average (EMA) of the weights after epoch' in card.text
     assert "timm.create_model('hf-hub:me/run', pretrained=True)" in card.text
     assert 'arxiv.org/abs/2102.06605' in card.text
+    assert '| `--contrast-weight` | 1.0 |' in card.text
+    assert '--amp-dtype' not in card.text
     results = {result.metric_type: result for result in card.data.eval_results}
     with safe_open(run_folder / 'model_best.safetensors', framework='pt') as weights:
         epoch = int(weights.metadata()['epoch'])

@@ -16,14 +16,21 @@ _METRICS = (
     ('ece', 'expected_calibration_error', 'Expected calibration error (%)'),
     ('loss', 'loss', 'Cross-entropy (nats)'),
 )
-# options of train.py that make the recipe; args.yaml has all of them
-_RECIPE = (
-    *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
-    *('projection_dim', 'preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'lr_base', 'weight_decay'),
-    *('layer_decay', 'clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup'),
-    *('cutmix', 'aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'model_ema', 'model_ema_decay'),
-    *('amp', 'amp_dtype', 'seed'),
-)
+# options of train.py that make the recipe, by the one they need to have an effect; args.yaml has all of them
+_RECIPE = {
+    None: (
+        *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
+        *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
+        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
+    ),
+    'coretune': (
+        *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
+        *('projection_dim', 'no_coretune_gather'),
+    ),
+    'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
+    'amp': ('amp', 'amp_dtype'),
+}
+_WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1}
 _CITATION = """```bibtex
 @inproceedings{zhang2021unleashing,
   title={Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning},
@@ -179,11 +186,15 @@ def _figures(facts: CardFacts) -> Optional[str]:
 
 
 def _recipe(facts: CardFacts) -> Optional[str]:
-    # False and None are options that were not used
-    options = [(key, facts.recipe[key]) for key in _RECIPE if facts.recipe.get(key) not in (None, False, '')]
+    keys = [key for needed, group in _RECIPE.items() if not needed or facts.recipe.get(needed) for key in group]
+    # 0, False and None are options that were not used
+    options = [(key, facts.recipe[key]) for key in keys if facts.recipe.get(key)]
+    options = [(key, value) for key, value in options if value != _WITHOUT_EFFECT.get(key)]
     if not options:
         return None
     lines = ['## How it was trained', '', 'By `train.py -c args.yaml`, whose main options are', '']
     lines += ['| option | value |', '|---|---|']
-    lines += [f'| `--{key.replace("_", "-")}` | {value} |' for key, value in options]
+    lines += [
+        f'| `--{key.replace("_", "-")}` | {"" if value is True else value} |' for key, value in options
+    ]  # fmt: skip
     return '\n'.join(lines)

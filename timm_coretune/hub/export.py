@@ -14,6 +14,7 @@ from timm.models import _hub
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
+_OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str) -> None:
@@ -59,6 +60,8 @@ def write_config(
     temporary = Path(f'{path}.tmp')
     _hub.save_config_for_hf(model, temporary, model_config=model_config, **options)
     config = json.loads(temporary.read_text())
+    for key in _OF_THE_SOURCE:  # not true of tuned weights, nor always of what was tuned
+        config['pretrained_cfg'].pop(key, None)
     if not options:
         # what the model was pretrained with would win over what it was tuned with
         for key in ('test_input_size', 'test_crop_pct', 'pool_size'):
