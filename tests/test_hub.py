@@ -314,18 +314,19 @@ def test_a_folder_without_a_run_is_refused(hub, tmp_path, capsys):
 # train.py
 
 
-def train_command(tmp_path, *flags):
-    command = [sys.executable, str(ROOT / 'train.py'), '--label-fraction', '0.05', '--epochs', '1', '--workers', '0']
-    return [*command, '--output', str(tmp_path), '--experiment', 'run', '--push-to-hub', 'me/tuned', *flags]
+def train_flags(tmp_path, *flags):
+    quick = ('--label-fraction', '0.05', '--epochs', '1', '--workers', '0')
+    return [*quick, '--output', str(tmp_path), '--experiment', 'run', '--push-to-hub', 'me/tuned', *flags]
 
 
-def test_training_ends_with_a_repository_that_plain_timm_loads(server, environment, tmp_path):
-    command = train_command(tmp_path, '--coretune', '--hub-private', '--hub-revision', 'first')
-    finished = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    assert 'Pushed: ' in finished.stderr
+def test_training_in_two_processes_ends_with_a_repository_that_plain_timm_loads(server, environment, tmp_path, launch):
+    words = ['accelerate', 'launch', '--config_file', str(ROOT / 'configs' / 'cpu_2.yaml'), str(ROOT / 'train.py')]
+    flags = train_flags(tmp_path, '--device', 'cpu', '--hub-private', '--hub-revision', 'first')
+    finished = launch([*words, *flags], environment=environment)
+    assert finished.stderr.count('Pushed: ') == 1
     repository = server.repositories['me/tuned']
     assert repository.private
+    assert [len(commits) for commits in repository.branches.values()] == [1, 2]
     files = repository.files('first')
     assert TOKEN not in finished.stderr + finished.stdout
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / 'run').iterdir())
@@ -345,7 +346,7 @@ def test_training_that_was_not_pushed_ends_with_3_and_its_command_pushes_later(
     monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
     caplog.set_level(logging.INFO)
     with pytest.raises(SystemExit) as ended:
-        main(train_command(tmp_path)[2:])
+        main(train_flags(tmp_path))
     assert ended.value.code == 3
     assert 'There is no token to push to the Hub with' in caplog.text.split('Train: 0')[0]
     message = caplog.records[-1].getMessage()

@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from huggingface_hub import get_token
 from timm.data import resolve_data_config
-from timm.utils import random_seed, setup_default_logging
+from timm.utils import random_seed, setup_default_logging, unwrap_model
 
 from ..hub.export import CONFIG_NAME, write_config
 from ..hub.push import push_command, push_run
@@ -334,7 +334,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         state = f'The last state before is {record.last_state}.' if record.last_state else 'There is no state before.'
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
-        summarize(record, trainer, args, trainer.task.get_eval_model().num_classes)
+        summarize(record, trainer, args, unwrap_model(trainer.task.get_eval_model()).num_classes)
         print_results(results, args.eval_metric)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:
