@@ -93,7 +93,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == 'lost':
             return self.cut()
         self.send_response(status)
-        headers.setdefault('Content-Length', len(content))
+        headers['Content_Length'] = len(content)
         for name, value in headers.items():
             self.send_header(name.replace('_', '-'), str(value))
         self.end_headers()
@@ -146,7 +146,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(403, {'error': 'forbidden'})
         status = 409 if name in self.server.repositories else 200
         if status == 200:
-            self.server.repositories[name] = Repository(asked.get('visibility') == 'private')
+            self.server.repositories[name] = Repository(
+                asked.get('visibility') == 'private' or asked.get('private', False)
+            )
         return self.answer(status, {'url': f'{self.server.url}/{name}', 'error': 'You already created this repo'})
 
     def on_validate(self):
@@ -233,7 +235,7 @@ class Handler(BaseHTTPRequestHandler):
         headers = {'ETag': f'"{hashlib.sha256(content).hexdigest()}"', 'X_Repo_Commit': commits[-1][0]}
         wanted = re.fullmatch(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
         if not wanted:
-            return self.answer(200, content, Content_Length=len(content), **headers)
+            return self.answer(200, content, **headers)
         start, end = int(wanted[1]), int(wanted[2] or len(content) - 1)
         headers['Content_Range'] = f'bytes {start}-{end}/{len(content)}'
         return self.answer(206, content[start : end + 1], **headers)

@@ -17,6 +17,7 @@ import yaml
 from conftest import ROOT
 from hub_server import TOKEN, HubServer
 from huggingface_hub import ModelCard
+from packaging.version import Version
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -48,8 +49,10 @@ def hub(server, tmp_path, monkeypatch):
     template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
     template = template.replace(huggingface_hub.constants.ENDPOINT, server.url)
     monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    # where releases before 1.0 keep a copy
+    monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
     monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', server.url)
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True, raising=False)
     monkeypatch.setenv('HF_TOKEN', TOKEN)
     server.waits = []
     monkeypatch.setattr(time, 'sleep', server.waits.append)
@@ -119,7 +122,7 @@ def test_an_exported_folder_comes_back_with_its_size_channels_and_names(tmp_path
     image = torch.randn(2, 1, 64, 64)
     assert torch.equal(loaded(image), model(image))
     config = timm.data.resolve_data_config({}, model=loaded)
-    assert {**config, 'mean': tuple(config['mean']), 'std': tuple(config['std'])} == data_config
+    assert json.loads(json.dumps(config)) == json.loads(json.dumps(data_config))  # tuples or lists
     assert loaded.pretrained_cfg['label_names'] == NAMES
 
 
@@ -158,6 +161,7 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     assert results['accuracy'].dataset_name == 'fashion_mnist_sample'
 
 
+@pytest.mark.skipif(Version(timm.__version__) < Version('1.0.31'), reason='timm could not choose among several files')
 def test_the_folder_of_a_run_is_one_that_timm_loads(run_folder):
     model = timm.create_model(f'local-dir:{run_folder}', pretrained=True)
     expected = load_file(run_folder / 'model_best.safetensors')
@@ -404,7 +408,8 @@ def test_a_card_tells_only_what_is_known(model, tmp_path):
 
 @pytest.mark.parametrize('format', ['torch.export', 'onnx'])
 def test_a_tuned_model_goes_where_timm_models_go(run_folder, tmp_path, format):
-    model = timm.create_model(f'local-dir:{run_folder}', pretrained=True).eval()
+    weights = str(run_folder / 'model_best.safetensors')
+    model = timm.create_model('test_resnet', num_classes=10, checkpoint_path=weights).eval()
     image = torch.randn(2, 3, 32, 32)
     if format == 'onnx':
         pytest.importorskip('onnxscript')
