@@ -117,7 +117,8 @@ def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_car
 def test_an_exported_folder_comes_back_with_its_size_channels_and_names(tmp_path):
     model = timm.create_model('test_vit', num_classes=3, img_size=64, in_chans=1).eval()
     data_config = {**DATA_CONFIG, 'input_size': (1, 64, 64), 'mean': (0.5,), 'std': (0.5,)}
-    export_model(model, str(tmp_path / 'exported'), data_config=data_config, label_names=NAMES)
+    compiled = torch.compile(model, backend='eager')
+    export_model(compiled, str(tmp_path / 'exported'), data_config=data_config, label_names=NAMES)
     loaded = timm.create_model(f'local-dir:{tmp_path / "exported"}', pretrained=True).eval()
     image = torch.randn(2, 1, 64, 64)
     assert torch.equal(loaded(image), model(image))
@@ -224,6 +225,7 @@ def test_private_makes_a_private_repository_and_never_publishes_in_a_public_one(
 FOR_GOOD = [
     ('create', 401, 'does not know the token', 'wrong-token'),
     ('create', 403, r'may not write to me/my-model \(403\)', 'no-right-to-create'),
+    ('create', 409, r'the name me/my-model is taken \(409\)', 'name-taken'),
     ('commit', 403, r'may not write to me/my-model \(403\)', 'no-right-to-write'),
     ('commit', 409, r'changed by someone else at this moment \(409\)', 'conflict'),
     ('commit', 429, r'takes no more requests from you for now \(429\)', 'rate-limit'),
@@ -279,7 +281,12 @@ def test_a_commit_of_someone_else_in_between_is_not_overwritten(hub, model, monk
     assert repository.branches['main'][-1] == theirs
 
 
-def test_no_token_and_a_name_that_is_taken_and_offline(hub, model, monkeypatch, tmp_path):
+def test_no_token_and_a_name_of_someone_else_and_no_network(hub, model, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
+        with pytest.raises(HubError, match='no connection to the Hub'):
+            push_to_hub(model, 'me/my-model')
+        assert hub.waits == [1, 2, 4, 8]
     with pytest.raises(HubError, match='may not write to you/my-model'):
         push_to_hub(model, 'you/my-model')
     with pytest.raises(HubError, match='does not know the token'):

@@ -11,6 +11,7 @@ import torch.nn as nn
 from safetensors.torch import save
 from timm.data import resolve_data_config
 from timm.models import _hub
+from timm.utils import unwrap_model
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
@@ -80,11 +81,12 @@ def export_model(
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
     Args:
-        model: A timm model, such as the `get_eval_model()` of a task.
+        model: A timm model, such as the `get_eval_model()` of a task, compiled or wrapped or neither.
         folder: Folder to write, made if need be.
         data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
         label_names: Names of the classes by index.
     """
+    model = unwrap_model(model)
     os.makedirs(folder, exist_ok=True)
     write_config(model, os.path.join(folder, CONFIG_NAME), data_config, label_names)
     save_weights(model.state_dict(), os.path.join(folder, WEIGHTS_NAME))
