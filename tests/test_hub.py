@@ -231,7 +231,7 @@ FOR_GOOD = [
     ('commit', 429, r'takes no more requests from you for now \(429\)', 'rate-limit'),
     ('create', 500, r'error of its own \(500\)', 'server-error'),
     ('commit', 503, r'error of its own \(503\)', 'unavailable'),
-    ('validate', 503, 'no connection to the Hub, or it was cut', 'page-of-a-proxy'),
+    ('validate', 503, 'answered with a page in place of data', 'page-of-a-proxy'),
     ('commit', 'cut', 'no connection to the Hub, or it was cut', 'cut'),
     ('upload', 403, r'may not write to me/my-model \(403\)', 'upload-refused'),
     ('validate', 400, r'refused the push \(400\)', 'card-refused'),

@@ -67,6 +67,8 @@ def _explain(error: Exception, repo_id: str) -> str:
         return 'the Hub takes no more requests from you for now (429). Wait some minutes, then push again.'
     if status is not None and status >= 500:
         return f'the Hub has an error of its own ({status}), also after {len(_WAITS)} more attempts. Push again later.'
+    if isinstance(error, json.JSONDecodeError):
+        return 'the Hub, or something on the way to it, answered with a page in place of data. Push again later.'
     if isinstance(error, OfflineModeIsEnabled):
         return 'HF_HUB_OFFLINE is set. Push again without it.'
     what = ' '.join(str(error).split()) or type(error).__name__
