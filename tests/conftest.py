@@ -31,9 +31,9 @@ def _fresh_process():
 def launch(tmp_path):
     """Run the words of a shell command in a folder of its own, as a user of this environment would."""
 
-    def run(words, check=True, **kwargs):
+    def run(words, check=True, environment=None, **kwargs):
         # the commands of this environment, and no more than its threads
-        env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+        env = {**(environment or os.environ), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
         finished = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, **kwargs)
         assert not check or finished.returncode == 0, finished.stdout + finished.stderr
         return finished

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .flags import PRESETS, create_parser
 
@@ -119,6 +120,14 @@ def mixes_pixels(args: argparse.Namespace) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return '/' in name
+
+
 def find_contradictions(args: argparse.Namespace) -> List[str]:
     """Sentences on arguments that exclude each other, or that nothing here can honour."""
     metrics = split_names(args.metrics)
@@ -181,6 +190,15 @@ def find_contradictions(args: argparse.Namespace) -> List[str]:
         '--eval-only needs a --val-split': args.eval_only and not args.val_split,
         '--metrics: choose from confusion, per-class, ece': set(metrics) - {'confusion', 'per-class', 'ece'},
         f'--eval-metric: choose from {", ".join(eval_metrics)}': args.eval_metric not in eval_metrics,
+        '--push-to-hub: OWNER/NAME, of letters, digits, -, _ and .': (
+            args.push_to_hub is not None and not _is_repo_id(args.push_to_hub)
+        ),
+        '--push-to-hub pushes what was trained: not with --eval-only or --epochs 0': (
+            args.push_to_hub is not None and args.eval_only
+        ),
+        '--hub-private and --hub-revision need --push-to-hub': (
+            args.push_to_hub is None and (args.hub_private or args.hub_revision is not None)
+        ),
         '--resume auto needs --experiment NAME, the folder to look into': (
             args.resume == 'auto' and not args.experiment
         ),

@@ -1,4 +1,4 @@
-"""The flags of train.py: ours, in two groups, and timm's"""
+"""The flags of train.py: ours, in three groups, and timm's"""
 
 import argparse
 import difflib
@@ -31,6 +31,7 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of defaults; flags win over it')
     _add_coretune(parser)
     _add_tuning(parser)
+    _add_hub(parser)
     add_timm_flags(parser)
     return parser
 
@@ -67,3 +68,10 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
     add('--eval-only', action='store_true', help='validate and stop, as --epochs 0 does')
     add('--metrics', default='', metavar='LIST', help='more metrics, comma-separated: confusion, per-class, ece')
     add('--log-with', default='', metavar='LIST', help='trackers of accelerate, comma-separated, such as tensorboard')
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('publishing (docs/hub.md)').add_argument
+    add('--push-to-hub', metavar='OWNER/NAME', help='push the best weights to this repository when training is over')
+    add('--hub-private', action='store_true', help='make the repository private')
+    add('--hub-revision', metavar='REV', help='branch to push to, made if need be (default: main)')

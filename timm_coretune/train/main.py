@@ -12,9 +12,13 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
+from huggingface_hub import get_token
 from timm.data import resolve_data_config
-from timm.utils import random_seed, setup_default_logging
+from timm.utils import random_seed, setup_default_logging, unwrap_model
 
+from ..hub.export import CONFIG_NAME, write_config
+from ..hub.push import push_command, push_run
+from ..hub.upload import NOT_PUSHED, HubError, quiet_requests
 from ..report import plot_confusion, plot_curves
 from .arguments import ParsedArguments, import_device_modules, parse_args, split_names
 from .datasets import Datasets, create_datasets
@@ -150,9 +154,9 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
     args = parsed.args
     folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
     state_path = resolve_resume(args, accelerator, folder)
-    model = create_backbone(args, resolve_num_classes(args, datasets.num_classes))
-    data_config = resolve_data_config(vars(args), model=model, verbose=accelerator.is_main_process)
-    model = place_model(args, model, accelerator)
+    backbone = create_backbone(args, resolve_num_classes(args, datasets.num_classes))
+    data_config = resolve_data_config(vars(args), model=backbone, verbose=accelerator.is_main_process)
+    model = place_model(args, backbone, accelerator)
     loaders = LoaderFactory(args, data_config, model, accelerator).create(datasets)
     task = create_task(args, model, accelerator)
     log_data(datasets)
@@ -190,6 +194,7 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
         if accelerator.is_main_process:
             folder, lock = take_folder(args, data_config['input_size'][-1], state_path)
             _logger.info(f'Output: {folder}')
+            save_config(backbone, folder, data_config, datasets.class_names)
         record = RunRecord(args, parsed.text, folder, task, optimizer, run_state)
         if state_path is not None:
             record.continue_from(state_path)
@@ -211,6 +216,19 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
     )
     run_state.restore(trainer)
     return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, lock)
+
+
+def save_config(
+    model: torch.nn.Module,
+    folder: str,
+    data_config: Dict[str, Any],
+    class_names: Optional[List[str]],
+) -> None:
+    """Write what plain timm needs to build the model around the weights of the folder."""
+    try:
+        write_config(model, os.path.join(folder, CONFIG_NAME), data_config, class_names)
+    except ValueError as e:  # no reason not to train
+        _logger.warning(f'There will be no {CONFIG_NAME}, and no push to the Hub: {e}')
 
 
 def continue_command(argv: List[str], folder: str) -> str:
@@ -244,6 +262,26 @@ def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, num
         _logger.info(str(e))
 
 
+def push(args: argparse.Namespace, folder: str, is_over: bool) -> None:
+    """Push the run, and say how to try again before a failure can keep it from saying so.
+
+    Raises:
+        SystemExit: It was trained, but not pushed.
+    """
+    command = push_command(folder, args.push_to_hub, args.hub_private, args.hub_revision)
+    try:
+        if not is_over:
+            raise HubError('the run was interrupted. Continue it, or push what there is.')
+        _logger.info(f'Pushing to {args.push_to_hub}. Should that be cut off, this does it again:\n{command}')
+        url = push_run(folder, args.push_to_hub, args.hub_private, args.hub_revision)
+    except (HubError, ValueError, KeyboardInterrupt) as e:
+        reason = 'interrupted.' if isinstance(e, KeyboardInterrupt) else e
+        _logger.error(f'Trained, but not pushed: {reason}\nEverything is in {folder}. Try again with:\n{command}')
+        raise SystemExit(NOT_PUSHED) from None
+    _logger.info(f'Pushed: {url}')
+    _logger.info(f"Load it: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)")
+
+
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     """Print the ten best epochs as JSON, as timm's script does."""
     results = [{k: v for k, v in result.items() if v is not None} for result in results]
@@ -259,6 +297,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     args = parsed.args
     import_device_modules(args)
     setup_default_logging(default_level=logging.INFO if int(os.environ.get('RANK', 0)) == 0 else logging.WARNING)
+    quiet_requests()
     accelerator = create_accelerator(parsed)
     check_strategy(args, accelerator)
     if parsed.assumed:
@@ -282,10 +321,13 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         if accelerator.is_main_process:
             print_results([{'validation': metrics}], args.eval_metric)
         return [{'validation': metrics}]
-    results = []
+    if args.push_to_hub and accelerator.is_main_process and get_token() is None:
+        _logger.warning('There is no token to push to the Hub with: `hf auth login` before this run is over.')
+    results, is_over = [], False
     try:
         results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
         record.finish()
+        is_over = True
     except KeyboardInterrupt:
         if record.last_state:
             _logger.info(f'Interrupted. Continue with:\n{continue_command(argv, record.folder)}')
@@ -295,9 +337,11 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         state = f'The last state before is {record.last_state}.' if record.last_state else 'There is no state before.'
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
-        summarize(record, trainer, args, trainer.task.get_eval_model().num_classes)
+        summarize(record, trainer, args, unwrap_model(trainer.task.get_eval_model()).num_classes)
         print_results(results, args.eval_metric)
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        push(args, record.folder, is_over)
     if lock is not None:
         lock.close()
     return results

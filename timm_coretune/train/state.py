@@ -15,29 +15,19 @@ from typing import Any, Dict, Iterator, List, Optional, Tuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors.torch import save
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ..hub.export import save_weights
+from ..hub.push import RUN_WEIGHTS_NAME as WEIGHTS_NAME
 from .folder import find_newest_state, progress_of, read_state
 from .loop import LOWER_IS_BETTER, Trainer
 
 _logger = logging.getLogger(__name__)
 
-WEIGHTS_NAME = 'model_best.safetensors'
 LAST_NAME = 'last.pth.tar'
 SUMMARY_NAME = 'summary.csv'
-
-
-def save_weights(state_dict: Dict[str, torch.Tensor], path: str) -> None:
-    """Write weights as safetensors that plain `timm.create_model(checkpoint_path=path)` loads."""
-    # clones, as safetensors refuses tensors that share memory
-    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
-    temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as f:  # save_file would leave the file readable to its owner alone
-        f.write(save(tensors, metadata={'format': 'pt'}))
-    os.replace(temporary, path)
 
 
 class RunState:
@@ -399,7 +389,8 @@ class RunRecord:
             )
             os.replace(f'{path}.tmp', path)
             if weights is not None:
-                save_weights(weights, self.path(WEIGHTS_NAME))
+                kind = 'ema' if self.publish_ema else 'model'
+                save_weights(weights, self.path(WEIGHTS_NAME), epoch=str(epoch), weights=kind)
                 if trainer.metrics is not None:
                     trainer.metrics.write(self.folder)
             if not trainer.is_sharded:

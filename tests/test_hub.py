@@ -1,0 +1,431 @@
+"""Pushes by the real client to a Hub on loopback: what arrives, what comes back, and what every failure leaves"""
+
+import json
+import logging
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import huggingface_hub
+import pytest
+import timm
+import torch
+import yaml
+from conftest import ROOT
+from hub_server import TOKEN, HubServer
+from huggingface_hub import ModelCard
+from packaging.version import Version
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from timm_coretune import export_model, push_to_hub
+from timm_coretune.hub import HubError, push_run
+from timm_coretune.hub.__main__ import run as run_cli
+from timm_coretune.hub.card import CardFacts, create_card
+from timm_coretune.train import main
+from timm_coretune.train.arguments import parse_args
+
+DATA_CONFIG = dict(
+    input_size=(3, 48, 48), interpolation='bilinear', mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), crop_pct=0.8,
+    crop_mode='center',
+)  # fmt: skip
+NAMES = ['ant', 'bee', 'cat']
+
+
+@pytest.fixture
+def server():
+    server = HubServer()
+    yield server
+    server.end()
+
+
+@pytest.fixture
+def hub(server, tmp_path, monkeypatch):
+    """The client of this process speaks to the server, with a token, and does not wait between attempts."""
+    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
+    template = template.replace(huggingface_hub.constants.ENDPOINT, server.url)
+    monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    # where releases before 1.0 keep a copy
+    monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
+    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', server.url)
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True, raising=False)
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    server.waits = []
+    monkeypatch.setattr(time, 'sleep', server.waits.append)
+    return server
+
+
+@pytest.fixture
+def environment(server, tmp_path):
+    """What a process needs to speak to the server."""
+    own = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'home'), HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1')
+    return {**os.environ, **own, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
+
+
+@pytest.fixture
+def model():
+    return timm.create_model('test_resnet', num_classes=3).eval()
+
+
+@pytest.fixture(scope='session')
+def run_folder(tmp_path_factory):
+    """A folder as a run leaves it, of 2 epochs."""
+    output = tmp_path_factory.mktemp('runs')
+    flags = ['--label-fraction', '0.05', '--epochs', '2', '--workers', '0', '--model-ema', '--coretune']
+    main([*flags, '--output', str(output), '--experiment', 'run'])
+    return output / 'run'
+
+
+def plain_timm(name, environment, image, path, more_code=''):
+    """Outputs of a model, in a fresh process that knows nothing of timm_coretune, and all it prints."""
+    torch.save(image, path / 'image.pt')
+    code = (
+        'import json, sys, timm, torch\n'
+        f'model = timm.create_model({name!r}, pretrained=True).eval()\n'
+        'assert "timm_coretune" not in sys.modules\n'
+        f'torch.save(model(torch.load({str(path / "image.pt")!r})), {str(path / "output.pt")!r})\n'
+        'cfg = timm.data.resolve_data_config({}, model=model)\n'
+        'print(json.dumps({**cfg, "label_names": model.pretrained_cfg.get("label_names")}))\n' + more_code
+    )
+    command = [sys.executable, '-W', 'ignore', '-c', code]
+    finished = subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, timeout=120)
+    assert finished.returncode == 0, finished.stderr
+    config, *printed = finished.stdout.splitlines()
+    return torch.load(path / 'output.pt'), json.loads(config), printed
+
+
+def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_card_runs(
+    hub, environment, tmp_path, model
+):
+    url = push_to_hub(model, 'me/my-model', data_config=DATA_CONFIG, label_names=NAMES)
+    assert url.startswith(f'{hub.url}/me/my-model/commit/')
+    files = hub.repositories['me/my-model'].files()
+    assert set(files) == {'README.md', 'config.json', 'model.safetensors'}
+    Image.new('RGB', (60, 50), (200, 30, 30)).save(tmp_path / 'image.png')
+    code = files['README.md'].decode().split('```python\n')[1].split('```')[0]
+    image = torch.randn(2, 3, 48, 48)
+    output, config, printed = plain_timm('hf-hub:me/my-model', environment, image, tmp_path, code)
+    assert torch.equal(output, model(image))
+    assert config == {**json.loads(json.dumps(DATA_CONFIG)), 'label_names': NAMES}
+    assert printed[0].split()[0] in NAMES
+
+
+def test_an_exported_folder_comes_back_with_its_size_channels_and_names(tmp_path):
+    model = timm.create_model('test_vit', num_classes=3, img_size=64, in_chans=1).eval()
+    data_config = {**DATA_CONFIG, 'input_size': (1, 64, 64), 'mean': (0.5,), 'std': (0.5,)}
+    compiled = torch.compile(model, backend='eager')
+    export_model(compiled, str(tmp_path / 'exported'), data_config=data_config, label_names=NAMES)
+    loaded = timm.create_model(f'local-dir:{tmp_path / "exported"}', pretrained=True).eval()
+    image = torch.randn(2, 1, 64, 64)
+    assert torch.equal(loaded(image), model(image))
+    config = timm.data.resolve_data_config({}, model=loaded)
+    assert json.loads(json.dumps(config)) == json.loads(json.dumps(data_config))  # tuples or lists
+    assert loaded.pretrained_cfg['label_names'] == NAMES
+
+
+def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
+    run_cli(['push', str(run_folder), 'me/run', '--license', 'mit'])
+    files = hub.repositories['me/run'].files()
+    assert set(files) == {'README.md', 'args.yaml', 'config.json', 'curves.png', 'model.safetensors', 'summary.csv'}
+    for name, stored in files.items():
+        local = run_folder / {'model.safetensors': 'model_best.safetensors'}.get(name, name)
+        assert name == 'README.md' or stored == local.read_bytes()
+    (_, commit) = hub.repositories['me/run'].branches['main']  # one commit after the initial one
+    assert commit[1] == 'Add tuned model'
+    config = json.loads(files['config.json'])
+    assert config['label_names'][:2] == ['T-shirt/top', 'Trouser']
+    assert config['pretrained_cfg']['input_size'] == [3, 32, 32]
+    assert config['pretrained_cfg']['crop_pct'] == 1.0
+    assert not {'tag', 'license'} & set(config['pretrained_cfg'])  # those of the weights timm has of that name
+
+    card = ModelCard(files['README.md'].decode())
+    assert (card.data.library_name, card.data.license) == ('timm', 'mit')
+    assert {'timm', 'coretune', 'test_resnet'} <= set(card.data.tags)
+    assert card.data.base_model is None
+    assert 'the checkpoint `test_resnet_mocov2.safetensors`' in card.text
+    assert 'the moving average (EMA) of the weights after epoch' in card.text
+    assert "timm.create_model('hf-hub:me/run', pretrained=True)" in card.text
+    assert 'arxiv.org/abs/2102.06605' in card.text
+    assert '| `--contrast-weight` | 1.0 |' in card.text
+    assert '--amp-dtype' not in card.text
+    results = {result.metric_type: result for result in card.data.eval_results}
+    with safe_open(run_folder / 'model_best.safetensors', framework='pt') as weights:
+        epoch = int(weights.metadata()['epoch'])
+    row = (run_folder / 'summary.csv').read_text().splitlines()[1 + epoch].split(',')
+    columns = (run_folder / 'summary.csv').read_text().splitlines()[0].split(',')
+    top1 = float(row[columns.index('eval_top1')])
+    assert results['accuracy'].metric_value == pytest.approx(top1, abs=1e-3)
+    assert results['accuracy'].dataset_name == 'fashion_mnist_sample'
+
+
+@pytest.mark.skipif(Version(timm.__version__) < Version('1.0.31'), reason='timm could not choose among several files')
+def test_the_folder_of_a_run_is_one_that_timm_loads(run_folder):
+    model = timm.create_model(f'local-dir:{run_folder}', pretrained=True)
+    expected = load_file(run_folder / 'model_best.safetensors')
+    assert all(torch.equal(value, expected[key]) for key, value in model.state_dict().items())
+    assert model.pretrained_cfg['label_names'][0] == 'T-shirt/top'
+
+
+# repositories that are there
+
+
+def test_a_second_push_is_a_new_commit_and_keeps_a_licence_that_was_added(hub, model):
+    first = push_to_hub(model, 'me/my-model')
+    repository = hub.repositories['me/my-model']
+    repository.files()['README.md'] = repository.files()['README.md'].replace(b'---\n', b'---\nlicense: mit\n', 1)
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    second = push_to_hub(model, 'me/my-model')
+    assert first != second
+    assert len(repository.branches['main']) == 3
+    weights = [files['model.safetensors'] for _, _, files in repository.branches['main'][1:]]
+    assert weights[0] != weights[1]
+    assert ModelCard(repository.files()['README.md'].decode()).data.license == 'mit'
+
+
+@pytest.mark.parametrize(
+    'existing',
+    ['# A dog', '---\ntags: [timm]\n---\n# Other', '---\ntags: [coretune, resnet50]\n---\n', '---\na: [\n---\n'],
+    ids=['no-metadata', 'not-ours', 'other-architecture', 'broken'],
+)
+def test_the_card_of_another_model_is_kept_and_named(hub, model, caplog, existing):
+    push_to_hub(model, 'me/my-model')
+    hub.repositories['me/my-model'].files()['README.md'] = existing.encode()
+    push_to_hub(model, 'me/my-model')
+    assert hub.repositories['me/my-model'].files()['README.md'] == existing.encode()
+    assert len(hub.repositories['me/my-model'].branches['main']) == 3
+    assert 'README.md of me/my-model describes something else than a test_resnet' in caplog.text
+
+
+def test_a_branch_of_its_own_leaves_the_main_one_alone(hub, model):
+    for _ in range(2):
+        push_to_hub(model, 'me/my-model', revision='second')
+    branches = hub.repositories['me/my-model'].branches
+    assert (len(branches['main']), len(branches['second'])) == (1, 3)
+
+
+def test_private_makes_a_private_repository_and_never_publishes_in_a_public_one(hub, model):
+    push_to_hub(model, 'me/hidden', private=True)
+    push_to_hub(model, 'me/hidden', private=True)
+    assert hub.repositories['me/hidden'].private
+    push_to_hub(model, 'me/open')
+    assert not hub.repositories['me/open'].private
+    with pytest.raises(HubError, match='exists and is public, but was to be private'):
+        push_to_hub(model, 'me/open', private=True)
+    assert len(hub.repositories['me/open'].branches['main']) == 2
+
+
+# failures
+
+
+FOR_GOOD = [
+    ('create', 401, 'does not know the token', 'wrong-token'),
+    ('create', 403, r'may not write to me/my-model \(403\)', 'no-right-to-create'),
+    ('create', 409, r'the name me/my-model is taken \(409\)', 'name-taken'),
+    ('commit', 403, r'may not write to me/my-model \(403\)', 'no-right-to-write'),
+    ('commit', 409, r'changed by someone else at this moment \(409\)', 'conflict'),
+    ('commit', 429, r'takes no more requests from you for now \(429\)', 'rate-limit'),
+    ('create', 500, r'error of its own \(500\)', 'server-error'),
+    ('commit', 503, r'error of its own \(503\)', 'unavailable'),
+    ('validate', 503, 'answered with a page in place of data', 'page-of-a-proxy'),
+    ('commit', 'cut', 'no connection to the Hub, or it was cut', 'cut'),
+    ('upload', 403, r'may not write to me/my-model \(403\)', 'upload-refused'),
+    ('validate', 400, r'refused the push \(400\)', 'card-refused'),
+]
+
+
+@pytest.mark.parametrize('step, fault, message, _', FOR_GOOD, ids=[case[-1] for case in FOR_GOOD])
+def test_a_failure_publishes_nothing_and_says_what_happened(hub, model, step, fault, message, _):
+    hub.fail(step, *[fault] * 20)
+    with pytest.raises(HubError, match=message) as failed:
+        push_to_hub(model, 'me/my-model')
+    assert TOKEN not in str(failed.value)
+    assert all(len(repository.branches['main']) == 1 for repository in hub.repositories.values())
+    hub.faults.clear()
+    push_to_hub(model, 'me/my-model')
+    assert len(hub.repositories['me/my-model'].branches['main']) == 2
+
+
+PASSING = [
+    *[('create', fault) for fault in (429, 500, 503, 'cut', 'lost')],
+    *[('commit', fault) for fault in (429, 500, 503, 'cut', 'lost')],
+    *[('info', 503), ('validate', 'cut'), ('preupload', 500), ('batch', 429), ('upload', 503), ('upload', 'cut')],
+]
+
+
+@pytest.mark.parametrize('step, fault', PASSING, ids=[f'{step}-{fault}' for step, fault in PASSING])
+def test_what_passes_by_is_tried_again_and_committed_once(hub, model, step, fault):
+    hub.fail(step, fault, fault)
+    push_to_hub(model, 'me/my-model')
+    assert len(hub.repositories['me/my-model'].branches['main']) == 2
+    assert hub.waits
+
+
+def test_a_commit_of_someone_else_in_between_is_not_overwritten(hub, model, monkeypatch):
+    push_to_hub(model, 'me/my-model')
+    repository = hub.repositories['me/my-model']
+    theirs = ('1' * 40, 'theirs', {'README.md': b'# Theirs'})
+
+    def sleep(_):
+        if theirs not in repository.branches['main']:
+            repository.branches['main'].append(theirs)
+
+    monkeypatch.setattr(time, 'sleep', sleep)
+    hub.fail('commit', 'cut')
+    with pytest.raises(HubError, match='changed by someone else'):
+        push_to_hub(model, 'me/my-model')
+    assert repository.branches['main'][-1] == theirs
+
+
+def test_no_token_and_a_name_of_someone_else_and_no_network(hub, model, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, 'ENDPOINT', 'http://127.0.0.1:9')
+        with pytest.raises(HubError, match='no connection to the Hub'):
+            push_to_hub(model, 'me/my-model')
+        assert hub.waits == [1, 2, 4, 8]
+    with pytest.raises(HubError, match='may not write to you/my-model'):
+        push_to_hub(model, 'you/my-model')
+    with pytest.raises(HubError, match='does not know the token'):
+        push_to_hub(model, 'me/my-model', token='hf_wrong')
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
+    with pytest.raises(HubError, match='there is no token for the Hub'):
+        push_to_hub(model, 'me/my-model')
+    assert hub.repositories == {}
+
+
+def test_the_command_line_says_what_to_repeat_and_ends_with_3(hub, run_folder, capsys):
+    hub.fail('create', 403)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(['push', str(run_folder), 'me/my-model', '--private', '--revision', 'b'])
+    assert ended.value.code == 3
+    message = capsys.readouterr().err
+    assert 'Not pushed: the token may not write' in message
+    assert TOKEN not in message
+    words = shlex.split(message.strip().splitlines()[-1])
+    assert words[:3] == ['python', '-m', 'timm_coretune.hub']
+    run_cli(words[3:])
+    assert hub.repositories['me/my-model'].private
+    assert len(hub.repositories['me/my-model'].branches['b']) == 2
+
+
+def test_a_folder_without_a_run_is_refused(hub, tmp_path, capsys):
+    with pytest.raises(ValueError, match='found no model_best.safetensors, config.json, args.yaml, summary.csv'):
+        push_run(str(tmp_path), 'me/my-model')
+    with pytest.raises(SystemExit) as ended:
+        run_cli(['push', str(tmp_path), 'me/my-model'])
+    assert ended.value.code == 2
+    assert hub.requests == []
+
+
+# train.py
+
+
+def train_flags(tmp_path, *flags):
+    quick = ('--label-fraction', '0.05', '--epochs', '1', '--workers', '0')
+    return [*quick, '--output', str(tmp_path), '--experiment', 'run', '--push-to-hub', 'me/tuned', *flags]
+
+
+def test_training_in_two_processes_ends_with_a_repository_that_plain_timm_loads(server, environment, tmp_path, launch):
+    words = ['accelerate', 'launch', '--config_file', str(ROOT / 'configs' / 'cpu_2.yaml'), str(ROOT / 'train.py')]
+    flags = train_flags(tmp_path, '--device', 'cpu', '--hub-private', '--hub-revision', 'first')
+    finished = launch([*words, *flags], environment=environment)
+    assert finished.stderr.count('Pushed: ') == 1
+    repository = server.repositories['me/tuned']
+    assert repository.private
+    assert [len(commits) for commits in repository.branches.values()] == [1, 2]
+    files = repository.files('first')
+    assert TOKEN not in finished.stderr + finished.stdout
+    assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / 'run').iterdir())
+    assert yaml.safe_load(files['args.yaml'])['push_to_hub'] == 'me/tuned'
+    image = torch.randn(2, 3, 32, 32)
+    output, config, _ = plain_timm('hf-hub:me/tuned@first', environment, image, tmp_path)
+    tuned = timm.create_model('test_resnet', num_classes=10)
+    tuned.load_state_dict(load_file(tmp_path / 'run' / 'model_best.safetensors'))
+    assert torch.equal(output, tuned.eval()(image))
+    assert config['label_names'][0] == 'T-shirt/top'
+
+
+def test_training_that_was_not_pushed_ends_with_3_and_its_command_pushes_later(
+    hub, environment, tmp_path, caplog, monkeypatch
+):
+    monkeypatch.delenv('HF_TOKEN')
+    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
+    caplog.set_level(logging.INFO)
+    with pytest.raises(SystemExit) as ended:
+        main(train_flags(tmp_path))
+    assert ended.value.code == 3
+    assert 'There is no token to push to the Hub with' in caplog.text.split('Train: 0')[0]
+    message = caplog.records[-1].getMessage()
+    assert message.startswith('Trained, but not pushed: there is no token for the Hub.')
+    assert f'Everything is in {tmp_path / "run"}.' in message
+    assert hub.repositories == {}
+
+    # killed in the middle of the upload, then tried again
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    words = shlex.split(message.split('Try again with:\n')[1])
+    hub.fail('upload', 'hang')
+    command = [sys.executable, *words[1:]]
+    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        assert hub.hanging.wait(timeout=60)
+        process.send_signal(signal.SIGKILL)
+    assert len(hub.repositories['me/tuned'].branches['main']) == 1
+    run_cli(words[3:])
+    weights = hub.repositories['me/tuned'].files()['model.safetensors']
+    assert weights == (tmp_path / 'run' / 'model_best.safetensors').read_bytes()
+
+
+@pytest.mark.parametrize(
+    'flags, message',
+    [
+        (['--push-to-hub', 'model'], 'OWNER/NAME'),
+        (['--push-to-hub', 'me/a b'], 'OWNER/NAME'),
+        (['--push-to-hub', 'me/model', '--eval-only'], 'not with --eval-only'),
+        (['--hub-private'], 'need --push-to-hub'),
+        (['--hub-revision', 'b'], 'need --push-to-hub'),
+    ],
+)
+def test_flags_that_cannot_lead_to_a_push_are_refused_before_training(capsys, flags, message):
+    with pytest.raises(SystemExit):
+        parse_args(flags)
+    assert message in capsys.readouterr().err
+
+
+# the card, and other formats
+
+
+def test_a_card_tells_only_what_is_known(model, tmp_path):
+    export_model(model, str(tmp_path))
+    config = json.loads((tmp_path / 'config.json').read_text())
+    card = create_card('me/my-model', config, CardFacts())
+    assert card.data.license is None
+    assert card.data.base_model is None
+    assert card.data.eval_results is None
+    assert 'Figures' not in card.text
+    assert 'not stated' in card.text
+    facts = CardFacts(dataset='owner/data', base_model='timm/resnet50.a1_in1k', license='mit', metrics={'top1': 91.25})
+    card = create_card('me/my-model', config, facts)
+    assert (card.data.base_model, card.data.datasets) == ('timm/resnet50.a1_in1k', ['owner/data'])
+    assert card.data.eval_results[0].metric_value == 91.25
+
+
+@pytest.mark.parametrize('format', ['torch.export', 'onnx'])
+def test_a_tuned_model_goes_where_timm_models_go(run_folder, tmp_path, format):
+    weights = str(run_folder / 'model_best.safetensors')
+    model = timm.create_model('test_resnet', num_classes=10, checkpoint_path=weights).eval()
+    image = torch.randn(2, 3, 32, 32)
+    if format == 'onnx':
+        pytest.importorskip('onnxscript')
+        reference = pytest.importorskip('onnx.reference')
+        logging.getLogger('onnxscript').setLevel(logging.ERROR)
+        torch.onnx.export(model, (image,), str(tmp_path / 'model.onnx'), dynamo=True, input_names=['image'])
+        (output,) = reference.ReferenceEvaluator(str(tmp_path / 'model.onnx')).run(None, {'image': image.numpy()})
+        output = torch.from_numpy(output)
+    else:
+        torch.export.save(torch.export.export(model, (image,)), tmp_path / 'model.pt2')
+        output = torch.export.load(tmp_path / 'model.pt2').module()(image)
+    torch.testing.assert_close(output, model(image), rtol=1e-4, atol=1e-4)

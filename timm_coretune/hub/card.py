@@ -1,0 +1,200 @@
+"""The model card: what was tuned from what, on which data, how well, and how to use it"""
+
+from dataclasses import dataclass, field
+from typing import Any, Dict, Mapping, Optional
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+TAG = 'coretune'
+_TASK = 'image-classification'
+# name in summary.csv without eval_, type on the Hub, what it is
+_METRICS = (
+    ('top1', 'accuracy', 'Top-1 accuracy (%)'),
+    ('top5', 'top_5_accuracy', 'Top-5 accuracy (%)'),
+    ('macro_f1', 'f1', 'Macro F1 (%)'),
+    ('ece', 'expected_calibration_error', 'Expected calibration error (%)'),
+    ('loss', 'loss', 'Cross-entropy (nats)'),
+)
+# options of train.py that make the recipe, by the one they need to have an effect; args.yaml has all of them
+_RECIPE = {
+    None: (
+        *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
+        *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
+        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
+    ),
+    'coretune': (
+        *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
+        *('projection_dim', 'no_coretune_gather'),
+    ),
+    'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
+    'amp': ('amp', 'amp_dtype'),
+}
+_WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1}
+_CITATION = """```bibtex
+@inproceedings{zhang2021unleashing,
+  title={Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning},
+  author={Zhang, Yifan and Hooi, Bryan and Hu, Dapeng and Liang, Jian and Feng, Jiashi},
+  booktitle={Advances in Neural Information Processing Systems},
+  year={2021},
+  url={https://arxiv.org/abs/2102.06605}
+}
+```"""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells. What is not known is left out of it.
+
+    Attributes:
+        dataset: Name of the data, or `owner/name` of a data set of the Hub.
+        dataset_split: Split the metrics are of.
+        base_model: `owner/name` on the Hub of the model that was tuned.
+        start: What was tuned, where that is not on the Hub.
+        license: Licence of the weights, by the Hub's name.
+        weights: Which weights these are, a sentence.
+        metrics: Metrics of the weights by timm's names: top1, top5 (percent), loss.
+        last_metrics: The same of the last epoch.
+        recipe: Options of train.py.
+    """
+
+    dataset: Optional[str] = None
+    dataset_split: Optional[str] = None
+    base_model: Optional[str] = None
+    start: Optional[str] = None
+    license: Optional[str] = None
+    weights: Optional[str] = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    last_metrics: Mapping[str, float] = field(default_factory=dict)
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+
+def is_card_of(text: str, architecture: str) -> bool:
+    """Whether a card was made here for that architecture."""
+    try:
+        tags = ModelCard(text, ignore_metadata_errors=True).data.tags or []
+    except (ValueError, yaml.YAMLError):  # no metadata, or broken
+        return False
+    return TAG in tags and architecture in tags
+
+
+def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> ModelCard:
+    """The card of a model.
+
+    Args:
+        repo_id: owner/name.
+        config: Content of its config.json.
+        facts: What else is known.
+    """
+    architecture = config['architecture']
+    results = [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=facts.dataset,
+            dataset_name=facts.dataset,
+            dataset_split=facts.dataset_split,
+            metric_type=kind,
+            metric_name=name,
+            metric_value=round(facts.metrics[key], 4),
+        )
+        for key, kind, name in _METRICS
+        if facts.dataset and key in facts.metrics
+    ]
+    data = ModelCardData(
+        library_name='timm',
+        pipeline_tag=_TASK,
+        tags=[_TASK, 'timm', TAG, architecture],
+        license=facts.license,
+        base_model=facts.base_model,
+        datasets=[facts.dataset] if facts.dataset and '/' in facts.dataset else None,
+        metrics=[result.metric_type for result in results] or None,
+        model_name=repo_id.split('/')[-1],
+        eval_results=results or None,
+    )
+    sections = [
+        _describe(repo_id, config, facts),
+        _usage(repo_id),
+        _figures(facts),
+        _recipe(facts),
+        f'## Citation\n\n{_CITATION}',
+    ]
+    return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n')
+
+
+def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
+    used = config['pretrained_cfg']
+    how = 'Fine-tuned with cross-entropy' if facts.recipe and not facts.recipe.get('coretune') else 'Core-tuned'
+    start = f'[{facts.base_model}](https://huggingface.co/{facts.base_model})' if facts.base_model else facts.start
+    lines = [
+        f'# {repo_id.split("/")[-1]}',
+        '',
+        f'A [timm](https://github.com/huggingface/pytorch-image-models) image classifier. {how} with `timm_coretune`.',
+        '',
+        f'- Architecture: `{config["architecture"]}`, {config["num_classes"]} classes',
+        f'- Input: {" x ".join(map(str, used["input_size"]))}, mean {list(used["mean"])}, std {list(used["std"])}, '
+        f'{used["interpolation"]} interpolation, crop {used["crop_pct"]}',
+    ]
+    for name, value in (
+        ('Tuned from', start),
+        ('Data', f'`{facts.dataset}`' if facts.dataset else None),
+        ('Weights', facts.weights),
+        ('Licence', facts.license or 'not stated; see that of the model and the data it was tuned from and on'),
+    ):
+        if value:
+            lines.append(f'- {name}: {value}')
+    return '\n'.join(lines)
+
+
+def _usage(repo_id: str) -> str:
+    return f"""## How to use
+
+```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
+image = Image.open('image.png').convert('RGB')
+with torch.inference_mode():
+    probabilities = model(transform(image)[None]).softmax(dim=-1)[0]
+index = int(probabilities.argmax())
+names = model.pretrained_cfg.get('label_names')
+print(names[index] if names else index, float(probabilities[index]))
+```"""
+
+
+def _figures(facts: CardFacts) -> Optional[str]:
+    rows = [(name, key) for key, _, name in _METRICS if key in facts.metrics]
+    if not rows:
+        return None
+    with_last = bool(facts.last_metrics)
+    lines = [
+        '## Figures',
+        '',
+        f'Of the {facts.dataset_split} split.' if facts.dataset_split else 'Of held-out images.',
+        '',
+        '| | these weights |' + (' last epoch |' if with_last else ''),
+        '|---|---|' + ('---|' if with_last else ''),
+    ]
+    for name, key in rows:
+        last = f' {facts.last_metrics[key]:.4g} |' if with_last and key in facts.last_metrics else ''
+        lines.append(f'| {name} | {facts.metrics[key]:.4g} |{last}')
+    if with_last:
+        lines += ['', 'The epoch of these weights was chosen on the images it is measured on, the last one was not.']
+    return '\n'.join(lines)
+
+
+def _recipe(facts: CardFacts) -> Optional[str]:
+    keys = [key for needed, group in _RECIPE.items() if not needed or facts.recipe.get(needed) for key in group]
+    # 0, False and None are options that were not used
+    options = [(key, facts.recipe[key]) for key in keys if facts.recipe.get(key)]
+    options = [(key, value) for key, value in options if value != _WITHOUT_EFFECT.get(key)]
+    if not options:
+        return None
+    lines = ['## How it was trained', '', 'By `train.py -c args.yaml`, whose main options are', '']
+    lines += ['| option | value |', '|---|---|']
+    lines += [
+        f'| `--{key.replace("_", "-")}` | {"" if value is True else value} |' for key, value in options
+    ]  # fmt: skip
+    return '\n'.join(lines)

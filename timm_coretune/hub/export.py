@@ -1,0 +1,92 @@
+"""A tuned model as files that plain timm reads"""
+
+import inspect
+import json
+import os
+from pathlib import Path
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+import torch.nn as nn
+from safetensors.torch import save
+from timm.data import resolve_data_config
+from timm.models import _hub
+from timm.utils import unwrap_model
+
+WEIGHTS_NAME = 'model.safetensors'
+CONFIG_NAME = 'config.json'
+_OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
+
+
+def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str) -> None:
+    """Write weights as safetensors that plain timm loads.
+
+    Args:
+        state_dict: Weights of the plain timm model.
+        path: File to write.
+        **metadata: Notes kept in the head of the file.
+    """
+    # clones, as safetensors refuses tensors that share memory
+    tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
+    temporary = f'{path}.tmp'
+    with open(temporary, 'wb') as f:  # save_file would leave the file readable to its owner alone
+        f.write(save(tensors, metadata={'format': 'pt', **metadata}))
+    os.replace(temporary, path)
+
+
+def write_config(
+    model: nn.Module,
+    path: str,
+    data_config: Optional[Dict[str, Any]] = None,
+    label_names: Optional[Sequence[str]] = None,
+) -> None:
+    """Write the config.json that timm rebuilds a model and its preprocessing from.
+
+    Args:
+        model: A timm model.
+        path: File to write.
+        data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
+        label_names: Names of the classes by index.
+
+    Raises:
+        ValueError: The model was built with an argument that JSON cannot hold.
+    """
+    data_config = resolve_data_config({}, model=model) if data_config is None else data_config
+    model_config = {}
+    if label_names and len(label_names) == model.num_classes:  # timm would take others for the first classes
+        model_config['label_names'] = list(label_names)
+    options = {}
+    if 'data_config' in inspect.signature(_hub.save_config_for_hf).parameters:  # timm 1.0.31 and later
+        options['data_config'] = data_config
+    temporary = Path(f'{path}.tmp')
+    _hub.save_config_for_hf(model, temporary, model_config=model_config, **options)
+    config = json.loads(temporary.read_text())
+    for key in _OF_THE_SOURCE:  # not true of tuned weights, nor always of what was tuned
+        config['pretrained_cfg'].pop(key, None)
+    if not options:
+        # what the model was pretrained with would win over what it was tuned with
+        for key in ('test_input_size', 'test_crop_pct', 'pool_size'):
+            config['pretrained_cfg'].pop(key, None)
+        config['pretrained_cfg'].update(data_config, num_classes=model.num_classes)
+    temporary.write_text(json.dumps(config, indent=2) + '\n')
+    os.replace(temporary, path)
+
+
+def export_model(
+    model: nn.Module,
+    folder: str,
+    data_config: Optional[Dict[str, Any]] = None,
+    label_names: Optional[Sequence[str]] = None,
+) -> None:
+    """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
+
+    Args:
+        model: A timm model, such as the `get_eval_model()` of a task, compiled or wrapped or neither.
+        folder: Folder to write, made if need be.
+        data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
+        label_names: Names of the classes by index.
+    """
+    model = unwrap_model(model)
+    os.makedirs(folder, exist_ok=True)
+    write_config(model, os.path.join(folder, CONFIG_NAME), data_config, label_names)
+    save_weights(model.state_dict(), os.path.join(folder, WEIGHTS_NAME))

@@ -1,0 +1,179 @@
+"""What to push: a model in memory, or the folder of a run"""
+
+import csv
+import json
+import os
+import shlex
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import torch.nn as nn
+import yaml
+from safetensors import safe_open
+from timm.models import get_pretrained_cfg, is_model
+
+from .card import CardFacts, create_card
+from .export import CONFIG_NAME, WEIGHTS_NAME, export_model
+from .upload import upload
+
+RUN_WEIGHTS_NAME = 'model_best.safetensors'
+_RUN_FILES = ('args.yaml', 'summary.csv', 'curves.png', 'confusion.png', 'confusion.csv', 'per_class.csv')
+
+
+def push_to_hub(
+    model: nn.Module,
+    repo_id: str,
+    data_config: Optional[Dict[str, Any]] = None,
+    label_names: Optional[Sequence[str]] = None,
+    facts: Optional[CardFacts] = None,
+    private: bool = False,
+    revision: Optional[str] = None,
+    token: Optional[str] = None,
+    commit_message: str = 'Add tuned model',
+) -> str:
+    """Push a model, from where `timm.create_model('hf-hub:owner/name', pretrained=True)` loads it.
+
+    Args:
+        model: A timm model, such as the `get_eval_model()` of a task.
+        repo_id: owner/name. A repository that exists gets a new commit.
+        data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
+        label_names: Names of the classes by index.
+        facts: What the card tells of data, start, licence and metrics.
+        private: Make the repository private.
+        revision: Branch, made if need be, the main one when None.
+        token: Access token, that of the environment or of the login when None.
+        commit_message: First line of the commit.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        HubError: Nothing was pushed.
+    """
+    with TemporaryDirectory() as folder:
+        export_model(model, folder, data_config, label_names)
+        files = {name: os.path.join(folder, name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+        config = _read_config(folder)
+        card = create_card(repo_id, config, facts or CardFacts())
+        return upload(files, card, repo_id, config['architecture'], private, revision, token, commit_message)
+
+
+def push_run(
+    folder: str,
+    repo_id: str,
+    private: bool = False,
+    revision: Optional[str] = None,
+    token: Optional[str] = None,
+    license: Optional[str] = None,
+) -> str:
+    """Push the best weights of a run of train.py, from the folder it left.
+
+    Args:
+        folder: The folder.
+        repo_id: owner/name. A repository that exists gets a new commit.
+        private: Make the repository private.
+        revision: Branch, made if need be, the main one when None.
+        token: Access token, that of the environment or of the login when None.
+        license: Licence of the weights, by the Hub's name.
+
+    Returns:
+        Address of the commit.
+
+    Raises:
+        ValueError: The folder is not that of a run that saved weights.
+        HubError: Nothing was pushed.
+    """
+    needed = (RUN_WEIGHTS_NAME, CONFIG_NAME, 'args.yaml', 'summary.csv')
+    missing = [name for name in needed if not os.path.isfile(os.path.join(folder, name))]
+    if missing:
+        raise ValueError(f'Expected a run of train.py in {folder!r}, found no {", ".join(missing)}.')
+    files = {WEIGHTS_NAME: os.path.join(folder, RUN_WEIGHTS_NAME), CONFIG_NAME: os.path.join(folder, CONFIG_NAME)}
+    paths = {name: os.path.join(folder, name) for name in _RUN_FILES}
+    files.update({name: path for name, path in paths.items() if os.path.isfile(path)})
+    config = _read_config(folder)
+    facts = _read_facts(folder, license)
+    card = create_card(repo_id, config, facts)
+    return upload(files, card, repo_id, config['architecture'], private, revision, token)
+
+
+def push_command(
+    folder: str,
+    repo_id: str,
+    private: bool = False,
+    revision: Optional[str] = None,
+    license: Optional[str] = None,
+) -> str:
+    """The shell command that pushes a run."""
+    words = ['python', '-m', 'timm_coretune.hub', 'push', os.path.abspath(folder), repo_id]
+    words += ['--private'] if private else []
+    words += ['--revision', revision] if revision else []
+    words += ['--license', license] if license else []
+    return shlex.join(words)
+
+
+def _read_config(folder: str) -> Dict[str, Any]:
+    with open(os.path.join(folder, CONFIG_NAME), encoding='utf-8') as f:
+        return json.load(f)
+
+
+def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
+    """What the files of a run tell."""
+    with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as f:
+        args = yaml.safe_load(f)
+    with open(os.path.join(folder, 'summary.csv'), newline='') as f:
+        rows = list(csv.DictReader(f))
+    with safe_open(os.path.join(folder, RUN_WEIGHTS_NAME), framework='pt') as weights:
+        notes = weights.metadata() or {}
+    of_epoch = {row['epoch']: row for row in rows}
+    base_model = _base_model(args)
+    return CardFacts(
+        dataset=_dataset_name(args),
+        dataset_split=args['val_split'] or None,
+        base_model=base_model,
+        start=None if base_model else _start(args),
+        license=license,
+        weights=_describe_weights(notes, rows),
+        metrics=_metrics(of_epoch.get(notes.get('epoch'), {})),
+        last_metrics=_metrics(rows[-1]) if rows else {},
+        recipe=args,
+    )
+
+
+def _metrics(row: Mapping[str, str]) -> Dict[str, float]:
+    return {key.removeprefix('eval_'): float(row[key]) for key in row if key.startswith('eval_') and row[key]}
+
+
+def _describe_weights(notes: Mapping[str, str], rows: List[Mapping[str, str]]) -> Optional[str]:
+    if 'epoch' not in notes:
+        return None
+    what = 'moving average (EMA) of the weights' if notes.get('weights') == 'ema' else 'weights'
+    last = rows[-1]['epoch'] if rows else notes['epoch']
+    return f'the {what} after epoch {notes["epoch"]}, the best of epochs 0 to {last}'
+
+
+def _dataset_name(args: Mapping[str, Any]) -> Optional[str]:
+    if args['dataset']:
+        return args['dataset'].partition('/')[2] or args['dataset']  # hfds/owner/name, torch/cifar10
+    # the rest of the path is nobody's business
+    name = os.path.basename(os.path.normpath(args['data_dir'])) if args['data_dir'] else ''
+    return name.removesuffix('.safetensors') or None
+
+
+def _base_model(args: Mapping[str, Any]) -> Optional[str]:
+    """owner/name on the Hub of what was tuned, None if it is not there."""
+    source = args['initial_checkpoint'] or args['pretrained_path']
+    if source:
+        return source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+    if args['model'].startswith('hf-hub:'):
+        return args['model'].removeprefix('hf-hub:') if args['pretrained'] else None
+    if not args['pretrained'] or not is_model(args['model']):
+        return None
+    pretrained = get_pretrained_cfg(args['model'])
+    if pretrained is None or pretrained.hf_hub_id != 'timm/':
+        return getattr(pretrained, 'hf_hub_id', None)
+    return f'timm/{pretrained.architecture}.{pretrained.tag}' if pretrained.tag else f'timm/{pretrained.architecture}'
+
+
+def _start(args: Mapping[str, Any]) -> str:
+    source = args['initial_checkpoint'] or args['pretrained_path']
+    return f'the checkpoint `{os.path.basename(source)}`' if source else 'random weights'
