@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, take):
 FULL_DISK = """
     import resource, sys
     from timm_coretune.train import main
-    from timm_coretune.train.state import RunRecord
+    from timm_coretune.train.record import RunRecord
     from accelerate.state import AcceleratorState
 
     original = RunRecord.save_epoch

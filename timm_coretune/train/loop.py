@@ -93,7 +93,7 @@ class Trainer:
         mixup_fn: Pixel mixup, where the loader does not do it.
         clip_gradients: Called with the prepared optimizer before an update.
         freezer: Keeps the backbone from training in the first epochs.
-        record: Writes the folder of the run (`state.RunRecord`), on all processes.
+        record: Writes the folder of the run (`record.RunRecord`), on all processes.
         metrics: Further metrics of a validation (`metrics.EvalMetrics`).
     """
 

@@ -31,7 +31,8 @@ from .metrics import EvalMetrics
 from .model import create_backbone, create_task, place_model, resolve_num_classes
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from .overview import log_contrast, log_data, log_optimization
-from .state import SUMMARY_NAME, WEIGHTS_NAME, RunRecord, RunState, resolve_resume, resume, setup_ema
+from .record import SUMMARY_NAME, WEIGHTS_NAME, RunRecord
+from .state import RunState, resolve_resume, resume, setup_ema
 
 _logger = logging.getLogger(__name__)
 

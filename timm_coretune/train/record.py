@@ -1,0 +1,250 @@
+"""What a run leaves on disk: states to continue from, weights to use, a summary
+
+Every file is written beside its place and then renamed, so that whatever stops the run finds the one before intact.
+"""
+
+import argparse
+import contextlib
+import csv
+import glob
+import os
+import shutil
+from typing import Dict, Iterator, List, Optional, Tuple
+
+import torch
+from timm.task import TrainingTask
+from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from ..hub.export import save_weights
+from ..hub.push import RUN_WEIGHTS_NAME as WEIGHTS_NAME
+from .folder import progress_of, read_state
+from .loop import LOWER_IS_BETTER, Trainer
+from .state import RunState
+
+LAST_NAME = 'last.pth.tar'
+SUMMARY_NAME = 'summary.csv'
+
+
+class _Saver(CheckpointSaver):
+    """timm's, but a file is in its place at every moment; timm removes the old one before it puts the new one there."""
+
+    def _replace(self, src: str, dst: str) -> None:
+        os.replace(src, dst)
+
+    def _duplicate(self, src: str, dst: str) -> None:
+        temporary = f'{dst}.tmp'
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+        try:
+            os.link(src, temporary)
+        except OSError:
+            shutil.copy2(src, temporary)
+        os.replace(temporary, dst)
+
+    def restore(self, best: Tuple[Optional[float], Optional[int]], metrics: Dict[int, float]) -> None:
+        """Rank the checkpoints that are there, as an uninterrupted run would have.
+
+        Args:
+            best: Best metric and its epoch.
+            metrics: Metric of every epoch that was validated.
+        """
+        self.best_metric, self.best_epoch = best
+        files = [(self._path(epoch), metric) for epoch, metric in metrics.items()]
+        self.checkpoint_files = sorted(
+            [(path, metric) for path, metric in files if os.path.exists(path)],
+            key=lambda item: item[1],
+            reverse=not self.decreasing,
+        )[: self.max_history]
+        recoveries = sorted(
+            (os.path.join(self.recovery_dir, name) for name in os.listdir(self.recovery_dir)), key=os.path.getmtime
+        )
+        recoveries = [path for path in recoveries if os.path.basename(path).startswith(self.recovery_prefix + '-')]
+        self.curr_recovery_file = recoveries[-1] if recoveries else ''
+
+    def _path(self, epoch: int) -> str:
+        return os.path.join(self.checkpoint_dir, f'{self.save_prefix}-{epoch}{self.extension}')
+
+
+class RunRecord:
+    """Writes the folder of a run. It exists on all processes, since collecting a state takes all; one writes.
+
+    Args:
+        args: Arguments of the run.
+        args_text: The same as YAML.
+        folder: The folder, on the main process.
+        task: What is trained.
+        optimizer: Its optimizer.
+        run_state: What states hold beside them.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        args_text: str,
+        folder: str,
+        task: TrainingTask,
+        optimizer: torch.optim.Optimizer,
+        run_state: RunState,
+    ):
+        self.folder = folder
+        self.task = task
+        self.run_state = run_state
+        self.accelerator = run_state.accelerator
+        self.eval_metric = args.eval_metric
+        self.with_images = args.save_images
+        self.publish_ema = args.model_ema and not args.model_ema_force_cpu
+        self.last_state: Optional[str] = None
+        self.last_row: Optional[Dict[str, float]] = None
+        self.saver: Optional[_Saver] = None
+        if not self.accelerator.is_main_process:
+            return
+        self.saver = _Saver(
+            model=task.get_eval_model(),
+            optimizer=optimizer,
+            args=args,
+            amp_scaler=run_state,
+            checkpoint_dir=folder,
+            recovery_dir=folder,
+            decreasing=args.eval_metric in LOWER_IS_BETTER,
+            max_history=args.checkpoint_hist,
+            task=task,
+        )
+        with self._writing():
+            with open(self.path('args.yaml.tmp'), 'w') as f:
+                f.write(args_text)
+            os.replace(self.path('args.yaml.tmp'), self.path('args.yaml'))
+
+    def path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as e:  # torch raises the second when a disk is full
+            for name in os.listdir(self.folder):
+                if name.endswith('.tmp') or name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
+                    os.unlink(self.path(name))
+            kept = f'The state before is intact: {self.last_state}.' if self.last_state else 'There is no state yet.'
+            raise OSError(
+                f'Could not write to {self.folder!r}: {e}. {kept} Make room, then continue with --resume auto.'
+            ) from e
+
+    def continue_from(self, path: str) -> None:
+        """Go on where a state of this folder stopped: rows and ranks of what came later are dropped."""
+        self.last_state = path
+        if self.saver is None or os.path.abspath(os.path.dirname(path)) != os.path.abspath(self.folder):
+            return
+        values = self.run_state.values
+        epoch = values['epoch'] if values else progress_of(read_state(path))[0]
+        rows = read_rows(self.path(SUMMARY_NAME))
+        rows = [row for row in rows if int(row['epoch']) < epoch]
+        self._write_rows(rows)
+        column = f'eval_{self.eval_metric}'
+        ranked = {int(row['epoch']): float(row.get(column) or row['train_loss']) for row in rows}
+        self.saver.restore(self.run_state.best, ranked)
+
+    def _write_rows(self, rows: List[Dict[str, str]]) -> None:
+        path = self.path(SUMMARY_NAME)
+        if not rows:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            return
+        with open(f'{path}.tmp', 'w', newline='') as f:
+            writer = csv.DictWriter(f, fieldnames=rows[0].keys())
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(f'{path}.tmp', path)
+
+    def save_images(self, input: torch.Tensor, batch_idx: int) -> None:
+        """Write a batch as a picture, if asked for."""
+        if self.with_images and self.saver is not None and isinstance(input, torch.Tensor):
+            from torchvision.utils import save_image
+
+            save_image(input, self.path(f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
+
+    def save_recovery(self, trainer: Trainer, epoch: int, update: int, next_batch: int) -> None:
+        """Save a state in the middle of an epoch."""
+        if trainer.is_sharded:
+            return
+        self.run_state.collect(trainer, epoch, next_batch, metric=None)
+        if self.saver is not None:
+            with self._writing():
+                self.saver.save_recovery(epoch, batch_idx=update)
+            self.last_state = self.saver.curr_recovery_file
+
+    def save_epoch(
+        self,
+        trainer: Trainer,
+        epoch: int,
+        metric: float,
+        is_best: bool,
+        train_metrics: Dict[str, float],
+        eval_metrics: Optional[Dict[str, float]],
+    ) -> None:
+        """Add a row to the summary, save the weights if they are the best so far, then a state.
+
+        In this order: a state says that all before it is there, and what comes after an older one is written again.
+        """
+        weights = self._published_weights(trainer) if is_best else None
+        if not trainer.is_sharded:
+            self.run_state.collect(trainer, epoch + 1, 0, metric)
+        lrs = [group['lr'] for group in trainer.optimizer.param_groups]
+        row = {f'train_{k}': v for k, v in train_metrics.items()}
+        row.update({f'eval_{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
+        self.last_row = row
+        if self.accelerator.trackers:
+            self.accelerator.log(row, step=epoch)
+        if self.saver is None:
+            return
+        with self._writing():
+            path = self.path(SUMMARY_NAME)
+            if os.path.exists(path):
+                shutil.copyfile(path, f'{path}.tmp')
+            update_summary(
+                epoch,
+                train_metrics,
+                eval_metrics,
+                filename=f'{path}.tmp',
+                lr=row['lr'],
+                write_header=not os.path.exists(path),
+            )
+            os.replace(f'{path}.tmp', path)
+            if weights is not None:
+                kind = 'ema' if self.publish_ema else 'model'
+                save_weights(weights, self.path(WEIGHTS_NAME), epoch=str(epoch), weights=kind)
+                if trainer.metrics is not None:
+                    trainer.metrics.write(self.folder)
+            if not trainer.is_sharded:
+                self.saver.save_checkpoint(epoch, metric=metric)
+                self.last_state = self.path(LAST_NAME)
+
+    def finish(self) -> None:
+        """Remove the states in the middle of epochs, once the run is over."""
+        if self.saver is not None:
+            for path in glob.glob(os.path.join(glob.escape(self.folder), 'recovery-*.pth.tar')):
+                os.unlink(path)
+
+    def _published_weights(self, trainer: Trainer) -> Dict[str, torch.Tensor]:
+        """Weights of the plain timm model, or of its moving average. A sharded model is gathered by all processes."""
+        if trainer.is_sharded:
+            module = trainer.task.get_trainable_module()
+            if trainer.accelerator.is_fsdp2:
+                options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+                state_dict = get_model_state_dict(module, options=options)
+            else:
+                state_dict = trainer.accelerator.get_state_dict(module)
+            is_wrapped = hasattr(unwrap_model(module), 'criterion')
+            return {
+                k.removeprefix('model.'): v for k, v in state_dict.items() if not is_wrapped or k.startswith('model.')
+            }  # fmt: skip
+        return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema))
+
+
+def read_rows(path: str) -> List[Dict[str, str]]:
+    """Rows of a summary.csv, none if it is not there."""
+    if not os.path.exists(path):
+        return []
+    with open(path, newline='') as f:
+        return list(csv.DictReader(f))
