@@ -28,9 +28,18 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str
     """
     # clones, as safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
+    blob = save(tensors, metadata={'format': 'pt', **metadata})
+    # the library writes notes in a random order, and the same weights should be the same file
+    end = 8 + int.from_bytes(blob[:8], 'little')
+    head = json.loads(blob[8:end])
+    head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
+    text = json.dumps(head, separators=(',', ':')).encode()
+    text += b' ' * (-len(text) % 8)
     temporary = f'{path}.tmp'
     with open(temporary, 'wb') as f:  # save_file would leave the file readable to its owner alone
-        f.write(save(tensors, metadata={'format': 'pt', **metadata}))
+        f.write(len(text).to_bytes(8, 'little'))
+        f.write(text)
+        f.write(memoryview(blob)[end:])
     os.replace(temporary, path)
 
 
