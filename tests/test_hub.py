@@ -71,6 +71,15 @@ def model():
     return timm.create_model('test_resnet', num_classes=3).eval()
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As the fresh processes have: with more, sums come out in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope='session')
 def run_folder(tmp_path_factory):
     """A folder as a run leaves it, of 2 epochs."""
