@@ -1,7 +1,7 @@
 """From files to nested dictionaries of tensors, without running or believing what is in them
 
-Pickles are read by torch's weights-only unpickler
-and there is no other way to read them here. Tensors stay on disk, mapped into memory, until they are used.
+Pickles are read by torch's weights-only unpickler and there is no other way to read them here. Tensors stay on disk,
+mapped into memory, until they are used.
 """
 
 import argparse

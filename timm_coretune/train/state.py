@@ -168,11 +168,11 @@ def resume(
     for group, values in zip(optimizer.param_groups, kept, strict=True):
         group.update(values)
     state = read_state(path)
+    epoch, batch = progress_of(state)
     run_state.best = tuple(state.get('run_state', {}).get('best', (None, None)))
     if not run_state.values:  # of timm's own script, or without its optimizer
-        epoch, _ = progress_of(state)
         args.start_epoch = epoch if args.start_epoch is None else args.start_epoch
-    _logger.info(f'Continuing {path!r} with epoch {progress_of(state)[0]}, batch {progress_of(state)[1]}.')
+    _logger.info(f'Continuing {path!r} with epoch {epoch}, batch {batch}.')
     if isinstance(state.get('args'), argparse.Namespace):
         _report_changes(state['args'], args)
 
