@@ -183,7 +183,9 @@ def test_own_rows_of_all_ranks_are_the_rows_of_the_global_batch(sizes):
     rows = torch.cat([batch.own_rows(torch.device('cpu')) for batch in batches])
     assert rows.tolist() == list(range(sum(sizes)))
     assert {batch.num_rows for batch in batches} == {sum(sizes)}
-    assert batches[0].loss_scale == pytest.approx(len(sizes) / sum(sizes))
+    label, per_row = torch.randint(3, (sum(sizes),)), torch.randn(sum(sizes), dtype=torch.float64)
+    shares = [batch.mean(per_row[batch.own_rows(torch.device('cpu'))].sum(), label) for batch in batches]
+    torch.testing.assert_close(sum(shares) / len(sizes), per_row.mean())
 
 
 @pytest.mark.parametrize('sizes', [[4, 4], [2, 2, 2], [5, 3], [4, 0, 3]], ids=str)

@@ -6,6 +6,7 @@ from decimal import Decimal, getcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import SupConLoss
@@ -618,3 +619,72 @@ def test_descriptions_tell_the_arguments():
     assert repr(FocalSupConLoss(0.1, focal=False)) == 'FocalSupConLoss(temperature=0.1, focal=False)'
     description = repr(CoreTuningLoss(WIDTH, contrast_weight=0.5, label_smoothing=0.1))
     assert 'contrast_weight=0.5, label_smoothing=0.1, mixup=HardPairMixup(mixup_alpha=1.0' in description
+
+
+# rows that take no part
+
+
+def _with_rows_left_out(rows, filler, at):
+    """rows (M, ...) with rows of filler in between, so that at is True where rows are."""
+    whole = filler.clone()
+    whole[at] = rows
+    return whole
+
+
+@pytest.mark.parametrize('num_classes', [1, 3], ids=['one-class', 'three-classes'])
+@pytest.mark.parametrize('mixup_enabled', [True, False], ids=['mixtures', 'clean'])
+@pytest.mark.parametrize('at', [[1, 0, 1, 1, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 0, 0]], ids=str)
+def test_rows_of_a_negative_label_are_as_if_they_were_not_there(num_classes, mixup_enabled, at):
+    at = torch.tensor(at).bool()
+    size, num_rows = int(at.sum()), len(at)
+    criterion = CoreTuningLoss(6, contrast_weight=0.7, label_smoothing=0.1).double()
+    criterion.mixup.mixup_enabled = mixup_enabled
+    label = torch.randint(num_classes, (size,))
+    features, logits = torch.randn(size, 6).double(), torch.randn(size, 4).double()
+    batch, draws = criterion.prepare(size, torch.device('cpu'))
+    whole_batch, whole_draws = criterion.prepare(num_rows, torch.device('cpu'))
+    if draws is not None:
+        whole_draws = type(draws)(*(_with_rows_left_out(a, b, at) for a, b in zip(draws, whole_draws, strict=True)))
+    gradients = []
+    for left_out in (False, True):
+        f, o, y, described = features.clone(), logits.clone(), label, (batch, draws)
+        if left_out:
+            f = _with_rows_left_out(f, 100 * torch.randn(num_rows, 6).double(), at)
+            o = _with_rows_left_out(o, 100 * torch.randn(num_rows, 4).double(), at)
+            y, described = _with_rows_left_out(y, torch.full((num_rows,), -1), at), (whole_batch, whole_draws)
+        f.requires_grad_()
+        o.requires_grad_()
+        criterion.zero_grad()
+        losses = criterion.compute(f, o, y, *described)
+        losses['loss'].backward()
+        grads = [f.grad, o.grad, *(p.grad for p in criterion.parameters())]
+        if left_out:
+            assert all((grad[~at] == 0).all() for grad in grads[:2])
+            grads[:2] = [grad[at] for grad in grads[:2]]
+        gradients.append([*losses.values(), *grads])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-12, atol=1e-14)
+
+
+def test_a_batch_of_which_nothing_takes_part_has_no_loss_and_no_gradient():
+    criterion = CoreTuningLoss(6)
+    features, logits = torch.randn(5, 6, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    for criterion.mixup.mixup_enabled in (True, False):
+        described = criterion.prepare(5, features.device)
+        losses = criterion.compute(features, logits, torch.full((5,), -1), *described)
+        losses['loss'].backward()
+        assert all(loss == 0 for loss in losses.values())
+        assert not features.grad.any()
+        assert not logits.grad.any()
+
+
+def test_a_given_loss_of_the_clean_batch_stands_for_its_rows():
+    criterion = CoreTuningLoss(6)
+    features, logits, label = torch.randn(5, 6), torch.randn(5, 4), torch.tensor([0, 1, 0, 2, 2])
+    described = criterion.prepare(5, features.device)
+    clean = F.cross_entropy(logits, label)
+    expected = criterion.compute(features, logits, label, *described)
+    given = criterion.compute(features, logits, label, *described, clean_loss=clean)
+    other = criterion.compute(features, logits, label, *described, clean_loss=clean + 3)
+    torch.testing.assert_close(given, expected)
+    assert other['task_loss'].item() == pytest.approx(expected['task_loss'].item() + 1)  # a third of 3
+    torch.testing.assert_close(other['contrast_loss'], expected['contrast_loss'])

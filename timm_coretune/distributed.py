@@ -55,10 +55,12 @@ class GlobalBatch:
     Attributes:
         rank: Index of this process.
         sizes: Rows of every process, in rank order.
+        rows_per_image: Rows that an image gives, which follow each other.
     """
 
     rank: int
     sizes: List[int]
+    rows_per_image: int = 1
 
     @classmethod
     def create(
@@ -67,22 +69,25 @@ class GlobalBatch:
         gather: bool = True,
         uneven: bool = False,
         device: Optional[torch.device] = None,
+        rows_per_image: int = 1,
     ) -> 'GlobalBatch':
         """Describe the batch of this step.
 
         Args:
-            batch_size: Rows of this process.
+            batch_size: Images of this process.
             gather: Use the rows of all processes; otherwise this process is on its own.
             uneven: Exchange the sizes, for loaders whose batches may differ between processes. Costs a synchronisation
-                with the device; without it all processes must hold batch_size rows.
+                with the device; without it all processes must hold batch_size images.
             device: Where the process group exchanges tensors.
+            rows_per_image: Rows that an image gives.
         """
         rank, num_processes = process_index_and_count()
+        num_rows = batch_size * rows_per_image
         if not gather or num_processes == 1:
-            return cls(0, [batch_size])
+            return cls(0, [num_rows], rows_per_image)
         if not uneven:
-            return cls(rank, [batch_size] * num_processes)
-        return cls(rank, _all_gather(torch.tensor([batch_size], device=device)).tolist())
+            return cls(rank, [num_rows] * num_processes, rows_per_image)
+        return cls(rank, _all_gather(torch.tensor([num_rows], device=device)).tolist(), rows_per_image)
 
     @property
     def num_rows(self) -> int:
@@ -93,10 +98,14 @@ class GlobalBatch:
     def world_size(self) -> int:
         return len(self.sizes)
 
-    @property
-    def loss_scale(self) -> float:
-        """Factor to the sum over own rows, such that the average over processes is the mean over all rows."""
-        return self.world_size / self.num_rows
+    def mean(self, total: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+        """The share of this process in the mean over all rows that count: its average over processes is that mean.
+
+        Args:
+            total: Sum over the rows of this process, a scalar.
+            label: Class of the rows of all processes, negative for those that do not count (N,) int64.
+        """
+        return total * self.world_size / (label >= 0).sum().clamp(min=1)
 
     def own_rows(self, device: torch.device) -> torch.Tensor:
         """Indices of this process' rows among all (B,) int64."""
@@ -106,15 +115,22 @@ class GlobalBatch:
     def reading_order(self, device: torch.device) -> Optional[torch.Tensor]:
         """Rows in the order of one process that reads the same data (N,) int64, None where they are in it.
 
-        Row b of process r is row b * world_size + r there, as a distributed sampler deals images out. Draws that count
-        rows in this order do not depend on the number of processes.
+        Image b of process r is image b * world_size + r there, as a distributed sampler deals images out. Draws that
+        count rows in this order do not depend on the number of processes.
         """
         if self.world_size == 1:
             return None
         if min(self.sizes) == max(self.sizes):
-            return torch.arange(self.num_rows, device=device).view(self.world_size, -1).t().flatten()
-        places = [(b, rank) for rank, size in enumerate(self.sizes) for b in range(size)]
+            rows = torch.arange(self.num_rows, device=device)
+            return rows.view(self.world_size, -1, self.rows_per_image).transpose(0, 1).flatten()
+        places = [(row // self.rows_per_image, rank) for rank, size in enumerate(self.sizes) for row in range(size)]
         return torch.tensor(sorted(range(self.num_rows), key=places.__getitem__), device=device)
+
+    def own_share(self, draws: torch.Tensor) -> torch.Tensor:
+        """What one process would give to the rows that this one holds, of draws (>= N,) for all (B,)."""
+        rank, num_processes = process_index_and_count()
+        own = draws.view(-1, num_processes, self.rows_per_image)[:, rank].flatten()
+        return own[: self.sizes[self.rank]]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of all processes in rank order (N, ...), differentiable in the own rows x (B, ...)."""

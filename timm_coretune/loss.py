@@ -96,38 +96,40 @@ class FocalSupConLoss(nn.Module):
 
         Args:
             unit: Embeddings of the batch (N, P).
-            label: Class index of each (N,) int64.
+            label: Class index of each, negative for those that take no part (N,) int64.
             unit_positive: Extra positive of each anchor (B, P).
             unit_negative: Extra negative of each anchor (B, P).
             has_negative: False for anchors whose extra negative does not exist (B,) bool.
             anchor: Rows of the batch that are anchors (B,) int64, all in order when None.
 
         Returns:
-            Loss per anchor in nats (B,).
+            Loss per anchor in nats, 0 for those that take no part (B,).
         """
         candidate = torch.arange(unit.shape[0], device=unit.device)
         anchor = candidate if anchor is None else anchor
         own = unit.index_select(0, anchor)
-        is_self = anchor[:, None] == candidate
-        positive = (label.index_select(0, anchor)[:, None] == label) & ~is_self
+        own_label = label.index_select(0, anchor)
+        hidden = (anchor[:, None] == candidate) | (label < 0)
+        positive = (own_label[:, None] == label) & ~hidden
+        if unit_positive is None:
+            hidden = hidden & ~hidden.all(dim=1, keepdim=True)  # a softmax over nothing would be NaN
         with torch.autocast(device_type=unit.device.type, enabled=False):
-            logits = [(own @ unit.T).masked_fill(is_self, float('-inf'))]
+            logits = [(own @ unit.T).masked_fill(hidden, float('-inf'))]
             positives = [positive]
             if unit_positive is not None:
                 logits.append((own * unit_positive).sum(dim=-1, keepdim=True))
-                positives.append(torch.ones_like(is_self[:, :1]))
+                positives.append(torch.ones_like(hidden[:, :1]))
             if unit_negative is not None:
                 negative = (own * unit_negative).sum(dim=-1, keepdim=True)
                 logits.append(
                     negative if has_negative is None else negative.masked_fill(~has_negative[:, None], float('-inf'))
                 )
-                positives.append(torch.zeros_like(is_self[:, :1]))
-            if len(logits) == 1 and unit.shape[0] == 1:
-                return own.sum(dim=-1) * 0.0  # nothing to compare with, but attached to the graph
+                positives.append(torch.zeros_like(hidden[:, :1]))
             positive = torch.cat(positives, dim=1)
             log_p = (torch.cat(logits, dim=1) / self.temperature).log_softmax(dim=1).masked_fill(~positive, 0.0)
             pair_loss = torch.expm1(log_p) * log_p if self.focal else -log_p
-            return pair_loss.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+            per_anchor = pair_loss.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
+            return per_anchor.masked_fill(own_label < 0, 0.0)
 
 
 class ProjectionHead(nn.Module):
@@ -255,17 +257,23 @@ class CoreTuningLoss(nn.Module):
                 f'{tuple(features.shape)}, got {logits.dtype} {tuple(logits.shape)}.'
             )
 
-    def prepare(self, batch_size: int, device: torch.device) -> Tuple[GlobalBatch, Optional[MixupDraws]]:
+    def prepare(
+        self,
+        batch_size: int,
+        device: torch.device,
+        rows_per_image: int = 1,
+    ) -> Tuple[GlobalBatch, Optional[MixupDraws]]:
         """What a step needs from outside a compiled region: where its rows lie in the global batch, and random draws.
 
-        Image b of process r takes draw b * num_processes + r, the place it has in one process that reads the same data.
+        Image b of process r takes the draws of image b * num_processes + r, the place it has in one process that reads
+        the same data.
         """
-        batch = GlobalBatch.create(batch_size, self.gather, self.uneven_batches, device)
+        batch = GlobalBatch.create(batch_size, self.gather, self.uneven_batches, device, rows_per_image)
         if not self.mixup.mixup_enabled:
             return batch, None
-        rank, num_processes = process_index_and_count()
+        _, num_processes = process_index_and_count()
         draws = self.mixup.draw(num_processes * max(batch.sizes), device)
-        return batch, MixupDraws(*(draw[rank::num_processes][:batch_size] for draw in draws))
+        return batch, MixupDraws(*map(batch.own_share, draws))
 
     def compute(
         self,
@@ -274,15 +282,20 @@ class CoreTuningLoss(nn.Module):
         target: torch.Tensor,
         batch: GlobalBatch,
         draws: Optional[MixupDraws],
+        clean_loss: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
-        """The losses, given what `prepare` returned. Compiles as one graph; checks nothing, synchronises nothing."""
+        """The losses, given what `prepare` returned. Compiles as one graph; checks nothing, synchronises nothing.
+
+        Rows whose class index is negative take no part. Where more is known of the clean batch than its rows tell, its
+        mean cross-entropy is given as clean_loss.
+        """
         label = batch.gather(hard_label(target))
         own = batch.own_rows(features.device)
         mixtures = None
         if draws is not None:
             order = batch.reading_order(features.device)
             mixtures = self.mixup.pair(batch.gather(features.detach()), label, draws, anchor=own, order=order)
-        task_loss = self._task_loss(logits, target, batch, mixtures)
+        task_loss = self._task_loss(logits, target, label, batch, mixtures, clean_loss)
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
         contrast_loss = self._contrast_loss(features, label, batch, own, mixtures)
@@ -335,13 +348,18 @@ class CoreTuningLoss(nn.Module):
         self,
         logits: torch.Tensor,
         target: torch.Tensor,
+        label: torch.Tensor,
         batch: GlobalBatch,
         mixtures: Optional[HardMixtures],
+        clean_loss: Optional[torch.Tensor],
     ) -> torch.Tensor:
         target = target if target.ndim == 2 else target.long()
-        clean = self._nll(at_least_float32(logits).log_softmax(dim=-1), target)
+        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        if clean_loss is None:
+            clean = self._nll(at_least_float32(logits).log_softmax(dim=-1), target)
+            clean_loss = batch.mean(clean.masked_fill(left_out, 0.0).sum(), label)
         if mixtures is None:
-            return clean.sum() * batch.loss_scale
+            return clean_loss
         all_logits, all_target = at_least_float32(batch.gather(logits)), batch.gather(target)
 
         def mixed(mixture: Mixture) -> torch.Tensor:
@@ -353,17 +371,17 @@ class CoreTuningLoss(nn.Module):
                 mixture.lam.to(log_p.dtype),
             )
 
-        positive, negative = mixed(mixtures.positive), mixed(mixtures.negative)
-        total = clean.sum() + positive.sum() + negative.masked_fill(~mixtures.has_negative, 0.0).sum()
+        positive = mixed(mixtures.positive).masked_fill(left_out, 0.0)
+        negative = mixed(mixtures.negative).masked_fill(left_out | ~mixtures.has_negative, 0.0)
         # a batch of one class has no semi-hard negatives, any other has one for each image
         num_parts = 2 + mixtures.has_negative.any()
-        return total / num_parts * batch.loss_scale
+        return (clean_loss + batch.mean(positive.sum() + negative.sum(), label)) / num_parts
 
     def _nll(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each row (B,) from log-probabilities (B, C) and class indices or soft targets."""
         if target.ndim == 2:
             return -(target.to(log_p.dtype) * log_p).sum(dim=-1)
-        nll = -log_p.gather(1, target[:, None])[:, 0]
+        nll = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
         if self.label_smoothing:
             nll = torch.lerp(nll, -log_p.mean(dim=-1), self.label_smoothing)
         return nll
@@ -384,4 +402,4 @@ class CoreTuningLoss(nn.Module):
             has_negative=None if mixtures is None else mixtures.has_negative,
             anchor=own,
         )
-        return per_anchor.sum() * batch.loss_scale
+        return batch.mean(per_anchor.sum(), label)

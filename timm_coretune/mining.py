@@ -61,13 +61,14 @@ def select_hard_pairs(
 
     Args:
         features: Candidate features of any scale (N, D).
-        label: Class of every candidate (N,) int64.
+        label: Class of every candidate, negative for those that take no part (N,) int64.
         draw: Uniform in [0, 1), one per anchor, selects its random negative (B,).
         anchor: Row of each anchor among the candidates (B,) int64, all rows in order when None.
         order: Candidates in the order that draws count them in (N,) int64, as they are when None.
 
     Returns:
-        HardPairs with B rows that index the N candidates.
+        HardPairs with B rows that index the N candidates. Rows of anchors that take no part mean nothing, but index
+        candidates too.
     """
     num_candidates = features.shape[0]
     candidate = torch.arange(num_candidates, device=features.device)
@@ -76,21 +77,28 @@ def select_hard_pairs(
         unit = normalize(features.detach())
         similarity = unit[anchor] @ unit.T
     anchor_label = label[anchor]
+    takes_part = label >= 0
     same = anchor_label[:, None] == label
     positive = same & (anchor[:, None] != candidate)
-    has_positive, has_negative = positive.any(dim=-1), ~same.all(dim=-1)
+    has_positive = positive.any(dim=-1)
+    # an anchor is a candidate itself, so either all have a negative or none has
+    highest = label.max()
+    has_negative = (torch.where(takes_part, label, highest).min() < highest).expand(anchor.shape)
     # argmin of a row of infinities is 0, not «none»
     hard_positive = torch.where(has_positive, similarity.masked_fill(~positive, float('inf')).argmin(dim=-1), anchor)
-    hard_negative = torch.where(has_negative, similarity.masked_fill(same, float('-inf')).argmax(dim=-1), anchor)
+    negative_similarity = similarity.masked_fill(same | ~takes_part, float('-inf'))
+    hard_negative = torch.where(has_negative, negative_similarity.argmax(dim=-1), anchor)
 
-    # Sorted by label a class is one run [start, end). The k-th negative is the k-th row once that run is cut out.
+    # Sorted by label, those without part come first and a class is one run [start, end). The k-th negative is the k-th
+    # row behind the former once that run is cut out.
     sorted_label, by_label = torch.sort(label if order is None else label[order], stable=True)
     if order is not None:
         by_label = order[by_label]
+    num_left_out = num_candidates - takes_part.sum()
     start = torch.searchsorted(sorted_label, anchor_label)
     num_same = torch.searchsorted(sorted_label, anchor_label, right=True) - start
-    num_negative = num_candidates - num_same
-    k = torch.minimum((draw * num_negative).long(), (num_negative - 1).clamp(min=0))
+    num_negative = num_candidates - num_left_out - num_same
+    k = torch.minimum((draw * num_negative).long(), num_negative - 1).clamp(min=0) + num_left_out
     position = torch.where(k < start, k, k + num_same).clamp(max=num_candidates - 1)
     random_negative = torch.where(has_negative, by_label[position], anchor)
     return HardPairs(hard_positive, hard_negative, random_negative, has_negative)
