@@ -28,6 +28,14 @@ def _all_gather(x: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
+def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
+    """Sum of x over processes, without gradient."""
+    if process_index_and_count()[1] > 1:
+        x = x.clone()
+        dist.all_reduce(x)
+    return x
+
+
 class _AllGather(torch.autograd.Function):
     """Concatenates equal numbers of rows in rank order; the backward sums over processes, as all use the rows."""
 

@@ -9,13 +9,13 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from timm.models import group_parameters
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .checks import check_target
 from .classifier import classifier_parameters
 from .distributed import GlobalBatch
+from .grouping import group_matcher, no_weight_decay
 from .loss import CoreTuningLoss
 from .mixup import MixupDraws
 
@@ -75,22 +75,10 @@ class CoreTuningModule(nn.Module):
             classifier.register_forward_pre_hook(self._classifier_input)
 
     def no_weight_decay(self):
-        if not hasattr(self.model, 'no_weight_decay'):
-            return set()
-        return {'model.' + name for name in self.model.no_weight_decay()}
+        return no_weight_decay(self.model, 'model.')
 
     def group_matcher(self, coarse: bool = False):
-        if not hasattr(self.model, 'group_matcher'):
-            return {}
-        layer_map = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
-        last_layer = max(layer_map.values(), default=0)
-
-        def _matcher(name):
-            if name.startswith('model.'):
-                return layer_map.get(name[len('model.') :], last_layer)
-            return last_layer
-
-        return _matcher
+        return group_matcher(self.model, 'model.', coarse=coarse)
 
     def forward_features_and_logits(self, input: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Pre-logits features (B, D) and logits (B, C) of one pass through the backbone.
@@ -166,15 +154,23 @@ class CoreTuningTask(TrainingTask):
         **loss_kwargs,
     ):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
-        feature_dim = get_feature_dim(unwrap_model(model))
+        feature_dim = self.get_feature_dim(unwrap_model(model))
         if criterion is None:
             criterion = CoreTuningLoss(feature_dim, **loss_kwargs)
         elif loss_kwargs:
             raise ValueError(f'Pass either a criterion or its arguments, not both: {sorted(loss_kwargs)}.')
         criterion = criterion.to(device=self.device, dtype=self.dtype)
-        self.trainable_module = CoreTuningModule(model, criterion)
+        self.trainable_module = self.create_module(model, criterion)
         if self.verbose:
             _logger.info(f'{type(self).__name__}: features={feature_dim}, {criterion.extra_repr()}')
+
+    def get_feature_dim(self, model: nn.Module) -> int:
+        """Width of what is contrasted, before its projection."""
+        return get_feature_dim(model)
+
+    def create_module(self, model: nn.Module, criterion: CoreTuningLoss) -> CoreTuningModule:
+        """The one module that trains."""
+        return CoreTuningModule(model, criterion)
 
     @property
     def criterion(self) -> CoreTuningLoss:

@@ -1,0 +1,80 @@
+"""From feature maps to features of every pixel: torchvision's heads, without their last layer"""
+
+from collections import OrderedDict
+from typing import List, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.ops import FeaturePyramidNetwork
+
+HEADS = ('deeplabv3', 'fcn', 'fpn')
+_PYRAMID_CHANNELS = 256
+
+
+class _BatchNormOfOne(nn.BatchNorm2d):
+    """BatchNorm that takes a batch of one pooled image too, which has no statistics of its own, by the running ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(x)
+
+
+class SingleMapDecoder(nn.Sequential):
+    """Layers on the coarsest map."""
+
+    def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
+        return super().forward(maps[-1])
+
+
+class PyramidDecoder(nn.Module):
+    """A feature pyramid, and layers on its finest map.
+
+    Args:
+        channels: Channels of the maps, from fine to coarse.
+        layers: What follows on the finest map of the pyramid.
+    """
+
+    def __init__(self, channels: List[int], layers: List[nn.Module]):
+        super().__init__()
+        self.fpn = FeaturePyramidNetwork(channels, _PYRAMID_CHANNELS)
+        # of the pyramid only the finest map is used, and a parameter without gradient stalls DistributedDataParallel
+        for block in self.fpn.layer_blocks[1:]:
+            block.requires_grad_(False)
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
+        pyramid = self.fpn(OrderedDict((str(i), m) for i, m in enumerate(maps)))
+        return self.layers(pyramid['0'])
+
+
+def create_decoder(
+    head: str,
+    channels: List[int],
+    reductions: List[int],
+    num_classes: int,
+) -> Tuple[nn.Module, nn.Conv2d]:
+    """Decoder and classifier of a torchvision head.
+
+    Args:
+        head: One of HEADS.
+        channels: Channels of the maps, from fine to coarse.
+        reductions: Pixels of the image to one of each map.
+        num_classes: Classes of a pixel.
+    """
+    if head == 'fpn':
+        *layers, classifier = FCNHead(_PYRAMID_CHANNELS, num_classes)
+        return PyramidDecoder(channels, layers), classifier
+    if head == 'fcn':
+        *layers, classifier = FCNHead(channels[-1], num_classes)
+        return SingleMapDecoder(*layers), classifier
+    # the rates of the paper, https://arxiv.org/abs/1706.05587, for maps of 1/8 and 1/16
+    rates = (12, 24, 36) if reductions[-1] <= 8 else (6, 12, 18)
+    *layers, classifier = DeepLabHead(channels[-1], num_classes, rates)
+    for pooling in (m for m in layers[0].modules() if isinstance(m, ASPPPooling)):
+        norm = pooling[2]
+        pooling[2] = _BatchNormOfOne(norm.num_features, eps=norm.eps, momentum=norm.momentum)
+    return SingleMapDecoder(*layers), classifier

@@ -1,0 +1,62 @@
+"""Cross-entropy of all pixels"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from ..distributed import process_index_and_count, sum_over_processes
+
+
+class DenseCrossEntropy(nn.Module):
+    """Cross-entropy averaged over the pixels that count, those of all processes.
+
+    Args:
+        ignore_index: Class of pixels that do not count.
+        label_smoothing: Share of a target that goes to all classes evenly, in [0, 1).
+    """
+
+    def __init__(self, ignore_index: int = 255, label_smoothing: float = 0.0):
+        super().__init__()
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+
+    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            output: Logits of any floating dtype (B, C, H, W).
+            target: Class indices (B, H, W) int64.
+
+        Returns:
+            In nats, a scalar of float32 or better: the share of this process, such that the average over processes is
+            the mean over all their pixels. 0, but attached to the graph, where no pixel counts.
+        """
+        total = F.cross_entropy(
+            output.to(torch.promote_types(output.dtype, torch.float32)),
+            target,
+            ignore_index=self.ignore_index,
+            reduction='sum',
+            label_smoothing=self.label_smoothing,
+        )
+        num_pixels = sum_over_processes((target != self.ignore_index).sum())
+        return total * process_index_and_count()[1] / num_pixels.clamp(min=1)
+
+
+def check_masks(target: torch.Tensor, input: torch.Tensor, num_classes: int, ignore_index: int) -> None:
+    """Reject what are no class indices of the pixels of a batch. Their range is checked on the CPU only, as it is free.
+
+    Raises:
+        ValueError: Shape, dtype or range do not fit.
+    """
+    expected = (input.shape[0], *input.shape[2:])
+    if target.shape != expected or target.dtype != torch.int64:
+        raise ValueError(
+            f'Expected a class index for every pixel, int64 {expected}, of images {tuple(input.shape)}, got '
+            f'{target.dtype} {tuple(target.shape)}.'
+        )
+    if target.device.type == 'cpu' and target.numel():
+        wrong = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]
+        if len(wrong):
+            raise ValueError(
+                f'Expected class indices in [0, {num_classes - 1}], or {ignore_index} for pixels that do not count, '
+                f'got {int(wrong[0])}. Check num_classes against the masks.'
+            )

@@ -1,0 +1,153 @@
+"""Core-tuning of pixels: the task of images, on anchors sampled from the feature map"""
+
+from typing import Dict, Optional
+
+import torch
+import torch.nn as nn
+from timm.utils import unwrap_model
+
+from ..distributed import GlobalBatch, process_index_and_count
+from ..loss import CoreTuningLoss
+from ..mixup import MixupDraws
+from ..task import CoreTuningModule, CoreTuningTask
+from .anchors import sample_anchors
+from .dense import DenseCrossEntropy, check_masks
+from .model import SegmentationModel
+
+
+def label_of_cells(target: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Class in the middle of each cell of a feature map (B, height * width), of masks (B, H, W)."""
+    rows, columns = (
+        ((torch.arange(num_cells, device=target.device) + 0.5) * (num_pixels / num_cells)).long()
+        for num_cells, num_pixels in ((height, target.shape[1]), (width, target.shape[2]))
+    )
+    return target[:, rows[:, None], columns].flatten(1)
+
+
+class SegmentationModule(CoreTuningModule):
+    """Model and criterion as the one module that is wrapped, compiled and given to the optimizer.
+
+    Args:
+        model: Classifies pixels.
+        criterion: The loss of anchors, whose projection head is trained along.
+        dense_loss: The loss of all pixels.
+        anchors_per_image: Pixels of an image that are contrasted.
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        criterion: CoreTuningLoss,
+        dense_loss: DenseCrossEntropy,
+        anchors_per_image: int,
+    ):
+        super().__init__(model, criterion)
+        self.dense_loss = dense_loss
+        self.anchors_per_image = anchors_per_image
+
+    def forward(
+        self,
+        input: torch.Tensor,
+        target: Optional[torch.Tensor] = None,
+        seed: Optional[torch.Tensor] = None,
+        batch: Optional[GlobalBatch] = None,
+        draws: Optional[MixupDraws] = None,
+    ):
+        if not self.training:
+            return self.model(input)
+        features, logits, output = self.model.forward_pixels(input)
+        dense_loss = self.dense_loss(output, target)
+        padded = self.model.pad(target, value=self.dense_loss.ignore_index)
+        label = label_of_cells(padded, *features.shape[2:])
+        label = label.masked_fill(label == self.dense_loss.ignore_index, -1)
+        hard = logits.argmax(dim=1).flatten(1) != label
+        anchors = sample_anchors(label, hard, seed, self.anchors_per_image)
+        label = label.gather(1, anchors.index).masked_fill(~anchors.is_pixel, -1).flatten()
+        losses = self.criterion.compute(
+            _take(features, anchors.index), _take(logits, anchors.index), label, batch, draws, clean_loss=dense_loss
+        )
+        return {**losses, 'dense_loss': dense_loss, 'output': output}
+
+
+def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Rows (B * A, D) of a feature map (B, D, h, w) at places (B, A)."""
+    taken = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))
+    return taken.transpose(1, 2).flatten(0, 1)
+
+
+class SegmentationTask(CoreTuningTask):
+    """Core-tunes a segmentation model.
+
+    To pixels what CoreTuningTask is to images, with the same losses and the same mining over the batch of all
+    processes. In place of images there are anchors: pixels of the feature map, so many of an image, of all its classes
+    alike and the badly predicted first. The cross-entropy of the clean batch is that of all pixels of the images.
+
+    Args:
+        model: From create_segmentation_model.
+        criterion: The loss of anchors. Created from loss_kwargs when None.
+        anchors_per_image: Anchors of an image; places that it has no pixels for stay empty.
+        ignore_index: Class of pixels that do not count.
+        device: Device for task tensors and the projection head.
+        dtype: Dtype of the projection head, as the model's when it is not float32.
+        verbose: Enable info logging.
+        **loss_kwargs: Arguments of CoreTuningLoss, but num_features, which the model tells.
+
+    Raises:
+        ValueError: An argument is out of range, or criterion and loss_kwargs are both given.
+
+    Examples:
+
+        ```python
+        task = SegmentationTask(create_segmentation_model('resnet50', num_classes=21, output_stride=8))
+        result = task(input, target)  # images (B, 3, H, W) and masks (B, H, W)
+        result['loss'].backward()
+        ```
+    """
+
+    def __init__(
+        self,
+        model: SegmentationModel,
+        criterion: Optional[CoreTuningLoss] = None,
+        anchors_per_image: int = 64,
+        ignore_index: int = 255,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+        verbose: bool = True,
+        **loss_kwargs,
+    ):
+        if anchors_per_image < 1:
+            raise ValueError(f'Expected anchors_per_image >= 1, got {anchors_per_image}.')
+        self.anchors_per_image = anchors_per_image
+        self.ignore_index = ignore_index
+        super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
+
+    def get_feature_dim(self, model: nn.Module) -> int:
+        return model.num_features
+
+    def create_module(self, model: nn.Module, criterion: CoreTuningLoss) -> SegmentationModule:
+        dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing)
+        return SegmentationModule(model, criterion, dense_loss, self.anchors_per_image)
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """One training step's forward pass.
+
+        Args:
+            input: Images (B, 3, H, W).
+            target: Class indices (B, H, W) int64.
+
+        Returns:
+            'loss' to minimise, 'task_loss', 'dense_loss' (the part of it that is the cross-entropy of all pixels) and
+            (unless its weight is 0) 'contrast_loss', scalars; 'output', the logits of all pixels (B, C, H, W).
+
+        Raises:
+            ValueError: target does not fit the images or the classes of the model.
+        """
+        module = unwrap_model(self.trainable_module)
+        check_masks(target, input, module.model.num_classes, self.ignore_index)
+        batch_size = input.shape[0]
+        batch, draws = module.criterion.prepare(batch_size, target.device, self.anchors_per_image)
+        rank, num_processes = process_index_and_count()
+        generator = self.mixup.generator
+        seed = torch.randint(2**32, (num_processes * batch_size,), generator=generator, device=generator.device)
+        seed = seed[rank::num_processes].to(target.device, non_blocking=True)
+        return self.trainable_module(input, target, seed, batch, draws)
