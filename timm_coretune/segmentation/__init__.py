@@ -1,0 +1,1 @@
+"""Core-tuning for semantic segmentation"""
