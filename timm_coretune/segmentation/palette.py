@@ -1,0 +1,84 @@
+"""Masks as PASCAL VOC keeps them: palette PNG files whose indices are the classes"""
+
+import os
+from typing import List, Union
+
+import numpy as np
+import torch
+from PIL import Image
+
+IGNORE_INDEX = 255  # void: neither trained on nor counted
+VOC_CLASSES = (
+    'background',
+    'aeroplane',
+    'bicycle',
+    'bird',
+    'boat',
+    'bottle',
+    'bus',
+    'car',
+    'cat',
+    'chair',
+    'cow',
+    'diningtable',
+    'dog',
+    'horse',
+    'motorbike',
+    'person',
+    'pottedplant',
+    'sheep',
+    'sofa',
+    'train',
+    'tvmonitor',
+)
+
+
+def voc_palette() -> List[int]:
+    """Red, green and blue of every index, 768 values.
+
+    Bits 0, 1, 2 of an index are the highest bits of red, green, blue, its next three bits the next highest, so that
+    close indices have colours far apart.
+    """
+    palette = []
+    for index in range(256):
+        for channel in range(3):
+            palette.append(sum((index >> 3 * place + channel & 1) << 7 - place for place in range(3)))
+    return palette
+
+
+def save_image(image: Image.Image, path: str, **kwargs) -> None:
+    """Write an image so that there is the whole file or none.
+
+    Args:
+        image: What to write.
+        path: Its file.
+        kwargs: Of PIL's save, with the format.
+    """
+    temporary = f'{path}.tmp'
+    image.save(temporary, **kwargs)
+    os.replace(temporary, path)
+
+
+def write_mask(mask: Union[torch.Tensor, np.ndarray], path: str) -> None:
+    """Write a mask as a PNG file in the colours of VOC.
+
+    Args:
+        mask: Class indices (H, W), integers in [0, 255].
+        path: Its file.
+
+    Raises:
+        ValueError: Shape, dtype or range do not fit.
+    """
+    values = np.asarray(mask)
+    if values.ndim != 2 or values.dtype.kind not in 'iu' or values.size == 0:
+        raise ValueError(
+            f'Expected a mask of integers (H, W), got {values.dtype} {values.shape}. Take the argmax of logits over '
+            'the classes, and one image of a batch.'
+        )
+    if values.min() < 0 or values.max() > 255:
+        raise ValueError(
+            f'Expected class indices in [0, 255], got {values.min()} to {values.max()}. A PNG palette has 256 entries.'
+        )
+    image = Image.fromarray(values.astype(np.uint8))
+    image.putpalette(voc_palette())
+    save_image(image, path, format='PNG')
