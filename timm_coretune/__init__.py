@@ -8,6 +8,9 @@ from .loss import FocalSupConLoss as FocalSupConLoss
 from .mining import mine_hard_pairs as mine_hard_pairs
 from .mixup import HardPairMixup as HardPairMixup
 from .register import register
+from .segmentation import SegmentationTask as SegmentationTask
+from .segmentation import create_segmentation_model as create_segmentation_model
+from .segmentation import load_segmentation_model as load_segmentation_model
 from .task import CoreTuningTask as CoreTuningTask
 from .version import __version__ as __version__
 

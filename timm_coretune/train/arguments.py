@@ -13,8 +13,6 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from .flags import PRESETS, create_parser
 
-_SAMPLE_RECIPE = 'sample.yaml'
-
 
 class ParsedArguments(NamedTuple):
     """The arguments of a run.
@@ -36,9 +34,9 @@ def _assets():
     return resources.files('timm_coretune') / 'assets'
 
 
-def _sample_recipe() -> Dict[str, Any]:
-    """The recipe of the bundled sample, its paths made absolute."""
-    recipe = yaml.safe_load((_assets() / _SAMPLE_RECIPE).read_text())
+def _sample_recipe(name: str) -> Dict[str, Any]:
+    """A recipe of the bundled sample, its paths made absolute."""
+    recipe = yaml.safe_load((_assets() / name).read_text())
     for key in ('data_dir', 'pretrained_path'):
         recipe[key] = str(_assets() / recipe[key])
     return recipe
@@ -61,14 +59,17 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
     return config
 
 
-def _assume_sample(parser: argparse.ArgumentParser, named_model: Optional[str]) -> str:
+def _assume_sample(parser: argparse.ArgumentParser, named_model: Optional[str], segmentation: bool) -> str:
     """Make the sample and its recipe the defaults, and say so. What was given, a model above all, is left alone."""
-    recipe = _sample_recipe()
-    what = f'the bundled Fashion-MNIST sample with its recipe ({_SAMPLE_RECIPE})'
+    name, data = 'sample.yaml', 'the bundled Fashion-MNIST sample'
+    if segmentation:
+        name, data = 'sample_segmentation.yaml', 'scenes made of the bundled Fashion-MNIST sample'
+    recipe = _sample_recipe(name)
+    what = f'{data} with its recipe ({name})'
     if named_model is None:
         what += f' and its contrastive checkpoint ({os.path.basename(recipe["pretrained_path"])})'
     else:
-        recipe = {k: v for k, v in recipe.items() if k not in ('model', 'pretrained_path')}
+        recipe = {k: v for k, v in recipe.items() if k not in ('model', 'pretrained_path', 'model_kwargs')}
         if timm.is_model(named_model) and timm.models.get_pretrained_cfg_value(named_model, 'fixed_input_size'):
             del recipe['img_size']
     parser.set_defaults(**recipe)
@@ -91,13 +92,15 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
 
     assumed = None
     if not any(given.get(key) for key in ('data', 'data_dir', 'dataset')):
-        assumed = _assume_sample(parser, given.get('model'))
+        assumed = _assume_sample(parser, given.get('model'), given.get('segmentation', False))
     if given.keys() & {'preset', 'lr_base', 'lr_base_size', 'lr_base_scale'}:
         parser.set_defaults(lr=None)  # else the rate of the sample's recipe would win over them
     if given.get('preset'):
         if given['preset'] not in PRESETS:
             parser.error(f'argument --preset: {given["preset"]!r} in the config, choose from {", ".join(PRESETS)}')
         parser.set_defaults(**yaml.safe_load((_assets() / f'preset_{given["preset"]}.yaml').read_text()))
+    if given.get('segmentation'):
+        parser.set_defaults(eval_metric='miou')
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
     args.data_dir = args.data_dir or args.data
@@ -133,6 +136,8 @@ def find_contradictions(args: argparse.Namespace) -> List[str]:
     metrics = split_names(args.metrics)
     eval_metrics = ['loss', 'top1', 'top5', *(['ece'] if 'ece' in metrics else [])]
     eval_metrics += ['macro_f1'] if 'per-class' in metrics else []
+    if args.segmentation:
+        eval_metrics = ['loss', 'miou', 'pa', 'mpa', 'fwiou']
     sizes = args.train_img_sizes or []
     conditions = {
         '--torchscript: the Core-tuning step cannot be scripted; script the tuned model afterwards': (
@@ -182,6 +187,32 @@ def find_contradictions(args: argparse.Namespace) -> List[str]:
         ),
         '--class-balance and --aug-repeats both order the images; choose one': args.class_balance and args.aug_repeats,
         '--class-balance needs a --batch-size of 4 or more': args.class_balance and args.batch_size < 4,
+        '--segmentation: not with --mixup, --cutmix, --cutmix-minmax, --aug-splits, --aug-repeats, --epoch-repeats, '
+        '--class-balance, --naflex-loader, --train-img-sizes, --use-multi-epochs-loader or --tta': (
+            args.segmentation
+            and (
+                any((mixes_pixels(args), args.aug_splits, args.aug_repeats, args.epoch_repeats, args.class_balance))
+                or any((args.naflex_loader, sizes, args.use_multi_epochs_loader, args.tta))
+            )
+        ),
+        '--segmentation: --aa, --reprob, --grayscale-prob, --gaussian-blur-prob and --color-jitter-prob know no masks; '
+        'there are --scale, --ratio, --hflip, --vflip and --color-jitter': (
+            args.segmentation
+            and any(
+                (args.aa, args.reprob, args.grayscale_prob, args.gaussian_blur_prob, args.color_jitter_prob is not None)
+            )
+        ),
+        '--segmentation: not with --jsd-loss, --bce-loss, --kd-model-name, --torchscript or --split-bn': (
+            args.segmentation
+            and any((args.jsd_loss, args.bce_loss, args.kd_model_name, args.torchscript, args.split_bn))
+        ),
+        '--segmentation: --metrics are those of images; the scores of pixels are always there': (
+            args.segmentation and metrics
+        ),
+        '--segmentation-head and --reduce-zero-label need --segmentation': (
+            not args.segmentation and (args.segmentation_head or args.reduce_zero_label)
+        ),
+        '--anchors-per-image: 1 or more': args.anchors_per_image < 1,
         '--wandb-resume-id needs --resume': args.wandb_resume_id and not args.resume,
         '--label-fraction: above 0, at most 1': not 0 < args.label_fraction <= 1,
         '--head-lr-scale: above 0': args.head_lr_scale <= 0,

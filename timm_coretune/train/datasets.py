@@ -10,6 +10,7 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
+from .pixels import open_splits
 from .reader import ReaderSafetensors
 from .sampling import make_key
 
@@ -128,8 +129,12 @@ def get_labels(dataset: Dataset) -> Optional[List[int]]:
     return labels if all(isinstance(label, int) for label in labels) else None
 
 
+def _get_img_mode(args: argparse.Namespace) -> str:
+    return args.input_img_mode or ('RGB' if get_in_chans(args) == 3 else 'L')
+
+
 def _create_split(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
-    img_mode = args.input_img_mode or ('RGB' if get_in_chans(args) == 3 else 'L')
+    img_mode = _get_img_mode(args)
     if not args.dataset and not os.path.exists(args.data_dir):
         raise ValueError(f'Expected images in --data-dir {args.data_dir!r}, which does not exist. Check the path.')
     if not args.dataset and args.data_dir.endswith('.safetensors'):
@@ -166,9 +171,8 @@ def _class_names(dataset: Dataset) -> Optional[Dict[Any, int]]:
     return getattr(reader, 'class_to_idx', None) or None
 
 
-def _take_fraction(dataset: Dataset, fraction: float, seed: int) -> Dataset:
+def _take_fraction(dataset: Dataset, labels: Optional[List[int]], fraction: float, seed: int) -> Dataset:
     """The same share of every class, at least one image, in the order of the whole."""
-    labels = get_labels(dataset)
     if labels is None:
         raise ValueError(
             'Expected a data set that knows the labels of all images for --label-fraction, as folders, safetensors, '
@@ -184,12 +188,22 @@ def _take_fraction(dataset: Dataset, fraction: float, seed: int) -> Dataset:
     return LabelledSubset(dataset, sorted(chosen))
 
 
+def _create_segmentation_datasets(args: argparse.Namespace) -> Datasets:
+    train, validation = open_splits(args, _get_img_mode(args))
+    known = validation if train is None else train
+    if train is not None and args.label_fraction < 1:
+        train = _take_fraction(train, [0] * len(train), args.label_fraction, args.seed)
+    return Datasets(train, validation, known.num_classes, known.class_names)
+
+
 def create_datasets(args: argparse.Namespace) -> Datasets:
     """Open both splits, the training split unless nothing is trained.
 
     Raises:
         ValueError: The data does not exist, holds no images, or the splits have different classes.
     """
+    if args.segmentation:
+        return _create_segmentation_datasets(args)
     train = _create_split(args, args.train_split, is_training=True) if not args.eval_only else None
     validation = _create_split(args, args.val_split, is_training=False) if args.val_split else None
     classes = _class_names(validation if train is None else train)
@@ -200,6 +214,6 @@ def create_datasets(args: argparse.Namespace) -> Datasets:
             f'one only: {", ".join(map(str, difference[:5]))}. Check the folders, or --train-split and --val-split.'
         )
     if train is not None and args.label_fraction < 1:
-        train = _take_fraction(train, args.label_fraction, args.seed)
+        train = _take_fraction(train, get_labels(train), args.label_fraction, args.seed)
     names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])] if classes else None
     return Datasets(train, validation, len(classes) if classes else None, names)

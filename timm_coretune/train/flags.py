@@ -1,9 +1,10 @@
-"""The flags of train.py: ours, in three groups, and timm's"""
+"""The flags of train.py: ours, in four groups, and timm's"""
 
 import argparse
 import difflib
 from typing import List, Optional
 
+from ..segmentation.decoder import HEADS
 from .timm_flags import add_timm_flags
 
 PRESETS = ('cnn', 'vit')
@@ -25,12 +26,13 @@ def create_parser() -> argparse.ArgumentParser:
     """The parser of train.py, one function for each group of its help."""
     parser = _Parser(
         prog='train.py',
-        description='Fine-tune a pretrained timm model on labelled images, with --coretune by Core-tuning.',
+        description='Fine-tune a pretrained timm model on labelled images or masks, with --coretune by Core-tuning.',
         epilog='Without --data-dir and --dataset a bundled sample of Fashion-MNIST is used.',
     )
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of defaults; flags win over it')
     _add_coretune(parser)
     _add_tuning(parser)
+    _add_segmentation(parser)
     _add_hub(parser)
     add_timm_flags(parser)
     return parser
@@ -68,6 +70,20 @@ def _add_tuning(parser: argparse.ArgumentParser) -> None:
     add('--eval-only', action='store_true', help='validate and stop, as --epochs 0 does')
     add('--metrics', default='', metavar='LIST', help='more metrics, comma-separated: confusion, per-class, ece')
     add('--log-with', default='', metavar='LIST', help='trackers of accelerate, comma-separated, such as tensorboard')
+
+
+def _add_segmentation(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('segmentation (docs/segmentation.md)').add_argument
+    add('--segmentation', action='store_true', help='classify the pixels of images with masks')
+    add(
+        '--segmentation-head', choices=HEADS,
+        help='on the feature maps (default: fpn where the last is coarser than 1/16, else deeplabv3)',
+    )  # fmt: skip
+    add(
+        '--anchors-per-image', type=int, default=64, metavar='N',
+        help='pixels of an image that --coretune contrasts (default: 64)',
+    )  # fmt: skip
+    add('--reduce-zero-label', action='store_true', help='masks hold 0 for pixels to ignore, classes from 1 on')
 
 
 def _add_hub(parser: argparse.ArgumentParser) -> None:

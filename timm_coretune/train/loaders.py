@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from .arguments import mixes_pixels
 from .datasets import Datasets, get_labels
+from .pixels import create_train_loader, create_validation_loader
 from .sampling import ClassBalancedBatchSampler, make_resumable
 
 
@@ -124,6 +125,8 @@ class LoaderFactory:
 
     def _create_train(self, dataset: Dataset) -> Any:
         args, accelerator = self.args, self.accelerator
+        if args.segmentation:
+            return create_train_loader(args, self.data_config, dataset, accelerator)
         is_stream = isinstance(dataset, IterableDataset)
         if args.aug_repeats and accelerator.num_processes == 1:
             raise ValueError('--aug-repeats deals the repeats of an image out to processes, there is one.')
@@ -212,6 +215,8 @@ class LoaderFactory:
 
     def _create_validation(self, dataset: Dataset) -> Any:
         args = self.args
+        if args.segmentation:
+            return create_validation_loader(args, self.data_config, dataset, self.accelerator)
         kwargs = dict(
             batch_size=args.validation_batch_size or args.batch_size,
             interpolation=self.data_config['interpolation'],

@@ -95,6 +95,7 @@ class Trainer:
         freezer: Keeps the backbone from training in the first epochs.
         record: Writes the folder of the run (`record.RunRecord`), on all processes.
         metrics: Further metrics of a validation (`metrics.EvalMetrics`).
+        evaluator: What a validation measures first of all, loss and accuracy of images when None.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class Trainer:
         freezer: Optional[BackboneFreezer] = None,
         record: Optional[Any] = None,
         metrics: Optional[Any] = None,
+        evaluator: Optional[Any] = None,
     ):
         # Only these two are prepared: timm's loaders are no DataLoader, its schedulers count updates themselves.
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
@@ -121,6 +123,7 @@ class Trainer:
         self.freezer = freezer
         self.record = record
         self.metrics = metrics
+        self.evaluator = evaluator or AccuracyMeter(accelerator)
         self.meter = LossMeter(accelerator)
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.is_sharded = is_sharded(accelerator)
@@ -262,7 +265,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self, loader: Any, ema: bool = False) -> Dict[str, float]:
-        """Loss in nats, top-1 and top-5 accuracy in percent, over all processes.
+        """Loss in nats, and what else the evaluator measures, over all processes.
 
         Args:
             loader: Images and class indices.
@@ -270,7 +273,9 @@ class Trainer:
         """
         model, tta = self._eval_model(ema), self.config.tta
         model.eval()
-        meter = AccuracyMeter(self.accelerator, num_own_samples(loader, self.accelerator))
+        # what comes later are repetitions of a distributed sampler
+        num_left = num_own_samples(loader, self.accelerator)
+        self.evaluator.reset()
         name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
         if self.metrics is not None:
             self.metrics.reset()
@@ -283,16 +288,20 @@ class Trainer:
                 if tta > 1:
                     output = output.unfold(0, tta, tta).mean(dim=2)
                     target = target[0 : len(target) : tta]
-                output, target = meter.update(output, target)
+                if num_left is not None:
+                    output, target = output[:num_left], target[:num_left]
+                    num_left -= len(target)
+                output, target = output.float(), target.long()
+                self.evaluator.update(output, target)
                 if self.metrics is not None:
                     self.metrics.update(output, target)
                 bar.update()
-        metrics = meter.compute()
+        metrics = self.evaluator.compute()
         if self.metrics is not None:
             metrics.update(self.metrics.compute())
         _logger.info(
             f'{name}: [{len(loader):>4d}/{len(loader)}]  Time: {time.perf_counter() - start:.3f}s  '
-            f'Loss: {metrics["loss"]:>7.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}'
+            f'{self.evaluator.describe(metrics)}'
         )
         return metrics
 

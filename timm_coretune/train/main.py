@@ -16,10 +16,12 @@ from huggingface_hub import get_token
 from timm.data import resolve_data_config
 from timm.utils import random_seed, setup_default_logging, unwrap_model
 
-from ..hub.export import CONFIG_NAME, write_config
+from ..hub.export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
 from ..hub.push import push_command, push_run
 from ..hub.upload import NOT_PUSHED, HubError, quiet_requests
 from ..report import plot_confusion, plot_curves
+from ..segmentation import SegmentationEvaluator
+from ..segmentation.files import write_segmentation_config
 from .arguments import ParsedArguments, import_device_modules, parse_args, split_names
 from .datasets import Datasets, create_datasets
 from .folder import DEFAULT_OUTPUT, take_folder
@@ -31,6 +33,7 @@ from .metrics import EvalMetrics
 from .model import create_backbone, create_task, place_model, resolve_num_classes
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from .overview import log_contrast, log_data, log_optimization
+from .pixels import create_model, draw_predictions
 from .record import SUMMARY_NAME, WEIGHTS_NAME, RunRecord
 from .state import RunState, resolve_resume, resume, setup_ema
 
@@ -155,9 +158,12 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
     args = parsed.args
     folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
     state_path = resolve_resume(args, accelerator, folder)
-    backbone = create_backbone(args, resolve_num_classes(args, datasets.num_classes))
-    data_config = resolve_data_config(vars(args), model=backbone, verbose=accelerator.is_main_process)
-    model = place_model(args, backbone, accelerator)
+    num_classes = resolve_num_classes(args, datasets.num_classes)
+    plain_model = create_backbone(args, 0 if args.segmentation else num_classes)
+    data_config = resolve_data_config(vars(args), model=plain_model, verbose=accelerator.is_main_process)
+    if args.segmentation:
+        plain_model = create_model(args, plain_model, num_classes, data_config['input_size'][1:])
+    model = place_model(args, plain_model, accelerator)
     loaders = LoaderFactory(args, data_config, model, accelerator).create(datasets)
     task = create_task(args, model, accelerator)
     log_data(datasets)
@@ -195,12 +201,14 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
         if accelerator.is_main_process:
             folder, lock = take_folder(args, data_config['input_size'][-1], state_path)
             _logger.info(f'Output: {folder}')
-            save_config(backbone, folder, data_config, datasets.class_names)
+            save_config(args, plain_model, folder, data_config, datasets.class_names)
         record = RunRecord(args, parsed.text, folder, task, optimizer, run_state)
         if state_path is not None:
             record.continue_from(state_path)
         start_trackers(args, accelerator, folder)
-    metrics = None
+    metrics = evaluator = None
+    if args.segmentation:
+        evaluator = SegmentationEvaluator(num_classes, datasets.class_names, device=accelerator.device)
     if args.metrics:
         metrics = EvalMetrics(split_names(args.metrics), model.num_classes, datasets.class_names, accelerator)
     trainer = Trainer(
@@ -214,22 +222,29 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
         freezer=freezer,
         record=record,
         metrics=metrics,
+        evaluator=evaluator,
     )
     run_state.restore(trainer)
     return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, lock)
 
 
 def save_config(
+    args: argparse.Namespace,
     model: torch.nn.Module,
     folder: str,
     data_config: Dict[str, Any],
     class_names: Optional[List[str]],
 ) -> None:
-    """Write what plain timm needs to build the model around the weights of the folder."""
+    """Write what is needed to build the model around the weights of the folder: plain timm's, or that of pixels."""
+    name = SEGMENTATION_CONFIG_NAME if args.segmentation else CONFIG_NAME
     try:
-        write_config(model, os.path.join(folder, CONFIG_NAME), data_config, class_names)
+        if args.segmentation:
+            path = os.path.join(folder, name)
+            write_segmentation_config(model, path, data_config, class_names, args.model_kwargs)
+        else:
+            write_config(model, os.path.join(folder, name), data_config, class_names)
     except ValueError as e:  # no reason not to train
-        _logger.warning(f'There will be no {CONFIG_NAME}, and no push to the Hub: {e}')
+        _logger.warning(f'There will be no {name}, and no push to the Hub: {e}')
 
 
 def continue_command(argv: List[str], folder: str) -> str:
@@ -239,7 +254,7 @@ def continue_command(argv: List[str], folder: str) -> str:
     return f'accelerate launch {shlex.quote(sys.argv[0])} {shlex.join([*argv, *words])}'
 
 
-def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, num_classes: int) -> None:
+def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, datasets: Datasets) -> None:
     """Say what came out and where it is."""
     metric, epoch = trainer.best
     if metric is None:
@@ -251,14 +266,20 @@ def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, num
         _logger.info(f'Last epoch: {last}. The best was chosen on these very images, the last was not.')
     weights = record.path(WEIGHTS_NAME)
     _logger.info(f'Weights: {weights}')
-    kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **args.model_kwargs}.items())
-    _logger.info(f"Load them: timm.create_model('{args.model}'{kwargs}, checkpoint_path='{weights}')")
+    if args.segmentation:
+        _logger.info(f"Load them: timm_coretune.load_segmentation_model('{record.folder}')")
+    else:
+        num_classes = unwrap_model(trainer.task.get_eval_model()).num_classes
+        kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **args.model_kwargs}.items())
+        _logger.info(f"Load them: timm.create_model('{args.model}'{kwargs}, checkpoint_path='{weights}')")
     try:
         plot_curves(record.path(SUMMARY_NAME), record.path('curves.png'))
         _logger.info(f'Curves: {record.path("curves.png")}')
         if os.path.exists(record.path('confusion.csv')):
             plot_confusion(record.path('confusion.csv'), record.path('confusion.png'))
             _logger.info(f'Confusion matrix: {record.path("confusion.png")}')
+        if args.segmentation and datasets.validation is not None:
+            _logger.info(f'Predictions: {draw_predictions(record.folder, datasets.validation)}')
     except ImportError as e:
         _logger.info(str(e))
 
@@ -280,7 +301,10 @@ def push(args: argparse.Namespace, folder: str, is_over: bool) -> None:
         _logger.error(f'Trained, but not pushed: {reason}\nEverything is in {folder}. Try again with:\n{command}')
         raise SystemExit(NOT_PUSHED) from None
     _logger.info(f'Pushed: {url}')
-    _logger.info(f"Load it: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)")
+    if args.segmentation:
+        _logger.info(f"Load it: timm_coretune.load_segmentation_model('hf-hub:{args.push_to_hub}')")
+    else:
+        _logger.info(f"Load it: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)")
 
 
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
@@ -338,7 +362,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         state = f'The last state before is {record.last_state}.' if record.last_state else 'There is no state before.'
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
-        summarize(record, trainer, args, unwrap_model(trainer.task.get_eval_model()).num_classes)
+        summarize(record, trainer, args, datasets)
         print_results(results, args.eval_metric)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:

@@ -1,7 +1,7 @@
 """Running losses and accuracies, kept on the device so that a step never waits for it"""
 
 from collections import OrderedDict
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict
 
 import torch
 import torch.nn.functional as F
@@ -88,32 +88,31 @@ class AccuracyMeter:
 
     Args:
         accelerator: Device and processes.
-        max_samples: Images of this process that count; what comes later are repetitions of a distributed sampler.
     """
 
-    def __init__(self, accelerator: Accelerator, max_samples: Optional[int] = None):
+    def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.max_samples = max_samples
-        self.num_seen = 0
-        # float64 counts exactly, MPS has none
-        dtype = torch.float32 if accelerator.device.type == 'mps' else torch.float64
-        self.sums = torch.zeros(4, dtype=dtype, device=accelerator.device)  # loss, top-1, top-5, images
+        self.reset()
 
-    def update(self, output: torch.Tensor, target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Take logits (B, C) and class indices (B,), and return those that count, float32 and int64."""
-        if self.max_samples is not None:
-            num_left = max(self.max_samples - self.num_seen, 0)
-            output, target = output[:num_left], target[:num_left]
-        self.num_seen += len(target)
-        output, target = output.float(), target.long()
+    def reset(self) -> None:
+        # float64 counts exactly, MPS has none
+        dtype = torch.float32 if self.accelerator.device.type == 'mps' else torch.float64
+        self.sums = torch.zeros(4, dtype=dtype, device=self.accelerator.device)  # loss, top-1, top-5, images
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Take logits float32 (B, C) and class indices int64 (B,)."""
         correct = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
         loss = F.cross_entropy(output, target, reduction='sum')
         count = torch.full_like(loss, len(target))
         self.sums += torch.stack([loss, correct[:, 0].sum(), correct.any(dim=1).sum(), count]).to(self.sums.dtype)
-        return output, target
 
     def compute(self) -> Dict[str, float]:
         """Means over all processes, which must call this together."""
         loss, top1, top5, count = self.accelerator.reduce(self.sums, 'sum').tolist()
         count = max(count, 1)
         return OrderedDict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
+
+    @staticmethod
+    def describe(metrics: Dict[str, float]) -> str:
+        """The part of a log line that tells what compute returned."""
+        return f'Loss: {metrics["loss"]:>7.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}'

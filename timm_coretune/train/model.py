@@ -17,6 +17,7 @@ from ..checkpoint import load_checkpoint
 from ..task import CoreTuningTask
 from .arguments import mixes_pixels
 from .datasets import get_in_chans
+from .pixels import create_task as create_segmentation_task
 
 _logger = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def create_backbone(args: argparse.Namespace, num_classes: Optional[int]) -> nn.
     options = dict(checkpoint_key=args.checkpoint_key, allow_partial=args.allow_partial)
     if args.pretrained_path:
         load_checkpoint(model, args.pretrained_path, **options)
-    if args.initial_checkpoint:
+    if args.initial_checkpoint and not args.segmentation:  # of the whole, there
         load_checkpoint(model, args.initial_checkpoint, load_classifier=True, **options)
     with torch.no_grad():
         if args.head_init_scale is not None:
@@ -151,6 +152,8 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
     """Core-tuning, or one of timm's tasks to compare with."""
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     common = dict(device=accelerator.device, dtype=dtype, verbose=accelerator.is_main_process)
+    if args.segmentation:
+        return create_segmentation_task(args, model, coretune_kwargs(args), common)
     if args.coretune:
         if mixes_pixels(args):
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')

@@ -16,10 +16,11 @@ from .sampling import expected_positives
 _logger = logging.getLogger(__name__)
 
 
-def describe_counts(name: str, counts: Optional[List[int]], num_images: int) -> str:
+def describe_counts(name: str, counts: Optional[List[int]], num_images: int, num_classes: Optional[int]) -> str:
     """Images and classes of a split in a few words."""
     if not counts:
-        return f'{name}: {num_images} images, classes unknown before they are read'
+        what = f'{num_classes} classes' if num_classes else 'classes unknown before they are read'
+        return f'{name}: {num_images} images, {what}'
     return f'{name}: {num_images} images of {len(counts)} classes, {min(counts)} to {max(counts)} a class'
 
 
@@ -32,13 +33,21 @@ def log_data(datasets: Datasets) -> None:
     """Images and classes of both splits."""
     for name, dataset in (('Training', datasets.train), ('Validation', datasets.validation)):
         if dataset is not None:
-            _logger.info(describe_counts(name, _class_counts(dataset), len(dataset)))
+            _logger.info(describe_counts(name, _class_counts(dataset), len(dataset), datasets.num_classes))
 
 
 def log_contrast(args: argparse.Namespace, datasets: Datasets, num_processes: int) -> None:
     """The batch that is contrasted, what an image finds in it, and where the contrastive loss starts."""
     num_gathered = 1 if args.no_coretune_gather else num_processes
     batch_size = args.batch_size * num_gathered
+    if args.segmentation:
+        num_anchors = batch_size * args.anchors_per_image
+        _logger.info(
+            f'Contrast over up to {num_anchors} pixels ({args.anchors_per_image} an image x {args.batch_size} images x '
+            f'{num_gathered} process(es)): at chance its loss without the focal factor is ln {num_anchors + 1} = '
+            f'{math.log(num_anchors + 1):.2f}.'
+        )
+        return
     # beside the other images an anchor sees its own hard positive and semi-hard negative
     chance = math.log(batch_size + 1)
     message = (

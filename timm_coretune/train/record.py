@@ -214,8 +214,9 @@ class RunRecord:
             if weights is not None:
                 kind = 'ema' if self.publish_ema else 'model'
                 save_weights(weights, self.path(WEIGHTS_NAME), epoch=str(epoch), weights=kind)
-                if trainer.metrics is not None:
-                    trainer.metrics.write(self.folder)
+                for part in (trainer.evaluator, trainer.metrics):
+                    if hasattr(part, 'write'):
+                        part.write(self.folder)
             if not trainer.is_sharded:
                 self.saver.save_checkpoint(epoch, metric=metric)
                 self.last_state = self.path(LAST_NAME)

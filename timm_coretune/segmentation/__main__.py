@@ -1,0 +1,58 @@
+"""Predict masks of images, or write the sample of scenes to look at
+
+python -m timm_coretune.segmentation predict MODEL IMAGES ... --output FOLDER
+python -m timm_coretune.segmentation sample FOLDER
+"""
+
+import argparse
+import logging
+from importlib import resources
+from typing import List, Optional
+
+import torch
+from timm.utils import setup_default_logging
+
+from .files import load_segmentation_model
+from .predict import predict
+from .sample import FashionScenes, write_voc
+
+_SAMPLE_NAME = 'fashion_mnist_sample.safetensors'
+
+
+def create_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser('python -m timm_coretune.segmentation', description=__doc__.split('\n')[0])
+    commands = parser.add_subparsers(dest='command', required=True)
+    add = commands.add_parser('predict', help='write a palette PNG for every image').add_argument
+    add('model', metavar='MODEL', help='folder of a run, or hf-hub:OWNER/NAME')
+    add('images', metavar='IMAGES', nargs='+', help='images, or folders of images')
+    add('--output', required=True, metavar='FOLDER', help='folder of the masks, made if need be')
+    add('--overwrite', action='store_true', help='write masks again that are there already')
+    add(
+        '--device',
+        default='cuda' if torch.cuda.is_available() else 'cpu',
+        help='where to compute (default: %(default)s)',
+    )
+    add = commands.add_parser('sample', help='write the scenes of the sample in the layout of PASCAL VOC').add_argument
+    add('folder', metavar='FOLDER', help='folder to write, made if need be')
+    return parser
+
+
+def run(arguments: Optional[List[str]] = None) -> None:
+    parser = create_parser()
+    args = parser.parse_args(arguments)
+    setup_default_logging(default_level=logging.INFO)
+    if args.command == 'sample':
+        path = str(resources.files('timm_coretune') / 'assets' / _SAMPLE_NAME)
+        for split in ('train', 'validation'):
+            write_voc(FashionScenes(path, split), args.folder, split)
+        print(f'Written: {args.folder}')
+        return
+    try:
+        num_masks = predict(load_segmentation_model(args.model, args.device), args.images, args.output, args.overwrite)
+    except ValueError as e:
+        parser.error(str(e))
+    print(f'Written: {num_masks} masks to {args.output}')
+
+
+if __name__ == '__main__':
+    run()

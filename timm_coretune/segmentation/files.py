@@ -1,0 +1,123 @@
+"""A segmentation model as files, and back: safetensors and a description of what they fit"""
+
+import json
+import os
+from tempfile import TemporaryDirectory
+from typing import Any, Dict, Optional, Sequence, Union
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.data import resolve_data_config
+from timm.utils import unwrap_model
+
+from ..hub.export import (
+    CONFIG_NAME,
+    SEGMENTATION_CONFIG_NAME,
+    SEGMENTATION_WEIGHTS_NAME,
+    save_weights,
+    write_config,
+)
+from .fetch import find_model_files
+from .model import SegmentationModel, create_segmentation_model
+from .palette import IGNORE_INDEX
+
+
+def write_segmentation_config(
+    model: SegmentationModel,
+    path: str,
+    data_config: Optional[Dict[str, Any]] = None,
+    class_names: Optional[Sequence[str]] = None,
+    backbone_kwargs: Optional[Dict[str, Any]] = None,
+) -> None:
+    """Write what `load_segmentation_model` rebuilds a model and its preprocessing from.
+
+    Args:
+        model: The model.
+        path: File to write.
+        data_config: Mean, std and interpolation it was tuned with, those of the backbone when None.
+        class_names: Names of the classes by index.
+        backbone_kwargs: Arguments its backbone was created with; timm 1.0.31 and later remember them.
+
+    Raises:
+        ValueError: The backbone was built with an argument that JSON cannot hold.
+    """
+    data_config = data_config or getattr(model, 'data_config', None) or resolve_data_config({}, model=model)
+    with TemporaryDirectory() as folder:
+        write_config(model.backbone, os.path.join(folder, CONFIG_NAME), data_config)
+        with open(os.path.join(folder, CONFIG_NAME), encoding='utf-8') as f:
+            backbone = json.load(f)
+    backbone.setdefault('model_args', dict(backbone_kwargs or {}))
+    config = dict(
+        head=model.head,
+        num_classes=model.num_classes,
+        class_names=None if class_names is None else list(class_names),
+        ignore_index=IGNORE_INDEX,
+        img_size=list(model.img_size),
+        mean=list(data_config['mean']),
+        std=list(data_config['std']),
+        interpolation=data_config['interpolation'],
+        reductions=model.maps.reductions,
+        backbone=backbone,
+    )
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        f.write(json.dumps(config, indent=2) + '\n')
+    os.replace(f'{path}.tmp', path)
+
+
+def export_segmentation_model(
+    model: SegmentationModel,
+    folder: str,
+    data_config: Optional[Dict[str, Any]] = None,
+    class_names: Optional[Sequence[str]] = None,
+) -> None:
+    """Write a folder that `load_segmentation_model(folder)` loads. Arguments as in write_segmentation_config."""
+    model = unwrap_model(model)
+    os.makedirs(folder, exist_ok=True)
+    class_names = class_names or getattr(model, 'class_names', None)
+    write_segmentation_config(model, os.path.join(folder, SEGMENTATION_CONFIG_NAME), data_config, class_names)
+    save_weights(model.state_dict(), os.path.join(folder, SEGMENTATION_WEIGHTS_NAME))
+
+
+def load_segmentation_model(
+    source: Union[str, os.PathLike],
+    device: Optional[Union[str, torch.device]] = None,
+) -> SegmentationModel:
+    """Load a segmentation model that was trained or exported here, in evaluation mode.
+
+    Args:
+        source: Folder of a run of train.py, folder of export_segmentation_model, or `hf-hub:owner/name[@revision]`.
+        device: Where to put it.
+
+    Returns:
+        The model. Its attributes class_names and data_config (mean, std, interpolation) are those of its training.
+
+    Raises:
+        ValueError: There is no such model, or its files do not fit each other.
+    """
+    config_path, weights_path = find_model_files(source)
+    try:
+        with open(config_path, encoding='utf-8') as f:
+            config = json.load(f)
+        backbone = timm.create_model(
+            config['backbone']['architecture'],
+            pretrained=False,
+            **{'num_classes': config['backbone']['num_classes'], **config['backbone'].get('model_args', {})},
+        )
+        model = create_segmentation_model(backbone, config['num_classes'], config['head'], tuple(config['img_size']))
+        data_config = {key: config[key] for key in ('mean', 'std', 'interpolation')}
+        reductions, class_names = config['reductions'], config['class_names']
+    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        raise ValueError(f'Expected the description of a segmentation model in {config_path!r}: {e!r}') from e
+    if model.maps.reductions != reductions:
+        raise ValueError(
+            f'Expected feature maps of 1/{reductions} by {config_path!r}, {config["backbone"]["architecture"]} makes '
+            f'maps of 1/{model.maps.reductions} here. Add its arguments, such as output_stride, to model_args there.'
+        )
+    try:
+        model.load_state_dict(load_file(weights_path))
+    except (SafetensorError, RuntimeError) as e:
+        raise ValueError(f'Expected the weights that {config_path!r} describes in {weights_path!r}: {e}') from e
+    model.data_config, model.class_names = data_config, class_names
+    return model.to(device).eval()
