@@ -13,6 +13,7 @@ LEVELS = {  # a module imports from lower levels only, or from its own package
     'checks': 0,
     'classifier': 0,
     'grouping': 0,
+    'tables': 0,
     'version': 0,
     'mining': 1,
     'mixup': 2,

@@ -1,12 +1,13 @@
 """Metrics of a validation beyond loss and top-k, by torchmetrics"""
 
-import csv
 import logging
 import os
 from typing import Dict, List, Optional, Sequence
 
 import torch
 from accelerate import Accelerator
+
+from ..tables import complete_names, write_confusion, write_records
 
 _logger = logging.getLogger(__name__)
 
@@ -37,8 +38,7 @@ class EvalMetrics:
             raise ImportError("--metrics needs torchmetrics: pip install 'timm-coretune[metrics]'") from e
 
         self.names = tuple(names)
-        known = class_names or []
-        self.class_names = [known[i] if i < len(known) else str(i) for i in range(num_classes)]
+        self.class_names = complete_names(class_names, num_classes)
         self.confusion = MulticlassConfusionMatrix(num_classes).to(accelerator.device)
         self.calibration = None
         if 'ece' in names:
@@ -88,15 +88,6 @@ class EvalMetrics:
     def write(self, folder: str) -> None:
         """Write what was asked for as CSV, whole or not at all; the matrix has a row for each true class."""
         if 'confusion' in self.names:
-            header = ['true / predicted', *self.class_names]
-            rows = [[name, *row] for name, row in zip(self.class_names, self.matrix.tolist(), strict=True)]
-            _write_csv(os.path.join(folder, 'confusion.csv'), [header, *rows])
+            write_confusion(os.path.join(folder, 'confusion.csv'), self.class_names, self.matrix.tolist())
         if 'per-class' in self.names:
-            rows = self.per_class()
-            _write_csv(os.path.join(folder, 'per_class.csv'), [list(rows[0]), *(list(row.values()) for row in rows)])
-
-
-def _write_csv(path: str, rows: List[List]) -> None:
-    with open(f'{path}.tmp', 'w', newline='') as f:
-        csv.writer(f).writerows(rows)
-    os.replace(f'{path}.tmp', path)
+            write_records(os.path.join(folder, 'per_class.csv'), self.per_class())

@@ -1,0 +1,51 @@
+"""One process of tests/test_segmentation_evaluator.py: evaluates its share of the batches, then prints what it computed
+
+Run as `segmentation_worker.py RANK DIRECTORY`.
+"""
+
+import json
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Iterator, Tuple
+
+import torch
+import torch.distributed as dist
+
+from timm_coretune.segmentation.evaluator import SegmentationEvaluator
+
+NUM_CLASSES = 6
+IGNORED = 255
+
+
+def batches() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
+    """Three batches of different sizes: class 4 is predicted but in no target, class 5 is in neither."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (3, 1, 2):
+        target = torch.randint(4, (size, 7, 5), generator=generator)
+        output = torch.randn(size, NUM_CLASSES, 7, 5, generator=generator)
+        output.scatter_add_(1, target[:, None], torch.full((size, 1, 7, 5), 1.5))
+        output[:, 5] -= 100
+        target[torch.rand(size, 7, 5, generator=generator) < 0.2] = IGNORED
+        yield output, target
+
+
+def main(rank: str, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        'gloo',
+        init_method=Path(directory, 'init').as_uri(),
+        rank=int(rank),
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    evaluator = SegmentationEvaluator(NUM_CLASSES)
+    for index, (output, target) in enumerate(batches()):
+        if (index == 2) == (rank == '1'):  # two batches and one
+            evaluator.update(output, target)
+    print(json.dumps({'metrics': evaluator.compute(), 'matrix': evaluator.matrix.tolist()}))
+    dist.destroy_process_group()
+
+
+if __name__ == '__main__':
+    main(*sys.argv[1:])

@@ -1,0 +1,29 @@
+"""Tables of metrics as CSV files, which are there whole or not at all"""
+
+import csv
+import os
+from typing import Any, Dict, List, Optional, Sequence
+
+
+def complete_names(class_names: Optional[Sequence[str]], num_classes: int) -> List[str]:
+    """A name for every class: its index where none is known."""
+    known = class_names or []
+    return [known[i] if i < len(known) else str(i) for i in range(num_classes)]
+
+
+def write_confusion(path: str, class_names: Sequence[str], matrix: Sequence[Sequence[int]]) -> None:
+    """Write a confusion matrix, a row for each true class."""
+    header = ['true / predicted', *class_names]
+    rows = [[name, *row] for name, row in zip(class_names, matrix, strict=True)]
+    _write_csv(path, [header, *rows])
+
+
+def write_records(path: str, records: Sequence[Dict[str, Any]]) -> None:
+    """Write records of the same keys, which become the header."""
+    _write_csv(path, [list(records[0]), *(list(record.values()) for record in records)])
+
+
+def _write_csv(path: str, rows: Sequence[Sequence[Any]]) -> None:
+    with open(f'{path}.tmp', 'w', newline='') as f:
+        csv.writer(f).writerows(rows)
+    os.replace(f'{path}.tmp', path)
