@@ -184,6 +184,8 @@ def test_lists_split_a_pair_of_folders(tmp_path):
     assert classes_of(open_dataset('', str(tmp_path), 'train')) == [2, 0]
     with pytest.raises(ValueError, match=re.escape("'val'") + '.*' + re.escape("['train']")):
         open_dataset('', str(tmp_path), 'val')  # holding images out could take some of those listed
+    (tmp_path / 'val.txt').write_text('3\n')
+    assert classes_of(open_dataset('', str(tmp_path), 'validation')) == [3]
 
 
 def test_every_tenth_image_is_held_out_without_splits(tmp_path, caplog):
@@ -284,8 +286,9 @@ def test_pets_of_torchvision_count_from_0(tmp_path):
 
 
 def test_cityscapes_of_torchvision_have_the_classes_to_train_on(tmp_path):
-    for city in ('ulm', 'aachen'):
-        save(tmp_path / 'leftImg8bit' / 'val' / city / f'{city}_0_leftImg8bit.png', np.zeros((1, 34, 3), np.uint8))
+    for city, brightness in {'ulm': 200, 'aachen': 10}.items():
+        image = np.full((1, 34, 3), brightness, np.uint8)
+        save(tmp_path / 'leftImg8bit' / 'val' / city / f'{city}_0_leftImg8bit.png', image)
         values = np.arange(34, dtype=np.uint8)[None]
         save(tmp_path / 'gtFine' / 'val' / city / f'{city}_0_gtFine_labelIds.png', values)
     dataset = open_dataset('torch/cityscapes', str(tmp_path), 'validation')
@@ -297,6 +300,7 @@ def test_cityscapes_of_torchvision_have_the_classes_to_train_on(tmp_path):
     assert dataset.class_names[:2] == ['road', 'sidewalk']
     assert dataset.class_names[18] == Cityscapes.classes[33].name == 'bicycle'
     assert [dataset.source.name(i).split('/')[-2] for i in range(2)] == ['aachen', 'ulm']
+    assert [int(image.max()) for image, _ in dataset] == [10, 200]
     with pytest.raises(ValueError, match='download=True'):
         open_dataset('torch/cityscapes', str(tmp_path), 'val', download=True)
 
