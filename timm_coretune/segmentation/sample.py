@@ -64,6 +64,8 @@ class FashionScenes:
         return self.num_scenes
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
+        if not 0 <= index < self.num_scenes:
+            raise IndexError(f'Expected a scene in [0, {self.num_scenes - 1}], got {index}.')  # ends an iteration
         digest = hashlib.blake2b(f'{self.split},{index}'.encode(), digest_size=8).digest()
         draws = np.random.default_rng(int.from_bytes(digest, 'little'))
         scene = _texture(draws)

@@ -91,7 +91,7 @@ def create_train_transform(
         interpolation: Key of INTERPOLATIONS, for the image.
 
     Returns:
-        Takes tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W), returns float32 and int64 tensors of img_size.
+        Takes tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W), returns float32 and int64 of img_size.
     """
     steps = [_RandomResizedCrop(tuple(img_size), scale, ratio, _interpolation_mode(interpolation))]
     if hflip > 0:
