@@ -71,12 +71,13 @@ def test_masks_are_drawn_in_the_colors_of_their_classes(tmp_path, dtype):
     truth = torch.zeros(40, 60).long()
     truth[:, 30:] = 1
     truth[:8] = 255
-    prediction = torch.full((40, 60), 3, dtype=torch.uint8)
-    prediction[20:] = 0
+    # a checkerboard, of which nothing but the nearest color is left pure
+    prediction = (3 * ((torch.arange(40)[:, None] + torch.arange(60)) % 2)).byte()
     path = tmp_path / 'segmentation.png'
     plot_segmentation([image] * 2, [truth] * 2, [prediction] * 2, PALETTE, ['ant', 'bee'], path)
     colors = colors_of(path)
-    assert {(153, 51, 51), RED, GREEN, YELLOW, (128, 128, 128)} <= set(colors)
+    assert {(153, 51, 51), RED, GREEN, YELLOW} <= set(colors)
+    assert colors[(128, 128, 128)] > 1000  # more than the edges of letters: stripes of what is ignored
     assert not {BLUE, PINK} & set(colors)  # classes that do not occur
     # areas, measured in images: half of the prediction, and half of the 4/5 of the truth that are not ignored
     assert colors[YELLOW] == pytest.approx(colors[(153, 51, 51)] / 2, rel=0.1)
