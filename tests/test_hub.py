@@ -323,7 +323,9 @@ def test_the_command_line_says_what_to_repeat_and_ends_with_3(hub, run_folder, c
 
 
 def test_a_folder_without_a_run_is_refused(hub, tmp_path, capsys):
-    with pytest.raises(ValueError, match='found no model_best.safetensors, config.json, args.yaml, summary.csv'):
+    with pytest.raises(
+        ValueError, match='found no model_best.safetensors, args.yaml, summary.csv, segmentation.json or config.json'
+    ):
         push_run(str(tmp_path), 'me/my-model')
     with pytest.raises(SystemExit) as ended:
         run_cli(['push', str(tmp_path), 'me/my-model'])

@@ -2,9 +2,15 @@
 
 import csv
 import os
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Optional, Sequence
 
-_PERCENTAGES = ('eval_top1', 'eval_top5', 'eval_macro_f1', 'eval_ece')
+import torch
+
+_PERCENTAGES = (
+    *('eval_top1', 'eval_top5', 'eval_macro_f1', 'eval_ece'),
+    *('eval_pa', 'eval_mpa', 'eval_miou', 'eval_fwiou'),
+)
+_STRIPE = 128  # gray level of the stripes that tell ignored pixels from a white class
 
 
 def read_summary(path: str) -> Dict[str, List[float]]:
@@ -94,3 +100,81 @@ def plot_confusion(matrix_path: str, picture_path: str) -> None:
                 color = 'white' if value > 50 else 'black'
                 axes.text(j, i, f'{value:.0f}', ha='center', va='center', fontsize=8, color=color)
     _save_figure(figure, picture_path)
+
+
+def plot_segmentation(
+    images: Sequence[torch.Tensor],
+    truths: Sequence[torch.Tensor],
+    predictions: Sequence[torch.Tensor],
+    palette: Sequence[int],
+    class_names: Optional[Sequence[str]],
+    picture_path: str,
+    ignore_index: int = 255,
+) -> None:
+    """Draw images beside their true and predicted masks, with a legend of the classes that occur.
+
+    Args:
+        images: Float in [0, 1] or uint8, each (3, height, width).
+        truths: Class indices, each (height, width). Pixels to ignore become gray stripes on white.
+        predictions: The same of the model.
+        palette: Red, green and blue of the 256 classes in turn, as of PIL's palettes.
+        class_names: Names of the classes by index, their indices when None.
+        picture_path: PNG to write.
+        ignore_index: Class index of the pixels to ignore.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: There is no image, or the palette has another length.
+    """
+    if len(images) == 0 or len(palette) != 768:
+        raise ValueError(
+            f'Expected at least one image and a palette of 256 x 3 numbers, got {len(images)} image(s) and '
+            f'{len(palette)} numbers. Fill the palette up with zeros.'
+        )
+    colors = torch.tensor(palette, dtype=torch.uint8).reshape(256, 3)
+    masks = [mask for pair in zip(truths, predictions, strict=True) for mask in pair]
+    classes = sorted(set().union(*(mask.unique().tolist() for mask in masks)))
+    columns = 6
+    figure = _create_figure(figsize=(9, 3 * len(images) + 0.4 + 0.25 * (len(classes) // columns)))
+    grid = figure.subplots(len(images), 3, squeeze=False)
+    for axes, image, *pair in zip(grid, images, truths, predictions, strict=True):
+        panels = [_to_pixels(image), *(_paint(mask, colors, ignore_index) for mask in pair)]
+        for ax, panel in zip(axes, panels, strict=True):
+            ax.imshow(panel, interpolation='nearest')  # no colours that are none of the palette
+            ax.set_axis_off()
+    for ax, title in zip(grid[0], ('image', 'truth', 'prediction'), strict=True):
+        ax.set_title(title)
+    known = class_names or []
+    entries = []
+    for c in classes:
+        if c == ignore_index:
+            style = dict(facecolor='white', edgecolor='gray', hatch='////', label='ignored')
+        else:
+            style = dict(facecolor=[v / 255 for v in colors[c].tolist()], label=known[c] if c < len(known) else str(c))
+        entries.append(_create_patch(**style))
+    figure.legend(handles=entries, loc='outside lower center', ncols=columns, frameon=False)
+    _save_figure(figure, picture_path)
+
+
+def _create_patch(**style) -> Any:
+    from matplotlib.patches import Patch
+
+    return Patch(**style)
+
+
+def _to_pixels(image: torch.Tensor) -> Any:
+    if image.is_floating_point():
+        image = (255 * image.clamp(0, 1)).round().byte()
+    return image.permute(1, 2, 0).cpu().numpy()
+
+
+def _paint(mask: torch.Tensor, colors: torch.Tensor, ignore_index: int) -> Any:
+    mask = mask.cpu().long()
+    ignored = mask == ignore_index
+    painted = colors[mask.masked_fill(ignored, 0)]
+    rows, columns = (torch.arange(size) for size in mask.shape)
+    period = max(4, mask.shape[1] // 16)  # of the same look at every size
+    stripes = (rows[:, None] + columns) % period < period // 4
+    painted[ignored] = 255
+    painted[ignored & stripes] = _STRIPE
+    return painted.numpy()

@@ -4,7 +4,7 @@ import difflib
 import json
 import os
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 
@@ -18,6 +18,7 @@ WEIGHTS = (
     'pytorch_model.bin.index.json', 'open_clip_pytorch_model.bin',
 )  # fmt: skip
 EXTENSIONS = ('.safetensors', '.pth', '.pth.tar', '.pt', '.ckpt', '.bin', '.npz')
+HUB_PREFIXES = ('hf-hub:', 'hf_hub:')
 CONFIGS = ('config.json', 'preprocessor_config.json', 'open_clip_config.json')
 
 
@@ -48,9 +49,9 @@ def resolve_source(source: str) -> Files:
         if source.endswith('.index.json') or sniff(source) == 'index':
             return Files(_shards(source), _configs(os.path.dirname(source) or '.'))
         return Files((source,), {})
-    for prefix in ('hf-hub:', 'hf_hub:'):
-        if source.startswith(prefix):
-            return _from_folder(_snapshot(source[len(prefix) :]))
+    hub_id = hub_id_of(source)
+    if hub_id is not None:
+        return _from_folder(_snapshot(hub_id))
     if '://' in source:
         return Files((download(source),), {})
     if source in RELEASES:
@@ -59,6 +60,20 @@ def resolve_source(source: str) -> Files:
     raise ValueError(
         f'Expected a checkpoint file or folder, found none at {source!r}. Check the path. A model of the Hub is '
         f'hf-hub:owner/name, a published file its URL or short name ({names}).'
+    )
+
+
+def hub_id_of(source: str) -> Optional[str]:
+    """owner/name[@revision] of what is on the Hub, None for anything else."""
+    return next((source[len(prefix) :] for prefix in HUB_PREFIXES if source.startswith(prefix)), None)
+
+
+def explain_hub_error(hub_id: str, error: Exception) -> str:
+    """What to tell of an error of the client of the Hub, or of the HTTP library below it."""
+    return (
+        f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: '
+        f'{(str(error).strip() or "no message").splitlines()[0]}. Check its name and the connection; a private one '
+        'needs `hf auth login`.'
     )
 
 
@@ -138,8 +153,4 @@ def _snapshot(hub_id: str) -> str:
         try:
             return huggingface_hub.snapshot_download(repo_id, revision=revision or None, local_files_only=True)
         except Exception:
-            raise ValueError(
-                f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(e).__name__}: '
-                f'{(str(e).strip() or "no message").splitlines()[0]}. Check its name and the connection; a private one '
-                'needs `hf auth login`.'
-            ) from e
+            raise ValueError(explain_hub_error(hub_id, e)) from e

@@ -7,13 +7,17 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TAG = 'coretune'
-_TASK = 'image-classification'
+CLASSIFICATION, SEGMENTATION = 'image-classification', 'image-segmentation'
 # name in summary.csv without eval_, type on the Hub, what it is
 _METRICS = (
     ('top1', 'accuracy', 'Top-1 accuracy (%)'),
     ('top5', 'top_5_accuracy', 'Top-5 accuracy (%)'),
     ('macro_f1', 'f1', 'Macro F1 (%)'),
     ('ece', 'expected_calibration_error', 'Expected calibration error (%)'),
+    ('miou', 'mean_iou', 'mIoU (%)'),
+    ('pa', 'pixel_accuracy', 'Pixel accuracy (%)'),
+    ('mpa', 'mean_accuracy', 'Mean accuracy of the classes (%)'),
+    ('fwiou', 'frequency_weighted_iou', 'Frequency-weighted IoU (%)'),
     ('loss', 'loss', 'Cross-entropy (nats)'),
 )
 # options of train.py that make the recipe, by the one they need to have an effect; args.yaml has all of them
@@ -27,10 +31,51 @@ _RECIPE = {
         *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
         *('projection_dim', 'no_coretune_gather'),
     ),
+    'segmentation': ('segmentation', 'segmentation_head', 'anchors_per_image', 'reduce_zero_label'),
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
     'amp': ('amp', 'amp_dtype'),
 }
 _WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1}
+_USAGE = {
+    CLASSIFICATION: """```python
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model('hf-hub:REPO_ID', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+image = Image.open('image.png').convert('RGB')
+with torch.inference_mode():
+    probabilities = model(transform(image)[None]).softmax(dim=-1)[0]
+index = int(probabilities.argmax())
+names = model.pretrained_cfg.get('label_names')
+print(names[index] if names else index, float(probabilities[index]))
+```""",
+    SEGMENTATION: """```python
+import timm_coretune
+from PIL import Image
+from timm_coretune.segmentation import predict_image
+
+model = timm_coretune.load_segmentation_model('hf-hub:REPO_ID').eval()
+image = Image.open('image.png').convert('RGB')
+classes = predict_image(model, image)  # class indices (height, width) of the image, uint8
+Image.fromarray(classes.numpy()).save('mask.png')
+```
+
+For many images, from a shell:
+
+```
+python -m timm_coretune.segmentation predict hf-hub:REPO_ID IMAGES --output MASKS
+```
+
+The backbone alone needs plain timm only:
+
+```python
+import timm
+
+backbone = timm.create_model('hf-hub:REPO_ID', pretrained=True, num_classes=0)
+```""",
+}
 _CITATION = """```bibtex
 @inproceedings{zhang2021unleashing,
   title={Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning},
@@ -56,6 +101,7 @@ class CardFacts:
         metrics: Metrics of the weights by timm's names: top1, top5 (percent), loss.
         last_metrics: The same of the last epoch.
         recipe: Options of train.py.
+        segmentation: Content of the segmentation.json of a model that segments, None for a classifier.
     """
 
     dataset: Optional[str] = None
@@ -67,6 +113,12 @@ class CardFacts:
     metrics: Mapping[str, float] = field(default_factory=dict)
     last_metrics: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    segmentation: Optional[Mapping[str, Any]] = None
+
+    @property
+    def task(self) -> str:
+        """What the model does, by the Hub's name."""
+        return CLASSIFICATION if self.segmentation is None else SEGMENTATION
 
 
 def is_card_of(text: str, architecture: str) -> bool:
@@ -83,13 +135,13 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
 
     Args:
         repo_id: owner/name.
-        config: Content of its config.json.
+        config: Content of its config.json, that of the backbone where it segments.
         facts: What else is known.
     """
     architecture = config['architecture']
     results = [
         EvalResult(
-            task_type=_TASK,
+            task_type=facts.task,
             dataset_type=facts.dataset,
             dataset_name=facts.dataset,
             dataset_split=facts.dataset_split,
@@ -102,8 +154,8 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
     ]
     data = ModelCardData(
         library_name='timm',
-        pipeline_tag=_TASK,
-        tags=[_TASK, 'timm', TAG, architecture],
+        pipeline_tag=facts.task,
+        tags=[facts.task, 'timm', TAG, architecture],
         license=facts.license,
         base_model=facts.base_model,
         datasets=[facts.dataset] if facts.dataset and '/' in facts.dataset else None,
@@ -113,7 +165,7 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
     )
     sections = [
         _describe(repo_id, config, facts),
-        _usage(repo_id),
+        f'## How to use\n\n{_USAGE[facts.task].replace("REPO_ID", repo_id)}',
         _figures(facts),
         _recipe(facts),
         f'## Citation\n\n{_CITATION}',
@@ -122,17 +174,24 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
 
 
 def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
-    used = config['pretrained_cfg']
     how = 'Fine-tuned with cross-entropy' if facts.recipe and not facts.recipe.get('coretune') else 'Core-tuned'
     start = f'[{facts.base_model}](https://huggingface.co/{facts.base_model})' if facts.base_model else facts.start
+    used = config['pretrained_cfg']
+    size, crop = used['input_size'], f', crop {used["crop_pct"]}'
+    kind, architecture, num_classes = 'image classifier', f'`{config["architecture"]}`', config['num_classes']
+    if facts.segmentation is not None:
+        used = facts.segmentation
+        size, crop = (size[0], *used['img_size']), ''
+        kind, num_classes = 'backbone with a head that segments images', used['num_classes']
+        architecture += f' with a `{used["head"]}` head'
     lines = [
         f'# {repo_id.split("/")[-1]}',
         '',
-        f'A [timm](https://github.com/huggingface/pytorch-image-models) image classifier. {how} with `timm_coretune`.',
+        f'A [timm](https://github.com/huggingface/pytorch-image-models) {kind}. {how} with `timm_coretune`.',
         '',
-        f'- Architecture: `{config["architecture"]}`, {config["num_classes"]} classes',
-        f'- Input: {" x ".join(map(str, used["input_size"]))}, mean {list(used["mean"])}, std {list(used["std"])}, '
-        f'{used["interpolation"]} interpolation, crop {used["crop_pct"]}',
+        f'- Architecture: {architecture}, {num_classes} classes',
+        f'- Input: {" x ".join(map(str, size))}, mean {list(used["mean"])}, std {list(used["std"])}, '
+        f'{used["interpolation"]} interpolation{crop}',
     ]
     for name, value in (
         ('Tuned from', start),
@@ -143,25 +202,6 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
         if value:
             lines.append(f'- {name}: {value}')
     return '\n'.join(lines)
-
-
-def _usage(repo_id: str) -> str:
-    return f"""## How to use
-
-```python
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_data_config({{}}, model=model))
-image = Image.open('image.png').convert('RGB')
-with torch.inference_mode():
-    probabilities = model(transform(image)[None]).softmax(dim=-1)[0]
-index = int(probabilities.argmax())
-names = model.pretrained_cfg.get('label_names')
-print(names[index] if names else index, float(probabilities[index]))
-```"""
 
 
 def _figures(facts: CardFacts) -> Optional[str]:

@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import torch
 import torch.nn as nn
+from safetensors import safe_open
 from safetensors.torch import save
 from timm.data import resolve_data_config
 from timm.models import _hub
@@ -15,6 +16,10 @@ from timm.utils import unwrap_model
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
+# of a whole segmentation model, whose backbone alone has the names above
+SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'
+SEGMENTATION_CONFIG_NAME = 'segmentation.json'
+BACKBONE_PREFIX = 'backbone.'
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
@@ -99,3 +104,31 @@ def export_model(
     os.makedirs(folder, exist_ok=True)
     write_config(model, os.path.join(folder, CONFIG_NAME), data_config, label_names)
     save_weights(model.state_dict(), os.path.join(folder, WEIGHTS_NAME))
+
+
+def export_backbone(weights_path: str, config: Dict[str, Any], folder: str) -> None:
+    """Write the backbone of a segmentation model as a folder that plain timm loads.
+
+    Args:
+        weights_path: Weights of the whole model, whose notes are kept.
+        config: Content of the backbone's config.json.
+        folder: Folder to write into.
+
+    Raises:
+        ValueError: The weights have no backbone.
+    """
+    with safe_open(weights_path, framework='pt') as f:
+        notes = f.metadata() or {}
+        keys = [key for key in f.keys() if key.startswith(BACKBONE_PREFIX)]  # noqa: SIM118, it is no dict
+        backbone = {key.removeprefix(BACKBONE_PREFIX): f.get_tensor(key) for key in keys}
+    if not backbone:
+        raise ValueError(
+            f'Expected the weights of a segmentation model in {weights_path!r}, none of its keys starts with '
+            f'{BACKBONE_PREFIX!r}. {SEGMENTATION_CONFIG_NAME} beside it may be of another run.'
+        )
+    path = os.path.join(folder, CONFIG_NAME)
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        json.dump(config, f, indent=2)
+        f.write('\n')
+    os.replace(f'{path}.tmp', path)
+    save_weights(backbone, os.path.join(folder, WEIGHTS_NAME), **notes)

@@ -13,11 +13,21 @@ from safetensors import safe_open
 from timm.models import get_pretrained_cfg, is_model
 
 from .card import CardFacts, create_card
-from .export import CONFIG_NAME, WEIGHTS_NAME, export_model
+from .export import (
+    CONFIG_NAME,
+    SEGMENTATION_CONFIG_NAME,
+    SEGMENTATION_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    export_backbone,
+    export_model,
+)
 from .upload import upload
 
 RUN_WEIGHTS_NAME = 'model_best.safetensors'
-_RUN_FILES = ('args.yaml', 'summary.csv', 'curves.png', 'confusion.png', 'confusion.csv', 'per_class.csv')
+_RUN_FILES = (
+    *('args.yaml', 'summary.csv', 'curves.png', 'confusion.png', 'confusion.csv', 'per_class.csv'),
+    'segmentation.png',
+)
 
 
 def push_to_hub(
@@ -53,7 +63,7 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         export_model(model, folder, data_config, label_names)
         files = {name: os.path.join(folder, name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-        config = _read_config(folder)
+        config = _read_json(files[CONFIG_NAME])
         card = create_card(repo_id, config, facts or CardFacts())
         return upload(files, card, repo_id, config['architecture'], private, revision, token, commit_message)
 
@@ -83,17 +93,19 @@ def push_run(
         ValueError: The folder is not that of a run that saved weights.
         HubError: Nothing was pushed.
     """
-    needed = (RUN_WEIGHTS_NAME, CONFIG_NAME, 'args.yaml', 'summary.csv')
-    missing = [name for name in needed if not os.path.isfile(os.path.join(folder, name))]
+    configs = (SEGMENTATION_CONFIG_NAME, CONFIG_NAME)
+    found = {name for name in (RUN_WEIGHTS_NAME, *configs, *_RUN_FILES) if os.path.isfile(os.path.join(folder, name))}
+    missing = [name for name in (RUN_WEIGHTS_NAME, 'args.yaml', 'summary.csv') if name not in found]
+    missing += [] if found & set(configs) else [' or '.join(configs)]
     if missing:
         raise ValueError(f'Expected a run of train.py in {folder!r}, found no {", ".join(missing)}.')
-    files = {WEIGHTS_NAME: os.path.join(folder, RUN_WEIGHTS_NAME), CONFIG_NAME: os.path.join(folder, CONFIG_NAME)}
-    paths = {name: os.path.join(folder, name) for name in _RUN_FILES}
-    files.update({name: path for name, path in paths.items() if os.path.isfile(path)})
-    config = _read_config(folder)
-    facts = _read_facts(folder, license)
-    card = create_card(repo_id, config, facts)
-    return upload(files, card, repo_id, config['architecture'], private, revision, token)
+    with TemporaryDirectory() as exported:
+        files = _model_files(folder, exported)
+        files.update({name: os.path.join(folder, name) for name in _RUN_FILES if name in found})
+        config = _read_json(files[CONFIG_NAME])
+        facts = _read_facts(folder, license)
+        card = create_card(repo_id, config, facts)
+        return upload(files, card, repo_id, config['architecture'], private, revision, token)
 
 
 def push_command(
@@ -111,8 +123,24 @@ def push_command(
     return shlex.join(words)
 
 
-def _read_config(folder: str) -> Dict[str, Any]:
-    with open(os.path.join(folder, CONFIG_NAME), encoding='utf-8') as f:
+def _model_files(folder: str, exported: str) -> Dict[str, str]:
+    """Path by name in the repository of what the model of a run is loaded from.
+
+    Args:
+        folder: The folder of the run.
+        exported: An empty folder for what is not in it.
+    """
+    weights = os.path.join(folder, RUN_WEIGHTS_NAME)
+    segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
+    if not os.path.isfile(segmentation):
+        return {WEIGHTS_NAME: weights, CONFIG_NAME: os.path.join(folder, CONFIG_NAME)}
+    export_backbone(weights, _read_json(segmentation)['backbone'], exported)
+    files = {name: os.path.join(exported, name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
+    return {**files, SEGMENTATION_WEIGHTS_NAME: weights, SEGMENTATION_CONFIG_NAME: segmentation}
+
+
+def _read_json(path: str) -> Dict[str, Any]:
+    with open(path, encoding='utf-8') as f:
         return json.load(f)
 
 
@@ -124,6 +152,7 @@ def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
         rows = list(csv.DictReader(f))
     with safe_open(os.path.join(folder, RUN_WEIGHTS_NAME), framework='pt') as weights:
         notes = weights.metadata() or {}
+    segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
     of_epoch = {row['epoch']: row for row in rows}
     base_model = _base_model(args)
     return CardFacts(
@@ -136,6 +165,7 @@ def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
         metrics=_metrics(of_epoch.get(notes.get('epoch'), {})),
         last_metrics=_metrics(rows[-1]) if rows else {},
         recipe=args,
+        segmentation=_read_json(segmentation) if os.path.isfile(segmentation) else None,
     )
 
 

@@ -12,12 +12,12 @@ from huggingface_hub.utils import HfHubHTTPError, OfflineModeIsEnabled
 
 from ..version import __version__
 from .card import is_card_of
-from .export import WEIGHTS_NAME
 
 _logger = logging.getLogger(__name__)
 
 CARD_NAME = 'README.md'
 NOT_PUSHED = 3  # exit code
+_WEIGHTS_SUFFIX = '.safetensors'
 # The HTTP library below huggingface_hub changed twice; its errors and those of the system are what HfHubHTTPError is.
 _NETWORK_ERRORS = tuple(c for c in HfHubHTTPError.__mro__ if issubclass(c, Exception) and c is not Exception)
 _NETWORK_ERRORS += (json.JSONDecodeError,)  # a proxy's page in place of an answer
@@ -175,15 +175,17 @@ def upload(
         files = {CARD_NAME: str(card).encode(), **files}
     files = {name: os.fspath(file) if not isinstance(file, bytes) else file for name, file in files.items()}
     operations = [CommitOperationAdd(name, file) for name, file in files.items()]
-    weights = next(operation for operation in operations if operation.path_in_repo == WEIGHTS_NAME)
+    # all of them: those of a frozen backbone do not change with the model around it
+    tensors = [operation for operation in operations if operation.path_in_repo.endswith(_WEIGHTS_SUFFIX)]
+    weights = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in tensors}
     attempts = []
 
     def commit() -> str:
         if attempts:  # an answer that was lost may have been a yes
             head = api.model_info(repo_id, revision=revision).sha
             if head != info.sha:
-                (stored,) = api.get_paths_info(repo_id, WEIGHTS_NAME, revision=head) or (None,)
-                if stored is not None and stored.lfs and stored.lfs.sha256 == weights.upload_info.sha256.hex():
+                stored = api.get_paths_info(repo_id, list(weights), revision=head)
+                if {file.path: file.lfs.sha256 for file in stored if file.lfs} == weights:
                     return f'{api.endpoint}/{repo_id}/commit/{head}'
                 raise HubError(f'{repo_id} was changed by someone else at this moment. Look at it, then push again.')
         attempts.append(True)

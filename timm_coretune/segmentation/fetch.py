@@ -1,0 +1,82 @@
+"""From what a user types to the two files of a segmentation model: those of a run, of an export, or of the Hub"""
+
+import os
+from pathlib import Path
+from typing import Optional, Tuple
+
+import huggingface_hub
+from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+
+from ..checkpoint.source import explain_hub_error, hub_id_of
+from ..hub.export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
+from ..hub.push import RUN_WEIGHTS_NAME
+
+
+def find_model_files(source: str) -> Tuple[str, str]:
+    """Find the config and the weights of a segmentation model, downloading what is not here.
+
+    Args:
+        source: Folder of a run, folder of an exported model, or `hf-hub:owner/name[@revision]`.
+
+    Returns:
+        Paths of segmentation.json and of the weights that belong to it.
+
+    Raises:
+        ValueError: There is no segmentation model.
+    """
+    if os.path.isdir(source):
+        return _from_folder(source)
+    hub_id = hub_id_of(source)
+    if hub_id is not None:
+        return _from_hub(hub_id)
+    raise ValueError(
+        f'Expected the folder of a segmentation model, found none at {source!r}. Check the path. A model of the Hub is '
+        'hf-hub:owner/name.'
+    )
+
+
+def _from_folder(folder: str) -> Tuple[str, str]:
+    paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
+    if SEGMENTATION_CONFIG_NAME not in paths:
+        raise ValueError(_explain_no_config(folder, f'local-dir:{folder}', CONFIG_NAME in paths))
+    for name in (RUN_WEIGHTS_NAME, SEGMENTATION_WEIGHTS_NAME):
+        if name in paths:
+            return paths[SEGMENTATION_CONFIG_NAME], paths[name]
+    raise ValueError(
+        f'Expected {RUN_WEIGHTS_NAME} or {SEGMENTATION_WEIGHTS_NAME} beside {SEGMENTATION_CONFIG_NAME} in {folder!r}, '
+        'found neither. A run writes its weights when its first epoch is over.'
+    )
+
+
+def _from_hub(hub_id: str) -> Tuple[str, str]:
+    repo_id, _, revision = hub_id.partition('@')
+    config = _download(repo_id, SEGMENTATION_CONFIG_NAME, revision)
+    if config is None:
+        is_classifier = _download(repo_id, CONFIG_NAME, revision) is not None
+        raise ValueError(_explain_no_config(f'hf-hub:{hub_id}', f'hf-hub:{hub_id}', is_classifier))
+    # the weights of the same commit, whose id is the folder's name in the cache: a push may come in between
+    weights = _download(repo_id, SEGMENTATION_WEIGHTS_NAME, Path(config).parent.name)
+    if weights is None:
+        raise ValueError(
+            f'Expected {SEGMENTATION_WEIGHTS_NAME} beside {SEGMENTATION_CONFIG_NAME} in hf-hub:{hub_id}, found none. '
+            'Push the run again: python -m timm_coretune.hub push OUTPUT_FOLDER OWNER/NAME.'
+        )
+    return config, weights
+
+
+def _download(repo_id: str, name: str, revision: str) -> Optional[str]:
+    """Path of a file in the cache, None if the repository has no such file."""
+    try:
+        return huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None)
+    except Exception as e:  # of the client and of the HTTP library below it, which changes with its version
+        # what is missing in the cache while there is no connection may still be in the repository
+        if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
+            return None
+        raise ValueError(explain_hub_error('@'.join(filter(None, (repo_id, revision))), e)) from e
+
+
+def _explain_no_config(place: str, timm_name: str, is_classifier: bool) -> str:
+    text = f'Expected a segmentation model in {place!r}, found no {SEGMENTATION_CONFIG_NAME}'
+    if is_classifier:
+        return f'{text}: this is a classifier. Load it with timm.create_model({timm_name!r}, pretrained=True).'
+    return f'{text}. Give the output folder of a run that trained one, or what was pushed from it.'
