@@ -96,7 +96,7 @@ def load_segmentation_model(
     Raises:
         ValueError: There is no such model, or its files do not fit each other.
     """
-    config_path, weights_path = find_model_files(source)
+    config_path, weights_path = find_model_files(os.fspath(source))
     try:
         with open(config_path, encoding='utf-8') as f:
             config = json.load(f)

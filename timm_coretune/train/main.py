@@ -2,24 +2,19 @@
 
 import argparse
 import functools
-import json
 import logging
 import os
-import shlex
 import sys
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType
+from accelerate import Accelerator
 from huggingface_hub import get_token
 from timm.data import resolve_data_config
-from timm.utils import random_seed, setup_default_logging, unwrap_model
+from timm.utils import random_seed, setup_default_logging
 
 from ..hub.export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
-from ..hub.push import push_command, push_run
-from ..hub.upload import NOT_PUSHED, HubError, quiet_requests
-from ..report import plot_confusion, plot_curves
+from ..hub.upload import quiet_requests
 from ..segmentation import SegmentationEvaluator
 from ..segmentation.files import write_segmentation_config
 from .arguments import ParsedArguments, import_device_modules, parse_args, split_names
@@ -27,14 +22,16 @@ from .datasets import Datasets, create_datasets
 from .folder import DEFAULT_OUTPUT, take_folder
 from .freezing import BackboneFreezer
 from .loaders import LoaderFactory, Loaders, mean_batch_size
-from .loop import LOWER_IS_BETTER, LoopConfig, Trainer, is_sharded
+from .loop import LoopConfig, Trainer
 from .meters import DivergedError
 from .metrics import EvalMetrics
 from .model import create_backbone, create_task, place_model, resolve_num_classes
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
+from .outcome import continue_command, print_results, push, summarize
 from .overview import log_contrast, log_data, log_optimization
-from .pixels import create_model, draw_predictions
-from .record import SUMMARY_NAME, WEIGHTS_NAME, RunRecord
+from .pixels import create_pixel_model, resolve_pixel_config
+from .processes import check_strategy, create_accelerator, start_trackers
+from .record import RunRecord
 from .state import RunState, resolve_resume, resume, setup_ema
 
 _logger = logging.getLogger(__name__)
@@ -56,75 +53,6 @@ class Run(NamedTuple):
     epochs: range
     start_batch: int
     lock: Any
-
-
-def create_accelerator(parsed: ParsedArguments) -> Accelerator:
-    """Device, processes and precision: those of accelerate launch, and --amp where it was given no precision."""
-    args, mixed_precision = parsed.args, None
-    launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-    if args.amp and launched == 'no':
-        mixed_precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
-    elif args.amp:
-        _logger.warning(f'accelerate launch was given --mixed_precision {launched}, which wins over --amp.')
-    if 'MASTER_PORT' in os.environ and 'RANK' not in os.environ and 'ACCELERATE_MIXED_PRECISION' in os.environ:
-        _logger.warning(
-            'accelerate launch --cpu starts one process, whatever --num_processes says. For several use '
-            'accelerate launch --multi_gpu --num_processes N train.py --device cpu, or a file of configs/.'
-        )
-    trackers = split_names(args.log_with)
-    if args.log_wandb and 'wandb' not in trackers:
-        trackers.append('wandb')
-    accelerator = Accelerator(
-        mixed_precision=mixed_precision,
-        cpu=args.device == 'cpu' or not torch.accelerator.is_available(),
-        log_with=trackers or None,
-        project_dir=args.output or DEFAULT_OUTPUT,  # until the folder of the run is known
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
-    )
-    missing = sorted(set(trackers) - {'all'} - {str(getattr(name, 'value', name)) for name in accelerator.log_with})
-    if missing:  # accelerate leaves them out in silence
-        raise ValueError(f'--log-with {", ".join(missing)}: not installed. Install the package of that name.')
-    if 'device' in parsed.given and accelerator.device.type != args.device:
-        raise ValueError(
-            f'Expected --device {args.device}, accelerate found {accelerator.device.type}. Check the installation of '
-            'torch, and what accelerate launch was given.'
-        )
-    return accelerator
-
-
-def check_strategy(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Stop where a way of distributing excludes an option.
-
-    Raises:
-        ValueError: It does.
-    """
-    if os.environ.get('ACCELERATE_USE_FSDP') == 'true' and not is_sharded(accelerator):
-        _logger.warning('accelerate does not shard by FSDP on this device: training by DistributedDataParallel.')
-    if not is_sharded(accelerator):
-        return
-    name = accelerator.distributed_type.value
-    for flag, given in (
-        ('--resume', args.resume),
-        ('--recovery-interval', args.recovery_interval),
-        ('--model-ema', args.model_ema),
-        ('--freeze-epochs', args.freeze_epochs),
-    ):
-        if given:
-            raise ValueError(f'{flag} needs whole weights on every process, which {name} shards. Use DDP, or leave it.')
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.grad_accum_steps > 1:
-        raise ValueError('--grad-accum-steps: DeepSpeed updates by itself. Raise --batch-size, or use DDP.')
-
-
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: str) -> None:
-    """Start the trackers of accelerate."""
-    if not accelerator.log_with:
-        return
-    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-    wandb = dict(name=os.path.basename(folder), tags=args.wandb_tags)
-    if args.wandb_resume_id:
-        wandb.update(id=args.wandb_resume_id, resume='must')
-    accelerator.project_configuration.logging_dir = folder
-    accelerator.init_trackers(args.wandb_project or 'timm_coretune', config, init_kwargs={'wandb': wandb})
 
 
 def create_loop_config(args: argparse.Namespace, loaders: Loaders) -> LoopConfig:
@@ -162,7 +90,8 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
     plain_model = create_backbone(args, 0 if args.segmentation else num_classes)
     data_config = resolve_data_config(vars(args), model=plain_model, verbose=accelerator.is_main_process)
     if args.segmentation:
-        plain_model = create_model(args, plain_model, num_classes, data_config['input_size'][1:])
+        data_config = resolve_pixel_config(data_config)
+        plain_model = create_pixel_model(args, plain_model, num_classes, data_config)
     model = place_model(args, plain_model, accelerator)
     loaders = LoaderFactory(args, data_config, model, accelerator).create(datasets)
     task = create_task(args, model, accelerator)
@@ -245,76 +174,6 @@ def save_config(
             write_config(model, os.path.join(folder, name), data_config, class_names)
     except ValueError as e:  # no reason not to train
         _logger.warning(f'There will be no {name}, and no push to the Hub: {e}')
-
-
-def continue_command(argv: List[str], folder: str) -> str:
-    """The command that continues an interrupted run in its folder."""
-    output, name = os.path.split(os.path.abspath(folder))
-    words = ['--output', output, '--experiment', name, '--resume', 'auto']
-    return f'accelerate launch {shlex.quote(sys.argv[0])} {shlex.join([*argv, *words])}'
-
-
-def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, datasets: Datasets) -> None:
-    """Say what came out and where it is."""
-    metric, epoch = trainer.best
-    if metric is None:
-        return
-    _logger.info(f'*** Best metric: {metric} (epoch {epoch})')
-    if record.last_row is not None:
-        name = f'eval_{args.eval_metric}'
-        last = record.last_row.get(name, record.last_row['train_loss'])
-        _logger.info(f'Last epoch: {last}. The best was chosen on these very images, the last was not.')
-    weights = record.path(WEIGHTS_NAME)
-    _logger.info(f'Weights: {weights}')
-    if args.segmentation:
-        _logger.info(f"Load them: timm_coretune.load_segmentation_model('{record.folder}')")
-    else:
-        num_classes = unwrap_model(trainer.task.get_eval_model()).num_classes
-        kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **args.model_kwargs}.items())
-        _logger.info(f"Load them: timm.create_model('{args.model}'{kwargs}, checkpoint_path='{weights}')")
-    try:
-        plot_curves(record.path(SUMMARY_NAME), record.path('curves.png'))
-        _logger.info(f'Curves: {record.path("curves.png")}')
-        if os.path.exists(record.path('confusion.csv')):
-            plot_confusion(record.path('confusion.csv'), record.path('confusion.png'))
-            _logger.info(f'Confusion matrix: {record.path("confusion.png")}')
-        if args.segmentation and datasets.validation is not None:
-            _logger.info(f'Predictions: {draw_predictions(record.folder, datasets.validation)}')
-    except ImportError as e:
-        _logger.info(str(e))
-
-
-def push(args: argparse.Namespace, folder: str, is_over: bool) -> None:
-    """Push the run, and say how to try again before a failure can keep it from saying so.
-
-    Raises:
-        SystemExit: It was trained, but not pushed.
-    """
-    command = push_command(folder, args.push_to_hub, args.hub_private, args.hub_revision)
-    try:
-        if not is_over:
-            raise HubError('the run was interrupted. Continue it, or push what there is.')
-        _logger.info(f'Pushing to {args.push_to_hub}. Should that be cut off, this does it again:\n{command}')
-        url = push_run(folder, args.push_to_hub, args.hub_private, args.hub_revision)
-    except (HubError, ValueError, KeyboardInterrupt) as e:
-        reason = 'interrupted.' if isinstance(e, KeyboardInterrupt) else e
-        _logger.error(f'Trained, but not pushed: {reason}\nEverything is in {folder}. Try again with:\n{command}')
-        raise SystemExit(NOT_PUSHED) from None
-    _logger.info(f'Pushed: {url}')
-    if args.segmentation:
-        _logger.info(f"Load it: timm_coretune.load_segmentation_model('hf-hub:{args.push_to_hub}')")
-    else:
-        _logger.info(f"Load it: timm.create_model('hf-hub:{args.push_to_hub}', pretrained=True)")
-
-
-def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
-    """Print the ten best epochs as JSON, as timm's script does."""
-    results = [{k: v for k, v in result.items() if v is not None} for result in results]
-    results.sort(
-        key=lambda result: result.get('validation', result.get('train')).get(eval_metric, 0),
-        reverse=eval_metric in LOWER_IS_BETTER,
-    )
-    print(f'--result\n{json.dumps(results[-10:], indent=4)}')
 
 
 def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:

@@ -17,7 +17,7 @@ from ..checkpoint import load_checkpoint
 from ..task import CoreTuningTask
 from .arguments import mixes_pixels
 from .datasets import get_in_chans
-from .pixels import create_task as create_segmentation_task
+from .pixels import create_pixel_task
 
 _logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Acceler
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
     common = dict(device=accelerator.device, dtype=dtype, verbose=accelerator.is_main_process)
     if args.segmentation:
-        return create_segmentation_task(args, model, coretune_kwargs(args), common)
+        return create_pixel_task(args, model, coretune_kwargs(args), common)
     if args.coretune:
         if mixes_pixels(args):
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')

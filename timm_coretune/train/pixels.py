@@ -12,11 +12,18 @@ from timm.task import ClassificationTask, TrainingTask
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from ..checkpoint import load_checkpoint
-from ..segmentation import SegmentationModel, SegmentationTask, create_segmentation_model
+from ..report import plot_segmentation
+from ..segmentation import (
+    SegmentationModel,
+    SegmentationTask,
+    create_segmentation_model,
+    load_segmentation_model,
+    predict_image,
+)
 from ..segmentation.dataset import SegmentationDataset, open_dataset
 from ..segmentation.dense import DenseCrossEntropy
-from ..segmentation.palette import IGNORE_INDEX
-from ..segmentation.transforms import create_eval_transform, create_train_transform
+from ..segmentation.palette import IGNORE_INDEX, voc_palette
+from ..segmentation.transforms import INTERPOLATIONS, create_eval_transform, create_train_transform
 from .sampling import make_resumable
 
 _logger = logging.getLogger(__name__)
@@ -55,8 +62,20 @@ def open_splits(
     return train, validation
 
 
-def create_model(args: argparse.Namespace, backbone: nn.Module, num_classes: int, img_size: Tuple[int, int]):
+def resolve_pixel_config(data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """The preprocessing of images with masks, which are tensors and resized in fewer ways than PIL's images."""
+    interpolation = data_config['interpolation']
+    return {**data_config, 'interpolation': interpolation if interpolation in INTERPOLATIONS else 'bicubic'}
+
+
+def create_pixel_model(
+    args: argparse.Namespace,
+    backbone: nn.Module,
+    num_classes: int,
+    data_config: Dict[str, Any],
+) -> SegmentationModel:
     """Put the head on a backbone whose checkpoint is loaded, and load what the whole starts from."""
+    img_size = data_config['input_size'][1:]
     model = create_segmentation_model(backbone, num_classes, head=args.segmentation_head, img_size=img_size)
     if args.initial_checkpoint:
         options = dict(checkpoint_key=args.checkpoint_key, allow_partial=args.allow_partial)
@@ -64,7 +83,7 @@ def create_model(args: argparse.Namespace, backbone: nn.Module, num_classes: int
     return model
 
 
-def create_task(
+def create_pixel_task(
     args: argparse.Namespace,
     model: SegmentationModel,
     loss_kwargs: Dict[str, Any],
@@ -96,7 +115,7 @@ def create_train_loader(
     size = data_config['input_size'][1:]
     normalization = dict(mean=data_config['mean'], std=data_config['std'])
     interpolation = args.train_interpolation
-    if args.no_aug or interpolation in ('', 'random'):  # one for all, as masks are resized along
+    if args.no_aug or interpolation not in INTERPOLATIONS:  # random by default
         interpolation = data_config['interpolation']
     if args.no_aug:
         dataset.transform = create_eval_transform(size, **normalization, interpolation=interpolation)
@@ -146,15 +165,9 @@ def draw_predictions(folder: str, dataset: SegmentationDataset, num_images: int 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    from ..report import plot_segmentation
-    from ..segmentation import load_segmentation_model, predict_image
-    from ..segmentation.palette import voc_palette
-
     dataset.transform = None
     samples = [dataset[index] for index in range(min(num_images, len(dataset)))]
     model = load_segmentation_model(folder)
-    device = next(model.parameters()).device
-    del device
     predictions = [predict_image(model, image) for image, _ in samples]
     path = os.path.join(folder, 'segmentation.png')
     images, masks = [image for image, _ in samples], [mask for _, mask in samples]
