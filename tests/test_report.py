@@ -82,6 +82,7 @@ def test_masks_are_drawn_in_the_colors_of_their_classes(tmp_path, dtype):
     # areas, measured in images: half of the prediction, and half of the 4/5 of the truth that are not ignored
     assert colors[YELLOW] == pytest.approx(colors[(153, 51, 51)] / 2, rel=0.1)
     assert colors[GREEN] == pytest.approx(0.4 * colors[(153, 51, 51)], rel=0.1)
+    assert colors[RED] == pytest.approx(0.9 * colors[(153, 51, 51)], rel=0.1)
     assert [file.name for file in tmp_path.iterdir()] == ['segmentation.png']
 
 
