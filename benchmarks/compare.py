@@ -2,9 +2,11 @@
 """Is Core-tuning better than cross-entropy tuning on the bundled sample?
 
     python benchmarks/compare.py
+    python benchmarks/compare.py --segmentation
 
-runs train.py with and without --coretune, with the sample's recipe and paired seeds, and prints one Markdown table of
-top-1 accuracy on the sample's validation images: the last epoch, which no choice on those images favours, and the best.
+runs train.py with and without --coretune, with the sample's recipe and paired seeds, and prints a Markdown table for
+each metric on the sample's validation images (top-1 accuracy; MPA, FWIoU and mIoU of pixels): the last epoch, which no
+choice on those images favours, and the best.
 """
 
 import argparse
@@ -14,53 +16,64 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Dict, List, Tuple
+from typing import Dict, List
 
 _ARMS: Dict[str, List[str]] = {
     'cross-entropy': [],
     'Core-tuning, weight 0.1 (the paper)': ['--coretune', '--contrast-weight', '0.1'],
-    'Core-tuning, weight 1 (the recipe)': ['--coretune'],
+    'Core-tuning, weight 1': ['--coretune', '--contrast-weight', '1'],
 }
+_METRICS = {'top1': 'top-1'}
+_PIXEL_METRICS = {'mpa': 'MPA', 'fwiou': 'FWIoU', 'miou': 'mIoU'}
 
 
-def run(flags: List[str], seed: int) -> Tuple[float, float]:
-    """Train once; top-1 in percent of the last and of the best epoch."""
+def run(flags: List[str], seed: int) -> List[Dict[str, str]]:
+    """Train once; the rows of the summary."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-m', 'timm_coretune.train', '--seed', str(seed), '--output', folder]
         finished = subprocess.run([*command, '--experiment', 'run', *flags], capture_output=True, text=True)
         if finished.returncode:
             raise SystemExit(f'{" ".join(command + flags)} failed:\n{finished.stderr[-2000:]}')
         with open(os.path.join(folder, 'run', 'summary.csv'), newline='') as f:
-            top1 = [float(row['eval_top1']) for row in csv.DictReader(f)]
-    return top1[-1], max(top1)
+            return list(csv.DictReader(f))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--seeds', type=int, default=5, metavar='N', help='runs of each arm (default: 5)')
-    parser.add_argument('flags', nargs='*', metavar='FLAG', help='further flags of train.py for all runs, after --')
-    args = parser.parse_args()
-    results = {name: [] for name in _ARMS}
-    for seed in range(args.seeds):
-        for name, flags in _ARMS.items():
-            results[name].append(run([*flags, *args.flags], seed))
-            print(f'seed {seed}, {name}: {results[name][-1]}', file=sys.stderr)
-
-    baseline = [last for last, _ in results['cross-entropy']]
-    print(
-        f'| tuning | top-1, last epoch, seeds 0 to {args.seeds - 1} | mean | minus cross-entropy, paired | best epoch |'
-    )
+def print_table(title: str, results: Dict[str, List[List[float]]]) -> None:
+    """Print a metric of every epoch of every run of every arm."""
+    seeds = f'seeds 0 to {len(results["cross-entropy"]) - 1}'
+    print(f'| tuning | {title}, last epoch, {seeds} | mean | minus cross-entropy, paired | best epoch |')
     print('|---|---|---|---|---|')
-    for name, pairs in results.items():
-        last = [a for a, _ in pairs]
+    baseline = [epochs[-1] for epochs in results['cross-entropy']]
+    for name, runs in results.items():
+        last = [epochs[-1] for epochs in runs]
         difference = [a - b for a, b in zip(last, baseline, strict=True)]
         error = statistics.stdev(difference) / len(difference) ** 0.5 if len(difference) > 1 else float('nan')
         paired = '' if name == 'cross-entropy' else f'{statistics.mean(difference):+.2f} ± {error:.2f}'
         print(
             f'| {name} | {", ".join(f"{a:.1f}" for a in last)} | {statistics.mean(last):.2f} | {paired} | '
-            f'{statistics.mean(best for _, best in pairs):.2f} |'
+            f'{statistics.mean(max(epochs) for epochs in runs):.2f} |'
         )
-    print('\n± is the standard error of the mean of the paired differences.')
+    print()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--seeds', type=int, default=5, metavar='N', help='runs of each arm (default: 5)')
+    parser.add_argument('--segmentation', action='store_true', help='of the scenes made of the sample, by pixel')
+    parser.add_argument('flags', nargs='*', metavar='FLAG', help='further flags of train.py for all runs, after --')
+    args = parser.parse_args()
+    further = [*(['--segmentation'] if args.segmentation else []), *args.flags]
+    summaries = {name: [] for name in _ARMS}
+    for seed in range(args.seeds):
+        for name, flags in _ARMS.items():
+            summaries[name].append(run([*flags, *further], seed))
+            print(f'seed {seed}, {name}: {summaries[name][-1][-1]}', file=sys.stderr)
+    for key, title in (_PIXEL_METRICS if args.segmentation else _METRICS).items():
+        results = {
+            name: [[float(row[f'eval_{key}']) for row in rows] for rows in runs] for name, runs in summaries.items()
+        }
+        print_table(title, results)
+    print('± is the standard error of the mean of the paired differences.')
 
 
 if __name__ == '__main__':

@@ -4,16 +4,19 @@
     python benchmarks/step.py
 
 prints one Markdown table of ratios. Each is the median over alternating pairs of runs in one process, so that a machine
-that slows down slows both sides. Three questions:
+that slows down slows both sides. Four questions:
 - A whole training step (forward, backward, update) with Core-tuning against one with cross-entropy.
+- The same of a segmentation, DeepLab-V3 on a dilated resnet50, and the most memory each takes in its own process.
 - The criterion alone (mining, mixing, projection head, losses, forward and backward; the classifier included) against a
   transcription of the formulas that projects and classifies the 3B mixed rows. Both must give the same loss.
 - Mining and contrastive loss with 32,000 classes against 10.
 """
 
 import argparse
+import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import time
 from typing import Callable, List, Tuple
@@ -24,8 +27,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from timm.task import ClassificationTask
 
-from timm_coretune import CoreTuningLoss, CoreTuningTask
+from timm_coretune import CoreTuningLoss, CoreTuningTask, SegmentationTask, create_segmentation_model
 from timm_coretune.mixup import MixupDraws
+from timm_coretune.segmentation.dense import DenseCrossEntropy
 
 
 def time_pairs(first: Callable, second: Callable, num_pairs: int, device: torch.device) -> Tuple[float, float, float]:
@@ -67,9 +71,26 @@ def make_step(task_type: type, model_name: str, batch_size: int, device: torch.d
     model = timm.create_model(model_name, num_classes=100).to(device)
     kwargs = {} if task_type is CoreTuningTask else {'criterion': nn.CrossEntropyLoss()}
     task = task_type(model, device=device, verbose=False, **kwargs)
-    optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
     input = torch.randn(batch_size, 3, 224, 224, device=device)
-    target = torch.randint(100, (batch_size,), device=device)
+    return repeat_step(task, input, torch.randint(100, (batch_size,), device=device), amp)
+
+
+def make_dense_step(task_type: type, batch_size: int, device: torch.device, amp: bool) -> Callable:
+    """A training step of DeepLab-V3 on a resnet50 of stride 8 at 256 px with 21 classes."""
+    torch.manual_seed(0)
+    model = create_segmentation_model('resnet50', 21, img_size=(256, 256), output_stride=8).to(device)
+    kwargs = {} if task_type is SegmentationTask else {'criterion': DenseCrossEntropy()}
+    task = task_type(model, device=device, verbose=False, **kwargs)
+    input = torch.randn(batch_size, 3, 256, 256, device=device)
+    # regions, as masks have them
+    target = torch.randint(21, (batch_size, 8, 8), device=device).repeat_interleave(32, 1).repeat_interleave(32, 2)
+    return repeat_step(task, input, target, amp)
+
+
+def repeat_step(task: nn.Module, input: torch.Tensor, target: torch.Tensor, amp: bool) -> Callable:
+    """Forward, backward and update of a batch."""
+    optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
+    device = input.device
     task.get_trainable_module().train()
 
     def step():
@@ -80,6 +101,24 @@ def make_step(task_type: type, model_name: str, batch_size: int, device: torch.d
         optimizer.zero_grad()
 
     return step
+
+
+def _report_peak(task_type: type, batch_size: int, connection) -> None:
+    step = make_dense_step(task_type, batch_size, torch.device('cpu'), amp=False)
+    for _ in range(3):
+        step()
+    connection.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def measure_peak(task_type: type, batch_size: int) -> float:
+    """Greatest resident memory of a process that makes dense steps on the CPU, MiB."""
+    context = multiprocessing.get_context('spawn')
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_peak, args=(task_type, batch_size, sender))
+    process.start()
+    peak = receiver.recv()
+    process.join()
+    return peak
 
 
 def transcribe(
@@ -189,6 +228,7 @@ def describe_machine(device: torch.device = torch.device('cpu')) -> str:  # noqa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--pairs', type=int, default=9, metavar='N', help='alternating pairs, at least 7 (default: 9)')
+    parser.add_argument('--dense-batch-size', type=int, default=4, metavar='N', help='images to segment (default: 4)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast around the training steps')
     args = parser.parse_args()
@@ -206,6 +246,13 @@ def main() -> None:
     for name, batch_size in (('resnet50', 16), ('vit_tiny_patch16_224', 32)):
         steps = [make_step(task, name, batch_size, device, args.amp) for task in (CoreTuningTask, ClassificationTask)]
         report(f'{name} step, batch {batch_size}, Core-tuning', 'cross-entropy', *steps, args.pairs)
+    tasks = (SegmentationTask, ClassificationTask)
+    steps = [make_dense_step(task, args.dense_batch_size, device, args.amp) for task in tasks]
+    what = f'resnet50 DeepLab-V3 step, 256 px, batch {args.dense_batch_size}, dense Core-tuning'
+    report(what, 'dense cross-entropy', *steps, args.pairs)
+    if device.type == 'cpu':
+        a, b = (statistics.median(measure_peak(task, args.dense_batch_size) for _ in range(3)) for task in tasks)
+        print(f'| peak memory of such steps | dense cross-entropy | {a / b:.3f} | {a:.0f} / {b:.0f} MiB |')
     ours, theirs = make_criteria(256, 2048, 100, device)
     report('criterion, transcribed with 3B rows (B 256, D 2048, C 100)', 'ours', theirs, ours, 3 * args.pairs)
     few = make_contrast(256, 2048, 10, device)

@@ -16,6 +16,8 @@ def test_commands_are_those_that_are_run_here_or_by_ci():
     assert SHELL_COMMANDS == [
         'pip install -e .',
         'accelerate launch train.py --coretune',
+        "pip install -e '.[seg,vis]'",
+        'accelerate launch train.py --segmentation --coretune',
         "pip install -e '.[test]'",
         'pytest',
     ]
@@ -42,7 +44,7 @@ def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv
         assert (tmp_path / 'run' / name).stat().st_size > 0
 
 
-@pytest.mark.parametrize('block', PYTHON_BLOCKS, ids=['plain-pytorch-loop', 'timm-loop', 'notebook'])
+@pytest.mark.parametrize('block', PYTHON_BLOCKS, ids=['segmentation', 'plain-pytorch-loop', 'timm-loop', 'notebook'])
 def test_a_loop_runs_as_copied(block, launch):
     # a fresh interpreter, where nothing else has imported a part of timm
     check = "\nassert (result['loss'] if 'result' in dir() else loss).isfinite()" if 'results' not in block else ''
@@ -50,7 +52,7 @@ def test_a_loop_runs_as_copied(block, launch):
 
 
 def test_the_plain_loop_differs_from_a_plain_one_in_at_most_five_lines():
-    loop = PYTHON_BLOCKS[0].split('\n\n')[-1].strip().splitlines()
+    loop = PYTHON_BLOCKS[1].split('\n\n')[-1].strip().splitlines()
     plain = {
         'for images, target in loader:',
         '    loss.backward()',
