@@ -7,6 +7,7 @@ import sys
 import time
 
 import huggingface_hub
+import numpy as np
 import pytest
 import timm
 import torch
@@ -14,13 +15,18 @@ import yaml
 from conftest import ROOT
 from hub_server import TOKEN, HubServer, Repository
 from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from timm_coretune.hub import HubError, push_run
 from timm_coretune.hub.export import export_model, save_weights, write_config
+from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.fetch import find_model_files
+from timm_coretune.segmentation.sample import FashionScenes
+from timm_coretune.train import main
 
+SAMPLE = str(ROOT / 'timm_coretune' / 'assets' / 'fashion_mnist_sample.safetensors')
 NAMES = ['sky', 'road', 'car']
 HEAD = {'mean': [0.4, 0.5, 0.6], 'std': [0.1, 0.2, 0.3], 'interpolation': 'bilinear'}
 DATA_CONFIG = {**HEAD, 'input_size': (3, 96, 96), 'crop_pct': 1.0, 'crop_mode': 'center'}
@@ -236,7 +242,10 @@ def test_what_is_no_segmentation_model_is_named(tmp_path):
 
 
 FIND = """
+from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.fetch import find_model_files
+from timm_coretune.segmentation.sample import FashionScenes
+from timm_coretune.train import main
 for source in {sources}:
     try:
         config, weights = find_model_files(source)
@@ -275,3 +284,24 @@ def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub
     assert again == 'True True'
     assert other.startswith('Expected a repository of the Hub in hf-hub:me/other, got LocalEntryNotFoundError')
     assert 'Check its name and the connection' in other
+
+
+def test_training_ends_with_a_repository_whose_card_and_command_predict_masks(hub, tmp_path):
+    flags = ['--label-fraction', '0.1', '--epochs', '1', '--coretune', '--push-to-hub', 'me/scenes', '--model-ema']
+    main(['--segmentation', *flags, '--output', str(tmp_path), '--experiment', 'run'])
+    files = hub.repositories['me/scenes'].files()
+    assert {'segmentation.json', 'segmentation.safetensors', 'segmentation.png', 'model.safetensors'} <= set(files)
+    image, _ = FashionScenes(SAMPLE, 'validation').load(3)
+    image = image.resize((70, 45))
+    image.save(tmp_path / 'image.png')
+    expected = predict_image(load_segmentation_model(tmp_path / 'run'), image)
+    assert len(expected.unique()) > 1
+    code = files['README.md'].decode().split('```python\n')[1].split('```')[0]
+    in_fresh_process(code, hub, tmp_path)
+    with Image.open(tmp_path / 'mask.png') as mask:
+        assert torch.equal(torch.from_numpy(np.array(mask)), expected)
+    words = ['predict', 'hf-hub:me/scenes', str(tmp_path / 'image.png'), '--output', str(tmp_path / 'masks')]
+    in_fresh_process(f'from timm_coretune.segmentation.__main__ import run; run({words})', hub, tmp_path)
+    with Image.open(tmp_path / 'masks' / 'image.png') as mask:
+        assert mask.mode == 'P'
+        assert torch.equal(torch.from_numpy(np.array(mask)), expected)
