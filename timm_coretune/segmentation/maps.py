@@ -93,15 +93,15 @@ def _in_chans(backbone: nn.Module) -> int:
     return 3 if convolution is None else convolution.in_channels * convolution.groups
 
 
-def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, int]) -> int:
-    """Let only what makes the maps train, and count the parameters that do not.
+def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, int]) -> None:
+    """Let only what makes the maps train.
 
     A layer behind the last map, such as the wide convolution of an EfficientNet, gets no gradient, which
     DistributedDataParallel takes for an error. It stays in the weights of the timm model.
     """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     if not parameters:
-        return 0
+        return
     image = torch.zeros(1, _in_chans(backbone), *img_size, device=parameters[0].device, dtype=parameters[0].dtype)
     was_training = backbone.training
     backbone.eval()
@@ -109,7 +109,5 @@ def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, i
         total = sum(m.float().sum() for m in compute_maps(backbone, image, maps))
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     backbone.train(was_training)
-    unused = [p for p, gradient in zip(parameters, gradients, strict=True) if gradient is None]
-    for p in unused:
-        p.requires_grad_(False)
-    return sum(p.numel() for p in unused)
+    for p, gradient in zip(parameters, gradients, strict=True):
+        p.requires_grad_(gradient is not None)

@@ -1,6 +1,5 @@
 """A timm backbone with a segmentation head"""
 
-import logging
 import os
 from typing import List, Optional, Tuple, Union
 
@@ -13,8 +12,6 @@ from ..checkpoint import load_checkpoint
 from ..grouping import group_matcher, no_weight_decay
 from .decoder import HEADS, create_decoder
 from .maps import FeatureMaps, compute_maps, find_maps, freeze_unused, resize_backbone
-
-_logger = logging.getLogger(__name__)
 
 
 class SegmentationModel(nn.Module):
@@ -146,11 +143,6 @@ def create_segmentation_model(
     maps = find_maps(backbone, img_size, pyramid=None if head is None else head == 'fpn')
     if head is None:
         head = 'deeplabv3' if len(maps.indices) == 1 else 'fpn'
-    num_unused = freeze_unused(backbone, maps, img_size)
+    freeze_unused(backbone, maps, img_size)
     decoder, classifier = create_decoder(head, maps.channels, maps.reductions, num_classes)
-    described = [f'1/{r} ({c} channels)' for r, c in zip(maps.reductions, maps.channels, strict=True)]
-    _logger.info(
-        f'{head} on maps of {", ".join(described)}; '
-        f'{num_unused:,} parameters of the backbone have no part in them and are frozen.'
-    )
     return SegmentationModel(backbone, maps, head, decoder, classifier, img_size)

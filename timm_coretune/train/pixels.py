@@ -77,6 +77,12 @@ def create_pixel_model(
     """Put the head on a backbone whose checkpoint is loaded, and load what the whole starts from."""
     img_size = data_config['input_size'][1:]
     model = create_segmentation_model(backbone, num_classes, head=args.segmentation_head, img_size=img_size)
+    maps = [f'1/{r} ({c} channels)' for r, c in zip(model.maps.reductions, model.maps.channels, strict=True)]
+    num_unused = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
+    _logger.info(
+        f'{model.head} on maps of {", ".join(maps)}; {num_unused:,} parameters of the backbone have no part in them '
+        'and do not train.'
+    )
     if args.initial_checkpoint:
         options = dict(checkpoint_key=args.checkpoint_key, allow_partial=args.allow_partial)
         load_checkpoint(model, args.initial_checkpoint, load_classifier=True, **options)
