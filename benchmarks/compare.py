@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List
 
 _ARMS: Dict[str, List[str]] = {
@@ -27,13 +28,15 @@ _METRICS = {'top1': 'top-1'}
 _PIXEL_METRICS = {'mpa': 'MPA', 'fwiou': 'FWIoU', 'miou': 'mIoU'}
 
 
-def run(flags: List[str], seed: int) -> List[Dict[str, str]]:
+def run(flags: List[str], seed: int, num_threads: int) -> List[Dict[str, str]]:
     """Train once; the rows of the summary."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, '-m', 'timm_coretune.train', '--seed', str(seed), '--output', folder]
-        finished = subprocess.run([*command, '--experiment', 'run', *flags], capture_output=True, text=True)
+        environment = {**os.environ, 'OMP_NUM_THREADS': str(num_threads)}
+        words = [*command, '--experiment', 'run', *flags]
+        finished = subprocess.run(words, env=environment, capture_output=True, text=True)
         if finished.returncode:
-            raise SystemExit(f'{" ".join(command + flags)} failed:\n{finished.stderr[-2000:]}')
+            raise RuntimeError(f'{" ".join(words)} failed:\n{finished.stderr[-2000:]}')
         with open(os.path.join(folder, 'run', 'summary.csv'), newline='') as f:
             return list(csv.DictReader(f))
 
@@ -59,15 +62,24 @@ def print_table(title: str, results: Dict[str, List[List[float]]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--seeds', type=int, default=5, metavar='N', help='runs of each arm (default: 5)')
+    parser.add_argument(
+        '--jobs', type=int, default=1, metavar='N', help='runs at a time, which share the cores (default: 1)'
+    )
     parser.add_argument('--segmentation', action='store_true', help='of the scenes made of the sample, by pixel')
     parser.add_argument('flags', nargs='*', metavar='FLAG', help='further flags of train.py for all runs, after --')
     args = parser.parse_args()
     further = [*(['--segmentation'] if args.segmentation else []), *args.flags]
-    summaries = {name: [] for name in _ARMS}
-    for seed in range(args.seeds):
-        for name, flags in _ARMS.items():
-            summaries[name].append(run([*flags, *further], seed))
-            print(f'seed {seed}, {name}: {summaries[name][-1][-1]}', file=sys.stderr)
+    num_threads = max(1, (os.cpu_count() or 1) // args.jobs)
+
+    def train(seed: int, name: str) -> List[Dict[str, str]]:
+        rows = run([*_ARMS[name], *further], seed, num_threads)
+        print(f'seed {seed}, {name}: {rows[-1]}', file=sys.stderr)
+        return rows
+
+    runs = [(seed, name) for seed in range(args.seeds) for name in _ARMS]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        done = dict(zip(runs, pool.map(train, *zip(*runs, strict=True)), strict=True))
+    summaries = {name: [done[seed, name] for seed in range(args.seeds)] for name in _ARMS}
     for key, title in (_PIXEL_METRICS if args.segmentation else _METRICS).items():
         results = {
             name: [[float(row[f'eval_{key}']) for row in rows] for rows in runs] for name, runs in summaries.items()
