@@ -168,6 +168,14 @@ def test_the_bare_command_leaves_a_model_with_the_figures_of_scikit_learn(launch
     assert len(set(predicted.tolist())) > 1
 
 
+def test_the_figures_of_a_run_are_those_of_its_weights(voc, tuned, tmp_path):
+    flags = ['--eval-only', '--initial-checkpoint', str(tuned / 'model_best.safetensors'), '--output', str(tmp_path)]
+    line = ['--data-dir', str(voc), *FLAGS, *flags]
+    (result,) = run(parse_args(line), line)
+    assert result['validation'] == pytest.approx({name: last_row(tuned)[f'eval_{name}'] for name in FIGURES}, rel=1e-6)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_leaves_the_files_of_a_segmentation_and_none_of_an_image_model(voc, tuned, read_csv):
     assert {path.name for path in tuned.iterdir()} - {'.lock'} == FILES
     rows = read_csv(tuned / 'per_class.csv')

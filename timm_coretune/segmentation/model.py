@@ -54,6 +54,10 @@ class SegmentationModel(nn.Module):
     def pretrained_cfg(self):
         return self.backbone.pretrained_cfg
 
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, cfg) -> None:  # as load_checkpoint does
+        self.backbone.pretrained_cfg = cfg
+
     def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
         """What is new and may be trained before the backbone is."""
         return self.decoder, self.classifier
