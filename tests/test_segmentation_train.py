@@ -344,6 +344,14 @@ def test_half_of_the_images_are_trained_on(voc, tmp_path, messages, steps):
     assert len(steps) == 1
 
 
+def test_without_validation_there_is_no_picture_and_the_loss_decides(voc, tmp_path):
+    folder = train(voc, tmp_path, '--val-split', '', '--coretune')
+    missing = {'confusion.csv', 'confusion.png', 'per_class.csv', 'segmentation.png'}
+    assert {path.name for path in folder.iterdir()} - {'.lock'} == FILES - missing
+    assert not any(name.startswith('eval_') for name in last_row(folder))
+    assert timm_coretune.load_segmentation_model(folder).class_names[0] == 'background'
+
+
 def test_mixed_precision_trains_close_to_single(voc, tmp_path, messages, tuned):
     folder = train(voc, tmp_path, '--coretune', '--amp', '--amp-dtype', 'bfloat16')
     assert 'Training with 1 process(es) on cpu, mixed precision: bf16.' in messages()
