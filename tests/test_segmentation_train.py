@@ -375,6 +375,17 @@ def test_the_head_has_a_learning_rate_of_its_own(voc, tmp_path, messages):
     assert [line.partition(': ')[2].partition(',')[0] for line in lines] == ['0.5', '0.05']
 
 
+def test_rates_fall_from_layer_to_layer_of_a_transformer(voc, tmp_path):
+    flags = ['--model', 'test_vit', '--model-kwargs', 'img_size=64', '--opt', 'adamw', '--layer-decay', 0.75]
+    folder = train(voc, tmp_path, '--coretune', *flags, '--lr', 0.001)
+    groups = torch.load(folder / 'last.pth.tar', weights_only=False)['optimizer']['param_groups']
+    depth = len(timm.create_model('test_vit').blocks)
+    scales = {round(group['lr_scale'], 6) for group in groups}
+    # timm's own: the head, each block, and what is before them
+    assert scales == {round(0.75**k, 6) for k in range(depth + 2)}
+    assert json.loads((folder / 'segmentation.json').read_text())['reductions'] == [16]
+
+
 # interruptions
 
 LONG = (
