@@ -247,6 +247,21 @@ def test_images_of_any_size_are_trained_on_under_the_names_of_their_classes(tmp_
     assert all(math.isfinite(value) for value in last_row(folder).values())
 
 
+def test_grey_images_are_trained_on_and_predicted_in_one_channel(tmp_path, steps):
+    data = write_odd(tmp_path / 'data', 'pair')
+    flags = ['--in-chans', 1, '--no-aug', '--num-classes', 3, '--interpolation', 'nearest']
+    folder = train(data, tmp_path, *flags, '-b', 9)
+    ((inputs, targets, *_),) = steps
+    assert inputs.shape == (9, 1, SIZE, SIZE)
+    colors = [Image.new('RGB', (1, 1), (20 + c, 40 + c, 60 + c)).convert('L').getpixel((0, 0)) for c in (0, 80, 160)]
+    for c, color in enumerate(colors):
+        of_class = inputs[:, 0][targets == c]
+        assert torch.allclose(of_class, torch.tensor((color / 255 - 0.5) / 0.5))
+    model = timm_coretune.load_segmentation_model(folder)
+    assert predict_image(model, Image.open(data / 'images' / '1.png')).shape == (64, 81)
+    assert (folder / 'segmentation.png').exists()
+
+
 @pytest.mark.parametrize('flags', [['--coretune'], []], ids=['coretune', 'plain'])
 def test_batches_without_a_pixel_that_counts_leave_no_trace(tmp_path, flags):
     data = write_odd(tmp_path / 'data', 'pair', borders_only=True)
