@@ -172,6 +172,41 @@ CONTRADICTIONS = [
     ('--train-img-sizes 32 --class-balance', '--train-img-sizes: not with'),
     ('--class-balance --aug-repeats 3', '--class-balance and --aug-repeats both order the images'),
     ('--class-balance -b 3', '--class-balance needs a --batch-size of 4 or more'),
+    ('--segmentation --mixup 0.2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --cutmix 1', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --cutmix-minmax 0.2 0.8', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --aug-splits 2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --aug-repeats 3', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --epoch-repeats 2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --class-balance', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --naflex-loader', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --train-img-sizes 32', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --use-multi-epochs-loader', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --tta 2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --aa rand-m5', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --reprob 0.2', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --grayscale-prob 0.1', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --gaussian-blur-prob 0.1', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --color-jitter-prob 0', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --bce-loss', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --kd-model-name resnet18', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --torchscript', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --split-bn --resplit', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --gp avg', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --drop 0.1', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --head-init-scale 0', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --head-init-bias 0', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --crop-pct 0.9', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --train-crop-mode rkrc', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --train-num-samples 0', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --val-num-samples 9', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --dataset-trust-remote-code', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --interpolation lanczos', '--segmentation: --interpolation and --train-interpolation'),
+    ('--segmentation --train-interpolation hamming', '--segmentation: --interpolation and --train-interpolation'),
+    ('--segmentation --metrics per-class', '--segmentation: --metrics are those of images'),
+    ('--segmentation-head fcn', '--segmentation-head and --reduce-zero-label need --segmentation'),
+    ('--reduce-zero-label', '--segmentation-head and --reduce-zero-label need --segmentation'),
+    ('--segmentation --anchors-per-image 0', '--anchors-per-image: 1 or more'),
     ('--wandb-resume-id x', '--wandb-resume-id needs --resume'),
     ('--label-fraction 0', '--label-fraction: above 0, at most 1'),
     ('--label-fraction 1.1', '--label-fraction: above 0, at most 1'),
@@ -187,6 +222,7 @@ CONTRADICTIONS = [
     ('--eval-metric accuracy', '--eval-metric: choose from loss, top1, top5\n'),
     ('--eval-metric ece', '--eval-metric: choose from loss, top1, top5\n'),
     ('--eval-metric f1 --metrics ece,per-class', '--eval-metric: choose from loss, top1, top5, ece, macro_f1'),
+    ('--segmentation --eval-metric top1', '--eval-metric: choose from loss, miou, pa, mpa, fwiou\n'),
     ('--resume auto', '--resume auto needs --experiment NAME'),
 ]
 
@@ -209,7 +245,7 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
     for line, _ in CONTRADICTIONS:
         args = PARSER.parse_args(line.split())
         args.eval_only = args.eval_only or args.epochs == 0
-        found |= {sentence.partition(', ece')[0] for sentence in find_contradictions(args)}
+        found |= {sentence.partition(' from ')[0] for sentence in find_contradictions(args)}  # one with any choices
     (table,) = [n for n in ast.walk(TREES['arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
     assert len(found) == len(table.keys)
 
@@ -225,8 +261,11 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
         '--coretune --mixup 0.2 --no-prefetcher --class-balance --metrics ece,per-class --eval-metric '
         'ece --resume auto --experiment x --torchcompile',
         '--device cpu --amp --amp-dtype bfloat16 --model-dtype float32 --torchscript --val-split=',
+        '--segmentation --coretune --segmentation-head fpn --eval-metric fwiou --scale 0.5 1 --ratio 1 1 --vflip 0.5 '
+        '--color-jitter 0.2 --train-interpolation bilinear --interpolation bicubic --model-ema --class-map names.txt '
+        '--freeze-epochs 1 --label-fraction 0.5 --torchcompile --no-aug --reduce-zero-label',
     ],
-    ids=['resnet50', 'augmix', 'coretune', 'torchscript'],
+    ids=['resnet50', 'augmix', 'coretune', 'torchscript', 'segmentation'],
 )
 def test_flags_that_go_together_are_taken(line):
     parse_args(line.split())
@@ -327,6 +366,48 @@ def test_the_rate_of_the_sample_recipe_gives_way_to_a_base_rate_that_was_asked_f
     assert parse_args(line).args.lr == lr
 
 
+SEGMENTATION_RECIPE = yaml.safe_load((PACKAGE / 'assets' / 'sample_segmentation.yaml').read_text())
+
+
+def test_segmentation_alone_takes_the_recipe_of_the_scenes():
+    parsed = parse_args(['--segmentation'])
+    paths = {key: str(PACKAGE / 'assets' / SEGMENTATION_RECIPE[key]) for key in ('data_dir', 'pretrained_path')}
+    taken = {key: getattr(parsed.args, key) for key in SEGMENTATION_RECIPE}
+    assert taken == {**SEGMENTATION_RECIPE, **paths}
+    assert (parsed.args.epochs, parsed.args.eval_metric) == (8, 'miou')
+    assert 'scenes made of the bundled Fashion-MNIST sample with its recipe' in parsed.assumed
+
+
+def test_segmentation_with_a_named_model_leaves_out_what_fits_that_of_the_recipe_alone():
+    args = parse_args(['--segmentation', '--model', 'resnet50']).args
+    assert (args.model, args.pretrained_path, args.model_kwargs) == ('resnet50', None, {})
+    assert (args.epochs, args.img_size, args.data_dir[-12:]) == (8, 96, '.safetensors')
+
+
+@pytest.mark.parametrize(
+    'line, metric',
+    [
+        (['--segmentation', '--eval-metric', 'pa'], 'pa'),
+        (['--segmentation', '--data-dir', '.'], 'miou'),
+        (['--segmentation', '-c', 'metric.yaml'], 'loss'),
+        (['-c', 'task.yaml', '--eval-metric', 'fwiou'], 'fwiou'),
+        (['--data-dir', '.'], 'top1'),
+    ],
+)
+def test_the_metric_of_pixels_is_a_default_like_others(tmp_path, monkeypatch, line, metric):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'metric.yaml').write_text('eval_metric: loss\n')
+    (tmp_path / 'task.yaml').write_text('segmentation: true\n')
+    assert parse_args(line).args.eval_metric == metric
+
+
+def test_segmentation_in_a_config_works_as_the_flag_does(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('segmentation: true\nepochs: 3\n')
+    flags = vars(parse_args(['--segmentation', '--epochs', '3']).args)
+    assert vars(parse_args(['-c', str(config)]).args) == {**flags, 'config': str(config)}
+
+
 def test_help_names_every_flag_and_says_something_of_each(capsys):
     with pytest.raises(SystemExit) as stopped:
         parse_args(['--help'])
@@ -359,7 +440,7 @@ ELSEWHERE = {'--mixed_precision', '--gpu_ids', '--num_processes'}  # of accelera
 def test_the_docs_name_no_flag_that_is_not_there():
     text = (ROOT / 'docs' / 'flags.md').read_text()
     quoted = set().union(*map(flags_in, re.findall(r'`[^`]*`', text)))
-    assert quoted - set(ACTIONS) - ELSEWHERE - {'--kd-'} == set()
+    assert quoted - set(ACTIONS) - ELSEWHERE - {'--kd-', '--naflex-'} == set()
     assert len(quoted) > 60
 
 

@@ -278,6 +278,12 @@ def test_validation_alone_takes_the_flags_of_a_training_run(data, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+def test_without_validation_no_metrics_are_written(data, tmp_path):
+    train(data, tmp_path, '--epochs', 1, '--val-split', '', '--metrics', 'confusion,per-class')
+    assert (tmp_path / 'run' / 'model_best.safetensors').exists()
+    assert not list((tmp_path / 'run').glob('con*.csv'))
+
+
 def test_a_run_that_gets_no_better_stops(data, tmp_path, read_csv, messages):
     train(data, tmp_path, '--epochs', 9, '--patience', 2, '--lr', 1e-30)
     assert [row['epoch'] for row in read_csv(tmp_path / 'run' / 'summary.csv')] == ['0', '1', '2']

@@ -1,5 +1,6 @@
 """train.py on the sample and on folders: arguments, data, results on disk, interruptions, errors"""
 
+import argparse
 import json
 import logging
 import math
@@ -19,14 +20,15 @@ from accelerate.state import AcceleratorState
 from conftest import skip_without_loader_option
 from PIL import Image
 from safetensors.torch import save_file
+from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.train import Trainer, main
 from timm_coretune.train.arguments import parse_args
+from timm_coretune.train.batches import num_own_samples
 from timm_coretune.train.datasets import create_datasets
 from timm_coretune.train.loop import LoopConfig
-from timm_coretune.train.meters import AccuracyMeter
 from timm_coretune.train.reader import ReaderSafetensors
 
 
@@ -305,19 +307,34 @@ def test_gradients_of_accumulated_batches_are_averaged_with_a_short_last_group(t
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)
 
 
-def test_accuracy_counts_each_image_once():
+@pytest.mark.parametrize('last', [33, 30, 29], ids=['in-a-batch', 'between-batches', 'a-batch-of-repetitions'])
+def test_validation_counts_each_image_once(monkeypatch, last):
     generator = torch.Generator().manual_seed(0)
     output, target = torch.randn(40, 8, generator=generator), torch.randint(8, (40,), generator=generator)
-    meter = AccuracyMeter(Accelerator(cpu=True), max_samples=33)
-    for part in range(0, 40, 10):
-        meter.update(output[part : part + 10], target[part : part + 10])
-    metrics = meter.compute()
-    ranked = [sorted(range(8), key=lambda c: -row[c]) for row in output[:33].tolist()]
-    labels = target[:33].tolist()
-    assert metrics['top1'] == pytest.approx(100 * sum(r[0] == y for r, y in zip(ranked, labels, strict=True)) / 33)
-    assert metrics['top5'] == pytest.approx(100 * sum(y in r[:5] for r, y in zip(ranked, labels, strict=True)) / 33)
-    expected = torch.nn.functional.cross_entropy(output[:33], target[:33]).item()
+    task = ClassificationTask(torch.nn.Identity(), torch.nn.CrossEntropyLoss(), verbose=False)
+    trainer = Trainer(task, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), Accelerator(cpu=True))
+    # the images after those are what a distributed sampler repeats
+    monkeypatch.setattr('timm_coretune.train.loop.num_own_samples', lambda loader, accelerator: last)
+    metrics = trainer.validate([(output[part : part + 10], target[part : part + 10]) for part in range(0, 40, 10)])
+    ranked = [sorted(range(8), key=lambda c: -row[c]) for row in output[:last].tolist()]
+    labels = target[:last].tolist()
+    assert metrics['top1'] == pytest.approx(100 * sum(r[0] == y for r, y in zip(ranked, labels, strict=True)) / last)
+    top5 = 100 * sum(y in r[:5] for r, y in zip(ranked, labels, strict=True)) / last
+    assert metrics['top5'] == pytest.approx(top5)
+    expected = torch.nn.functional.cross_entropy(output[:last], target[:last]).item()
     assert metrics['loss'] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize('num_images, num_processes', [(33, 2), (32, 2), (7, 3), (2, 4), (5, 1)])
+def test_processes_share_the_images_of_a_validation_without_those_that_even_out(num_images, num_processes):
+    dataset = torch.utils.data.TensorDataset(torch.arange(num_images))
+    seen = []
+    for rank in range(num_processes):
+        accelerator = argparse.Namespace(num_processes=num_processes, process_index=rank)
+        order = OrderedDistributedSampler(dataset, num_processes, rank) if num_processes > 1 else None
+        loader = torch.utils.data.DataLoader(dataset, batch_size=2, sampler=order)
+        seen += torch.cat([batch for (batch,) in loader]).tolist()[: num_own_samples(loader, accelerator)]
+    assert sorted(seen) == list(range(num_images))
 
 
 def test_a_loss_that_is_not_finite_stops_training_with_its_step_and_the_last_finite_losses():

@@ -51,6 +51,10 @@ class SegmentationModel(nn.Module):
     def pretrained_cfg(self):
         return self.backbone.pretrained_cfg
 
+    @pretrained_cfg.setter
+    def pretrained_cfg(self, cfg) -> None:  # as load_checkpoint does
+        self.backbone.pretrained_cfg = cfg
+
     def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
         """What is new and may be trained before the backbone is."""
         return self.decoder, self.classifier
@@ -62,7 +66,7 @@ class SegmentationModel(nn.Module):
         return no_weight_decay(self.backbone, 'backbone.')
 
     def group_matcher(self, coarse: bool = False):
-        return group_matcher(self.backbone, 'backbone.', coarse=coarse)
+        return group_matcher(self.backbone, 'backbone.', coarse=coarse, has_head=False)
 
     def pad(self, x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
         """x (..., H, W) padded at the bottom and right to what the backbone can halve often enough."""

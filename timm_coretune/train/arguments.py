@@ -11,6 +11,7 @@ import timm
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ..segmentation.transforms import INTERPOLATIONS
 from .flags import PRESETS, create_parser
 
 
@@ -205,6 +206,22 @@ def find_contradictions(args: argparse.Namespace) -> List[str]:
         '--segmentation: not with --jsd-loss, --bce-loss, --kd-model-name, --torchscript or --split-bn': (
             args.segmentation
             and any((args.jsd_loss, args.bce_loss, args.kd_model_name, args.torchscript, args.split_bn))
+        ),
+        '--segmentation: no part in it have --gp, --drop, --head-init-scale, --head-init-bias, --crop-pct, '
+        '--train-crop-mode, --train-num-samples, --val-num-samples and --dataset-trust-remote-code': (
+            args.segmentation
+            and (
+                any(value is not None for value in (args.gp, args.head_init_scale, args.head_init_bias, args.crop_pct))
+                or any(v is not None for v in (args.train_crop_mode, args.train_num_samples, args.val_num_samples))
+                or any((args.drop, args.dataset_trust_remote_code))
+            )
+        ),
+        f'--segmentation: --interpolation and --train-interpolation are among {", ".join(INTERPOLATIONS)}': (
+            args.segmentation
+            and (
+                args.interpolation not in ('', *INTERPOLATIONS)
+                or args.train_interpolation not in ('', 'random', *INTERPOLATIONS)
+            )
         ),
         '--segmentation: --metrics are those of images; the scores of pixels are always there': (
             args.segmentation and metrics

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch.nn as nn
 from accelerate import Accelerator
 from timm.data.distributed_sampler import OrderedDistributedSampler
+from timm.data.loader import adapt_to_chs
 from timm.task import ClassificationTask, TrainingTask
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
@@ -63,9 +64,17 @@ def open_splits(
 
 
 def resolve_pixel_config(data_config: Dict[str, Any]) -> Dict[str, Any]:
-    """The preprocessing of images with masks, which are tensors and resized in fewer ways than PIL's images."""
-    interpolation = data_config['interpolation']
-    return {**data_config, 'interpolation': interpolation if interpolation in INTERPOLATIONS else 'bicubic'}
+    """The preprocessing of images with masks, which are tensors and resized in fewer ways than PIL's images.
+
+    Mean and standard deviation are those of as many channels as there are, which timm sees to in its loader.
+    """
+    interpolation, channels = data_config['interpolation'], data_config['input_size'][0]
+    return {
+        **data_config,
+        'interpolation': interpolation if interpolation in INTERPOLATIONS else 'bicubic',
+        'mean': adapt_to_chs(data_config['mean'], channels),
+        'std': adapt_to_chs(data_config['std'], channels),
+    }
 
 
 def create_pixel_model(

@@ -215,7 +215,7 @@ class RunRecord:
                 kind = 'ema' if self.publish_ema else 'model'
                 save_weights(weights, self.path(WEIGHTS_NAME), epoch=str(epoch), weights=kind)
                 for part in (trainer.evaluator, trainer.metrics):
-                    if hasattr(part, 'write'):
+                    if eval_metrics is not None and hasattr(part, 'write'):
                         part.write(self.folder)
             if not trainer.is_sharded:
                 self.saver.save_checkpoint(epoch, metric=metric)
