@@ -18,7 +18,7 @@ from .model import SegmentationModel
 def label_of_cells(target: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Class in the middle of each cell of a feature map (B, height * width), of masks (B, H, W)."""
     rows, columns = (
-        ((torch.arange(num_cells, device=target.device) + 0.5) * (num_pixels / num_cells)).long()
+        (2 * torch.arange(num_cells, device=target.device) + 1) * num_pixels // (2 * num_cells)
         for num_cells, num_pixels in ((height, target.shape[1]), (width, target.shape[2]))
     )
     return target[:, rows[:, None], columns].flatten(1)
