@@ -148,6 +148,8 @@ class SegmentationTask(CoreTuningTask):
         batch, draws = module.criterion.prepare(batch_size, target.device, self.anchors_per_image)
         rank, num_processes = process_index_and_count()
         generator = self.mixup.generator
-        seed = torch.randint(2**32, (num_processes * batch_size,), generator=generator, device=generator.device)
-        seed = seed[rank::num_processes].to(target.device, non_blocking=True)
+        # as many on all processes, whose generators stay in step though their batches differ
+        most_images = max(batch.sizes) // self.anchors_per_image
+        seed = torch.randint(2**32, (num_processes * most_images,), generator=generator, device=generator.device)
+        seed = seed[rank::num_processes][:batch_size].to(target.device, non_blocking=True)
         return self.trainable_module(input, target, seed, batch, draws)
