@@ -16,24 +16,27 @@ def group_matcher(
     model: nn.Module,
     prefix: str,
     coarse: bool = False,
-    has_head: bool = True,
+    own_layer: bool = False,
 ) -> Union[Dict, Callable[[str], int]]:
-    """Layer of a parameter by its name, for layer decay; whatever is around the model is in the layer of its head.
+    """Layer of a parameter by its name, for layer decay; whatever is around the model is in its last layer.
 
     Args:
         model: A timm model.
         prefix: What its parameters' names have in front in the module around it.
         coarse: Layers as coarse as the model makes them.
-        has_head: Its last layer is its head. Otherwise what is around the model is, and comes after all its layers.
+        own_layer: What is around the model is in a layer of its own, behind the last that trains.
     """
     if not hasattr(model, 'group_matcher'):
         return {}
     layer_map = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
-    last_layer = max(layer_map.values(), default=0) + (not has_head)
+    last_layer = max(layer_map.values(), default=0)
+    if own_layer:
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        last_layer = 1 + max((layer for name, layer in layer_map.items() if name in trained), default=-1)
 
     def _matcher(name: str) -> int:
         if name.startswith(prefix):
-            return layer_map.get(name[len(prefix) :], last_layer)
+            return min(layer_map.get(name[len(prefix) :], last_layer), last_layer)
         return last_layer
 
     return _matcher

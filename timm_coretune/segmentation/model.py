@@ -66,7 +66,7 @@ class SegmentationModel(nn.Module):
         return no_weight_decay(self.backbone, 'backbone.')
 
     def group_matcher(self, coarse: bool = False):
-        return group_matcher(self.backbone, 'backbone.', coarse=coarse, has_head=False)
+        return group_matcher(self.backbone, 'backbone.', coarse=coarse, own_layer=True)
 
     def pad(self, x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
         """x (..., H, W) padded at the bottom and right to what the backbone can halve often enough."""

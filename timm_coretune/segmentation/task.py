@@ -18,7 +18,7 @@ from .model import SegmentationModel
 def label_of_cells(target: torch.Tensor, height: int, width: int) -> torch.Tensor:
     """Class in the middle of each cell of a feature map (B, height * width), of masks (B, H, W)."""
     rows, columns = (
-        ((torch.arange(num_cells, device=target.device) + 0.5) * (num_pixels / num_cells)).long()
+        (2 * torch.arange(num_cells, device=target.device) + 1) * num_pixels // (2 * num_cells)
         for num_cells, num_pixels in ((height, target.shape[1]), (width, target.shape[2]))
     )
     return target[:, rows[:, None], columns].flatten(1)
@@ -148,6 +148,8 @@ class SegmentationTask(CoreTuningTask):
         batch, draws = module.criterion.prepare(batch_size, target.device, self.anchors_per_image)
         rank, num_processes = process_index_and_count()
         generator = self.mixup.generator
-        seed = torch.randint(2**32, (num_processes * batch_size,), generator=generator, device=generator.device)
-        seed = seed[rank::num_processes].to(target.device, non_blocking=True)
+        # as many on all processes, whose generators stay in step though their batches differ
+        most_images = max(batch.sizes) // self.anchors_per_image
+        seed = torch.randint(2**32, (num_processes * most_images,), generator=generator, device=generator.device)
+        seed = seed[rank::num_processes][:batch_size].to(target.device, non_blocking=True)
         return self.trainable_module(input, target, seed, batch, draws)
