@@ -20,7 +20,9 @@ from timm_coretune.segmentation import (
     export_segmentation_model,
     load_segmentation_model,
     predict_image,
+    sample,
 )
+from timm_coretune.segmentation.__main__ import run as run_command
 from timm_coretune.segmentation.decoder import _BatchNormOfOne
 from timm_coretune.segmentation.masks import read_mask
 from timm_coretune.segmentation.palette import voc_palette
@@ -369,23 +371,25 @@ def test_images_of_the_same_name_no_images_and_unreadable_ones_are_refused(expor
             predict(model, [str(path)], str(tmp_path / 'masks'))
 
 
-def test_the_commands_write_a_sample_and_masks(exported, tmp_path, launch):
-    command = [sys.executable, '-m', 'timm_coretune.segmentation']
-    assert 'Written: scenes' in launch([*command, 'sample', 'scenes']).stdout
+def test_the_commands_write_a_sample_and_masks(exported, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sample, 'NUM_SCENES', (6, 3))
+    run_command(['sample', 'scenes'])
+    assert capsys.readouterr().out == 'Written: scenes\n'
     lists = {path.stem: path.read_text().split() for path in (tmp_path / 'scenes').rglob('*.txt')}
     pictures = sorted((tmp_path / 'scenes').rglob('JPEGImages/*'))
     masks = sorted((tmp_path / 'scenes').rglob('SegmentationClass/*.png'))
     assert [path.stem for path in pictures] == [path.stem for path in masks]
-    assert {'train', 'classes'} < set(lists)
-    assert set(lists['train']) < {path.stem for path in pictures}
+    assert {name: len(lines) for name, lines in lists.items()} == {'train': 6, 'validation': 3, 'classes': 12}
+    assert sorted(lists['train'] + lists['validation']) == [path.stem for path in pictures]
     image = str(pictures[0])
-    arguments = [*command, 'predict', 'model', image, '--output', 'masks', '--device', 'cpu']
-    assert 'Written: 1 masks' in launch(arguments).stdout
+    run_command(['predict', str(exported), image, '--output', 'masks', '--device', 'cpu'])
+    assert capsys.readouterr().out == 'Written: 1 masks to masks\n'
     model = load_segmentation_model(exported)
     with Image.open(image) as opened:
         expected = predict_image(model, opened)
     assert torch.equal(read_mask(tmp_path / 'masks' / f'{pictures[0].stem}.png', 'mask'), expected)
-    refused = launch([*command, 'predict', 'elsewhere', image, '--output', 'masks'], check=False)
-    assert refused.returncode == 2
-    assert "found none at 'elsewhere'" in refused.stderr
-    assert 'Traceback' not in refused.stderr
+    with pytest.raises(SystemExit) as stopped:
+        run_command(['predict', 'elsewhere', image, '--output', 'masks'])
+    assert stopped.value.code == 2
+    assert "found none at 'elsewhere'" in capsys.readouterr().err

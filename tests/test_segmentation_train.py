@@ -414,10 +414,7 @@ def straight(voc, tmp_path_factory):
     return train(voc, tmp_path_factory.mktemp('straight'), *LONG)
 
 
-@pytest.mark.parametrize('workers', [0, 1])
-def test_a_run_interrupted_in_an_epoch_ends_with_the_bits_of_one_that_was_not(
-    voc, tmp_path, monkeypatch, straight, workers
-):
+def test_a_run_interrupted_in_an_epoch_ends_with_the_bits_of_one_that_was_not(voc, tmp_path, monkeypatch, straight):
     original, calls = Trainer._step, []
 
     def step(self, *args):
@@ -428,10 +425,10 @@ def test_a_run_interrupted_in_an_epoch_ends_with_the_bits_of_one_that_was_not(
 
     with monkeypatch.context() as context:
         context.setattr(Trainer, '_step', step)
-        folder = train(voc, tmp_path, *LONG, '--workers', workers)
+        folder = train(voc, tmp_path, *LONG, '--workers', 1)
     assert (folder / 'recovery-1-1.pth.tar').exists()
     assert (folder / 'summary.csv').read_bytes() != (straight / 'summary.csv').read_bytes()
-    assert train(voc, tmp_path, *LONG, '--workers', workers, '--resume', 'auto') == folder
+    assert train(voc, tmp_path, *LONG, '--workers', 1, '--resume', 'auto') == folder
     for name in ('summary.csv', 'model_best.safetensors', 'confusion.csv', 'per_class.csv', 'segmentation.json'):
         assert (folder / name).read_bytes() == (straight / name).read_bytes(), name
     a, b = (torch.load(path / 'last.pth.tar', weights_only=False) for path in (folder, straight))
