@@ -27,5 +27,5 @@ class ShardingAccelerator(Accelerator):
 
 
 if __name__ == '__main__':
-    importlib.import_module('timm_coretune.train.main').Accelerator = ShardingAccelerator
+    importlib.import_module('timm_coretune.train.processes').Accelerator = ShardingAccelerator
     main()
