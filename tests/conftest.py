@@ -28,6 +28,15 @@ def _fresh_process():
 
 
 @pytest.fixture
+def one_thread():
+    """As fresh processes have: with more, sums come out in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def launch(tmp_path):
     """Run the words of a shell command in a folder of its own, as a user of this environment would."""
 

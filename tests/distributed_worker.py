@@ -4,13 +4,13 @@ Run as `distributed_worker.py RANK DIRECTORY` for each rank; what it found is wr
 """
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from ranks import join_ranks, save_found
 
 import timm_coretune.distributed
 from timm_coretune import CoreTuningLoss, CoreTuningTask
@@ -145,17 +145,11 @@ def main(arguments: List[str]) -> None:
     for world_size in WORLD_SIZES:  # starting a process costs far more than its steps: all group sizes share them
         if rank >= world_size:
             continue
-        dist.init_process_group(
-            'gloo',
-            init_method=(directory / f'init{world_size}').as_uri(),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=60),
-        )
+        join_ranks(rank, world_size, directory)
         found.update({name: run(s, rank) for name, s in SCENARIOS.items() if len(s.sizes) == world_size})
         dist.barrier()
         dist.destroy_process_group()
-    torch.save(found, directory / f'rank{rank}.pt')
+    save_found(found, rank, directory)
 
 
 if __name__ == '__main__':

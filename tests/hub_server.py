@@ -10,7 +10,21 @@ from collections import deque
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote
 
+import huggingface_hub
+
 TOKEN = 'hf_the_token_of_the_tests'
+
+
+def connect_client(server, monkeypatch):
+    """Let the client of this process speak to the server, with a token."""
+    constants = huggingface_hub.constants
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+    # where releases before 1.0 keep a copy
+    monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
+    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
+    monkeypatch.setenv('HF_TOKEN', TOKEN)
 
 
 class Repository:
@@ -32,6 +46,11 @@ class Repository:
 
     def files(self, revision='main'):
         return self.find(revision)[-1][2]
+
+    def add_once(self, commit):
+        """Put a commit of someone else on the main branch, unless it is there."""
+        if commit not in self.branches['main']:
+            self.branches['main'].append(commit)
 
 
 class HubServer(ThreadingHTTPServer):

@@ -4,13 +4,13 @@ Run as `segmentation_task_worker.py RANK DIRECTORY` for each rank; what it found
 """
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from ranks import join_ranks, save_found
 
 from timm_coretune.segmentation import SegmentationTask, create_segmentation_model
 
@@ -96,15 +96,8 @@ def run(scenario: Scenario, rank: int) -> List[Dict[str, Any]]:
 
 def main(rank: str, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo',
-        init_method=Path(directory, 'init').as_uri(),
-        rank=int(rank),
-        world_size=WORLD_SIZE,
-        timeout=timedelta(seconds=60),
-    )
-    found = {name: run(scenario, int(rank)) for name, scenario in SCENARIOS.items()}
-    torch.save(found, Path(directory, f'rank{rank}.pt'))
+    join_ranks(int(rank), WORLD_SIZE, Path(directory))
+    save_found({name: run(scenario, int(rank)) for name, scenario in SCENARIOS.items()}, int(rank), Path(directory))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -1,16 +1,15 @@
-"""One process of tests/test_segmentation_evaluator.py: evaluates its share of the batches, then prints what it computed
+"""One process of tests/test_segmentation_evaluator.py: evaluates its share of the batches, then saves what it computed
 
 Run as `segmentation_worker.py RANK DIRECTORY`.
 """
 
-import json
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Iterator, Tuple
 
 import torch
 import torch.distributed as dist
+from ranks import join_ranks, save_found
 
 from timm_coretune.segmentation.evaluator import SegmentationEvaluator
 
@@ -32,18 +31,13 @@ def batches() -> Iterator[Tuple[torch.Tensor, torch.Tensor]]:
 
 def main(rank: str, directory: str) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group(
-        'gloo',
-        init_method=Path(directory, 'init').as_uri(),
-        rank=int(rank),
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    join_ranks(int(rank), 2, Path(directory))
     evaluator = SegmentationEvaluator(NUM_CLASSES)
     for index, (output, target) in enumerate(batches()):
         if (index == 2) == (rank == '1'):  # two batches and one
             evaluator.update(output, target)
-    print(json.dumps({'metrics': evaluator.compute(), 'matrix': evaluator.matrix.tolist()}))
+    found = {'metrics': dict(evaluator.compute()), 'matrix': evaluator.matrix.tolist()}
+    save_found(found, int(rank), Path(directory))
     dist.destroy_process_group()
 
 

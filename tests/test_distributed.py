@@ -1,57 +1,24 @@
 """Protects the step over several processes: their averaged gradient is that of one process with the global batch"""
 
-import subprocess
-import sys
-import time
-from pathlib import Path
-
 import pytest
 import torch
 import torch.distributed as dist
 from distributed_worker import SCENARIOS, WORLD_SIZES, Scenario, global_batch, gradients, make_task
+from ranks import launch_ranks
 from reference import layer_of, objective
 
 from timm_coretune.distributed import GlobalBatch
 from timm_coretune.mixup import MixupDraws
-
-TIMEOUT_S = 120.0
 
 pytestmark = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason='torch was built without gloo'
 )
 
 
-def launch(num_processes: int, directory: Path) -> list[dict]:
-    """What every rank found, by scenario. All processes end within TIMEOUT_S, by force if need be."""
-    worker = Path(__file__).with_name('distributed_worker.py')
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(directory)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(num_processes)
-    ]
-    deadline = time.monotonic() + TIMEOUT_S
-    outputs = []
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0])
-    except subprocess.TimeoutExpired:
-        pytest.fail(f'{num_processes} processes did not end within {TIMEOUT_S} s; those that did wrote:\n{outputs}')
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * num_processes, '\n'.join(outputs)
-    return [torch.load(directory / f'rank{rank}.pt') for rank in range(num_processes)]
-
-
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     """Function of a scenario's name: what its ranks found."""
-    ranks = launch(max(WORLD_SIZES), tmp_path_factory.mktemp('ranks'))
+    ranks = launch_ranks('distributed_worker.py', max(WORLD_SIZES), tmp_path_factory.mktemp('ranks'))
     return lambda name: [rank[name] for rank in ranks[: len(SCENARIOS[name].sizes)]]
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 import yaml
 from conftest import ROOT
-from hub_server import TOKEN, HubServer
+from hub_server import TOKEN, HubServer, connect_client
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
@@ -35,6 +35,8 @@ DATA_CONFIG = dict(
 )  # fmt: skip
 NAMES = ['ant', 'bee', 'cat']
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.fixture
 def server():
@@ -46,14 +48,7 @@ def server():
 @pytest.fixture
 def hub(server, tmp_path, monkeypatch):
     """The client of this process speaks to the server, with a token, and does not wait between attempts."""
-    template = huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE
-    template = template.replace(huggingface_hub.constants.ENDPOINT, server.url)
-    monkeypatch.setattr(huggingface_hub.constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    # where releases before 1.0 keep a copy
-    monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
-    monkeypatch.setattr(huggingface_hub.constants, 'ENDPOINT', server.url)
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_HUB_DISABLE_XET', True, raising=False)
-    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    connect_client(server, monkeypatch)
     server.waits = []
     monkeypatch.setattr(time, 'sleep', server.waits.append)
     return server
@@ -69,15 +64,6 @@ def environment(server, tmp_path):
 @pytest.fixture
 def model():
     return timm.create_model('test_resnet', num_classes=3).eval()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the fresh processes have: with more, sums come out in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope='session')
@@ -152,7 +138,8 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     assert not {'tag', 'license'} & set(config['pretrained_cfg'])  # those of the weights timm has of that name
 
     card = ModelCard(files['README.md'].decode())
-    assert (card.data.library_name, card.data.license) == ('timm', 'mit')
+    front = card.data.to_dict()
+    assert (front['library_name'], front['license']) == ('timm', 'mit')
     assert {'timm', 'coretune', 'test_resnet'} <= set(card.data.tags)
     assert card.data.base_model is None
     assert 'the checkpoint `test_resnet_mocov2.safetensors`' in card.text
@@ -278,12 +265,7 @@ def test_a_commit_of_someone_else_in_between_is_not_overwritten(hub, model, monk
     push_to_hub(model, 'me/my-model')
     repository = hub.repositories['me/my-model']
     theirs = ('1' * 40, 'theirs', {'README.md': b'# Theirs'})
-
-    def sleep(_):
-        if theirs not in repository.branches['main']:
-            repository.branches['main'].append(theirs)
-
-    monkeypatch.setattr(time, 'sleep', sleep)
+    monkeypatch.setattr(time, 'sleep', lambda _: repository.add_once(theirs))
     hub.fail('commit', 'cut')
     with pytest.raises(HubError, match='changed by someone else'):
         push_to_hub(model, 'me/my-model')

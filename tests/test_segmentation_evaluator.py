@@ -1,15 +1,12 @@
 """Scores of a segmentation against scikit-learn and loops over pixels, over batches and processes"""
 
 import csv
-import json
 import math
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from ranks import launch_ranks
 from segmentation_worker import IGNORED, NUM_CLASSES, batches
 from sklearn.metrics import confusion_matrix, jaccard_score
 
@@ -139,24 +136,8 @@ def test_reset_forgets_and_order_does_not_matter():
 
 
 def test_two_processes_count_as_one(tmp_path):
-    worker = str(ROOT / 'tests' / 'segmentation_worker.py')
-    processes = [
-        subprocess.Popen(
-            [sys.executable, worker, str(rank), str(tmp_path)],
-            env={**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)},
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
     evaluator, metrics = evaluate(batches())
-    for printed, _ in outputs:
-        found = json.loads(printed)
+    for found in launch_ranks('segmentation_worker.py', 2, tmp_path):
         assert found['metrics'] == pytest.approx(metrics, rel=1e-6)
         assert found['matrix'] == evaluator.matrix.tolist()
 

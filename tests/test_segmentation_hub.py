@@ -6,14 +6,13 @@ import subprocess
 import sys
 import time
 
-import huggingface_hub
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
 from conftest import ROOT
-from hub_server import TOKEN, HubServer, Repository
+from hub_server import TOKEN, HubServer, Repository, connect_client
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors import safe_open
@@ -28,6 +27,8 @@ from timm_coretune.train import main
 
 SAMPLE = str(ROOT / 'timm_coretune' / 'assets' / 'fashion_mnist_sample.safetensors')
 NAMES = ['sky', 'road', 'car']
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 HEAD = {'mean': [0.4, 0.5, 0.6], 'std': [0.1, 0.2, 0.3], 'interpolation': 'bilinear'}
 DATA_CONFIG = {**HEAD, 'input_size': (3, 96, 96), 'crop_pct': 1.0, 'crop_mode': 'center'}
 ARGS = dict(
@@ -41,27 +42,11 @@ SUMMARY = (
 )
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the fresh processes have: with more, sums come out in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
 def hub(monkeypatch):
     """The client of this process speaks to the server, with a token, and does not wait between attempts."""
     server = HubServer()
-    constants = huggingface_hub.constants
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-    monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
-    # where releases before 1.0 keep a copy
-    monkeypatch.setattr(huggingface_hub.file_download, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
-    monkeypatch.setattr(constants, 'ENDPOINT', server.url)
-    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
-    monkeypatch.setenv('HF_TOKEN', TOKEN)
+    connect_client(server, monkeypatch)
     monkeypatch.setattr(time, 'sleep', lambda _: None)
     yield server
     server.end()
@@ -153,7 +138,8 @@ def test_the_card_tells_of_a_segmentation(hub, run_folder):
     card = ModelCard(hub.repositories['me/street'].files()['README.md'].decode())
     assert card.data.pipeline_tag == 'image-segmentation'
     assert card.data.tags == ['image-segmentation', 'timm', 'coretune', 'test_resnet']
-    assert (card.data.library_name, card.data.license) == ('timm', 'mit')
+    front = card.data.to_dict()
+    assert (front['library_name'], front['license']) == ('timm', 'mit')
     assert card.data.base_model == 'timm/test_resnet.r160_in1k'
     results = {result.metric_type: result for result in card.data.eval_results}
     assert {kind: result.metric_value for kind, result in results.items()} == {
@@ -196,12 +182,7 @@ def test_the_same_backbone_in_a_commit_of_someone_else_is_not_taken_for_this_pus
     tensors['classifier.weight'] += 1  # the backbone was frozen
     save_weights(tensors, str(run_folder / 'model_best.safetensors'), epoch='0', weights='ema')
     theirs = ('1' * 40, 'theirs', repository.files())
-
-    def sleep(_):
-        if theirs not in repository.branches['main']:
-            repository.branches['main'].append(theirs)
-
-    monkeypatch.setattr(time, 'sleep', sleep)
+    monkeypatch.setattr(time, 'sleep', lambda _: repository.add_once(theirs))
     hub.fail('commit', 'cut')
     with pytest.raises(HubError, match='changed by someone else'):
         push_run(str(run_folder), 'me/street')

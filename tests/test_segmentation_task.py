@@ -2,10 +2,6 @@
 
 import copy
 import math
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +9,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from ranks import launch_ranks
 from reference import layer_of
 from segmentation_reference import IGNORED, Draws, Pixels, dense_cross_entropy, pixel_objective
 from segmentation_task_worker import SCENARIOS, WORLD_SIZE, all_images, make_task, step
@@ -408,30 +405,7 @@ def test_a_criterion_goes_without_its_arguments():
 @pytest.fixture(scope='module')
 def found(tmp_path_factory):
     """Function of a scenario's name: what each of the processes found in every update."""
-    directory = tmp_path_factory.mktemp('ranks')
-    worker = Path(__file__).with_name('segmentation_task_worker.py')
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(worker), str(rank), str(directory)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD_SIZE)
-    ]
-    deadline = time.monotonic() + 120
-    outputs = []
-    try:
-        for process in processes:
-            outputs.append(process.communicate(timeout=max(deadline - time.monotonic(), 0.1))[0])
-    except subprocess.TimeoutExpired:
-        pytest.fail(f'the processes did not end within 120 s; those that did wrote:\n{outputs}')
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * WORLD_SIZE, '\n'.join(outputs)
-    ranks = [torch.load(directory / f'rank{rank}.pt') for rank in range(WORLD_SIZE)]
+    ranks = launch_ranks('segmentation_task_worker.py', WORLD_SIZE, tmp_path_factory.mktemp('ranks'))
     return lambda name: [rank[name] for rank in ranks]
 
 
