@@ -5,6 +5,11 @@ from typing import Optional
 import torch
 
 
+def wrong_classes(target: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
+    """Values of a mask of any shape that are neither a class nor ignored (N,)."""
+    return target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
+
+
 def check_features(features: torch.Tensor, name: str = 'features', allow_empty: bool = False) -> None:
     """Reject anything but a floating-point matrix with a row per image. Only a process among others may have no image.
 

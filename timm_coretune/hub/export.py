@@ -23,6 +23,13 @@ BACKBONE_PREFIX = 'backbone.'
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
+def write_json(content: Dict[str, Any], path: str) -> None:
+    """Write a description of a model, whole or not at all."""
+    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
+        f.write(json.dumps(content, indent=2) + '\n')
+    os.replace(f'{path}.tmp', path)
+
+
 def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str) -> None:
     """Write weights as safetensors that plain timm loads.
 
@@ -82,8 +89,7 @@ def write_config(
         for key in ('test_input_size', 'test_crop_pct', 'pool_size'):
             config['pretrained_cfg'].pop(key, None)
         config['pretrained_cfg'].update(data_config, num_classes=model.num_classes)
-    temporary.write_text(json.dumps(config, indent=2) + '\n')
-    os.replace(temporary, path)
+    write_json(config, path)
 
 
 def export_model(
@@ -126,9 +132,5 @@ def export_backbone(weights_path: str, config: Dict[str, Any], folder: str) -> N
             f'Expected the weights of a segmentation model in {weights_path!r}, none of its keys starts with '
             f'{BACKBONE_PREFIX!r}. {SEGMENTATION_CONFIG_NAME} beside it may be of another run.'
         )
-    path = os.path.join(folder, CONFIG_NAME)
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-        json.dump(config, f, indent=2)
-        f.write('\n')
-    os.replace(f'{path}.tmp', path)
+    write_json(config, os.path.join(folder, CONFIG_NAME))
     save_weights(backbone, os.path.join(folder, WEIGHTS_NAME), **notes)

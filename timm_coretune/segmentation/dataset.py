@@ -11,7 +11,7 @@ from .libraries import HfSource, TorchvisionSource
 from .masks import check_mask, count_classes, read_mask
 from .palette import IGNORE_INDEX
 from .sample import FashionScenes
-from .sources import Source, open_folders
+from .sources import Source, open_folders, read_lines
 
 IMAGE_MODES = ('RGB', 'L')
 
@@ -129,7 +129,4 @@ def open_dataset(
 
 def _read_class_names(root: str) -> Optional[List[str]]:
     path = os.path.join(root, 'classes.txt')
-    if not root or not os.path.isfile(path):
-        return None
-    with open(path, encoding='utf-8') as f:
-        return [line.strip() for line in f if line.strip()]
+    return read_lines(path) if root and os.path.isfile(path) else None

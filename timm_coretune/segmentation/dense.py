@@ -4,6 +4,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from ..checks import wrong_classes
 from ..distributed import process_index_and_count, sum_over_processes
 
 
@@ -54,7 +55,7 @@ def check_masks(target: torch.Tensor, input: torch.Tensor, num_classes: int, ign
             f'{target.dtype} {tuple(target.shape)}.'
         )
     if target.device.type == 'cpu' and target.numel():
-        wrong = target[(target != ignore_index) & ((target < 0) | (target >= num_classes))]
+        wrong = wrong_classes(target, num_classes, ignore_index)
         if len(wrong):
             raise ValueError(
                 f'Expected class indices in [0, {num_classes - 1}], or {ignore_index} for pixels that do not count, '

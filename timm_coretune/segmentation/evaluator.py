@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 import torch
 import torch.nn.functional as F
 
+from ..checks import wrong_classes
 from ..tables import complete_names, write_confusion, write_records
 
 
@@ -86,7 +87,7 @@ class SegmentationEvaluator:
             )
         if target.device.type != 'cpu':
             return
-        wrong = target[((target < 0) | (target >= self.num_classes)) & (target != self.ignore_index)]
+        wrong = wrong_classes(target, self.num_classes, self.ignore_index)
         if wrong.numel():
             raise ValueError(
                 f'Expected class indices in [0, {self.num_classes - 1}] or {self.ignore_index} for pixels to ignore, '

@@ -18,6 +18,7 @@ from ..hub.export import (
     SEGMENTATION_WEIGHTS_NAME,
     save_weights,
     write_config,
+    write_json,
 )
 from .fetch import find_model_files
 from .model import SegmentationModel, create_segmentation_model
@@ -61,9 +62,7 @@ def write_segmentation_config(
         reductions=model.maps.reductions,
         backbone=backbone,
     )
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-        f.write(json.dumps(config, indent=2) + '\n')
-    os.replace(f'{path}.tmp', path)
+    write_json(config, path)
 
 
 def export_segmentation_model(

@@ -1,6 +1,7 @@
 """The feature maps of a timm model: which there are, which are used, and which of its parameters make them"""
 
-from typing import List, NamedTuple, Optional, Tuple
+import contextlib
+from typing import Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -56,12 +57,8 @@ def find_maps(backbone: nn.Module, img_size: Tuple[int, int], pyramid: Optional[
             f'Expected a timm model with forward_intermediates, which gives feature maps, {type(backbone).__name__} '
             'has none. Choose another model.'
         )
-    parameter = next(backbone.parameters())
-    image = torch.zeros(1, _in_chans(backbone), *img_size, device=parameter.device, dtype=parameter.dtype)
-    was_training = backbone.training
-    backbone.eval()
     try:
-        with torch.no_grad():
+        with _probing(backbone, img_size) as image, torch.no_grad():
             found = backbone.forward_intermediates(image, output_fmt='NCHW', intermediates_only=True)
     except (AssertionError, RuntimeError) as e:
         raise ValueError(
@@ -69,8 +66,6 @@ def find_maps(backbone: nn.Module, img_size: Tuple[int, int], pyramid: Optional[
             'with img_size=..., dynamic_img_size=True or strict_img_size=False (--model-kwargs), where it takes these, '
             'or choose another --img-size.'
         ) from e
-    finally:
-        backbone.train(was_training)
     reductions = [-(-img_size[0] // found_map.shape[2]) for found_map in found]
     is_plain = len({found_map.shape[2:] for found_map in found}) == 1
     last = len(found) - 1
@@ -88,9 +83,18 @@ def find_maps(backbone: nn.Module, img_size: Tuple[int, int], pyramid: Optional[
     )
 
 
-def _in_chans(backbone: nn.Module) -> int:
+@contextlib.contextmanager
+def _probing(backbone: nn.Module, img_size: Tuple[int, int]) -> Iterator[torch.Tensor]:
+    """An empty image for a backbone, which is in evaluation mode meanwhile."""
     convolution = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
-    return 3 if convolution is None else convolution.in_channels * convolution.groups
+    in_chans = 3 if convolution is None else convolution.in_channels
+    parameter = next(backbone.parameters())
+    was_training = backbone.training
+    backbone.eval()
+    try:
+        yield torch.zeros(1, in_chans, *img_size, device=parameter.device, dtype=parameter.dtype)
+    finally:
+        backbone.train(was_training)
 
 
 def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, int]) -> None:
@@ -102,12 +106,8 @@ def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, i
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     if not parameters:
         return
-    image = torch.zeros(1, _in_chans(backbone), *img_size, device=parameters[0].device, dtype=parameters[0].dtype)
-    was_training = backbone.training
-    backbone.eval()
-    with torch.enable_grad():
+    with _probing(backbone, img_size) as image, torch.enable_grad():
         total = sum(m.float().sum() for m in compute_maps(backbone, image, maps))
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    backbone.train(was_training)
     for p, gradient in zip(parameters, gradients, strict=True):
         p.requires_grad_(gradient is not None)

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..checks import wrong_classes
 from .palette import IGNORE_INDEX
 
 
@@ -61,7 +62,7 @@ def check_mask(mask: torch.Tensor, num_classes: int, name: str) -> None:
     low, high = (int(bound) for bound in mask.aminmax())
     if low >= 0 and high < num_classes:
         return
-    wrong = mask[((mask >= num_classes) & (mask != IGNORE_INDEX)) | (mask < 0)]
+    wrong = wrong_classes(mask, num_classes, IGNORE_INDEX)
     if len(wrong):
         raise ValueError(
             f'Expected classes 0 to {num_classes - 1}, or {IGNORE_INDEX} for pixels to leave out, got the value '

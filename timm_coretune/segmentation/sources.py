@@ -126,7 +126,8 @@ def open_folders(root: str, split: str, hold_out: bool = True) -> FileSource:
     return _pair(os.path.join(folder, 'images'), os.path.join(folder, 'masks'))
 
 
-def _read_lines(path: str) -> List[str]:
+def read_lines(path: str) -> List[str]:
+    """Lines of a text file that are not empty."""
     with open(path, encoding='utf-8') as f:
         return [line.strip() for line in f if line.strip()]
 
@@ -182,7 +183,7 @@ def _pair(images: str, masks: str, listed: Optional[str] = None, class_names: Op
     image_files, mask_files = _files_by_stem(images, IMAGE_EXTENSIONS), _files_by_stem(masks, MASK_EXTENSIONS)
     stems = sorted(image_files)
     if listed is not None:
-        lines = _read_lines(listed)
+        lines = read_lines(listed)
         stems = [os.path.splitext(line)[0] if line.lower().endswith(IMAGE_EXTENSIONS) else line for line in lines]
         for stem in stems:
             if stem not in image_files:

@@ -24,6 +24,7 @@ from ..segmentation import (
 from ..segmentation.dataset import SegmentationDataset, open_dataset
 from ..segmentation.dense import DenseCrossEntropy
 from ..segmentation.palette import IGNORE_INDEX, voc_palette
+from ..segmentation.sources import read_lines
 from ..segmentation.transforms import INTERPOLATIONS, create_eval_transform, create_train_transform
 from .sampling import make_resumable
 
@@ -31,11 +32,8 @@ _logger = logging.getLogger(__name__)
 
 
 def _read_names(path: str) -> Optional[List[str]]:
-    if not path:
-        return None
     try:
-        with open(path, encoding='utf-8') as f:
-            return [line.strip() for line in f if line.strip()]
+        return read_lines(path) if path else None
     except OSError as e:
         raise ValueError(f'Expected the name of a class in each line of --class-map {path!r}: {e}') from e
 
