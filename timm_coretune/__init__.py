@@ -3,8 +3,8 @@ from .checkpoint import inspect_checkpoint as inspect_checkpoint
 from .checkpoint import load_checkpoint as load_checkpoint
 from .hub import export_model as export_model
 from .hub import push_to_hub as push_to_hub
-from .loss import CoreTuningLoss as CoreTuningLoss
-from .loss import FocalSupConLoss as FocalSupConLoss
+from .loss.core_tuning import CoreTuningLoss as CoreTuningLoss
+from .loss.focal_supcon import FocalSupConLoss as FocalSupConLoss
 from .mining import mine_hard_pairs as mine_hard_pairs
 from .mixup import HardPairMixup as HardPairMixup
 from .register import register

@@ -6,7 +6,8 @@ import timm.data
 import timm.loss
 import timm.task
 
-from .loss import CoreTuningLoss, FocalSupConLoss
+from .loss.core_tuning import CoreTuningLoss
+from .loss.focal_supcon import FocalSupConLoss
 from .mixup import HardPairMixup
 from .task import CoreTuningTask
 

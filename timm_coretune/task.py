@@ -16,7 +16,7 @@ from .checks import check_target
 from .classifier import classifier_parameters
 from .distributed import GlobalBatch
 from .grouping import group_matcher, no_weight_decay
-from .loss import CoreTuningLoss
+from .loss.core_tuning import CoreTuningLoss
 from .mixup import MixupDraws
 
 _logger = logging.getLogger(__name__)

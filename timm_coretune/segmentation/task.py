@@ -7,7 +7,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from ..distributed import GlobalBatch, process_index_and_count
-from ..loss import CoreTuningLoss
+from ..loss.core_tuning import CoreTuningLoss
 from ..mixup import MixupDraws
 from ..task import CoreTuningModule, CoreTuningTask
 from .anchors import sample_anchors

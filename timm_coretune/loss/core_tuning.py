@@ -2,12 +2,9 @@
 
 Paper: `Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning`
     - Yifan Zhang et al., NeurIPS 2021, https://arxiv.org/abs/2102.06605
-Without mixtures and focal factor the contrastive term is SupCon
-    - Prannay Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362
 
-Written from the papers. Unlike the released code of Core-tuning, which has no licence and was not copied, labels are
-compared rather than hashed, clean features receive gradient, the mean is over the positives, anchors are the clean
-images only, and nothing is run twice for a meter. A loss that is not finite is never replaced.
+Written from the paper. Unlike in the released code, which has no licence and was not copied, clean features receive
+gradient, and nothing is run twice for a meter. A loss that is not finite is never replaced.
 """
 
 from typing import Dict, Optional, Tuple
@@ -15,153 +12,12 @@ from typing import Dict, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from .checks import check_features, check_target
-from .distributed import GlobalBatch, process_index_and_count
-from .mining import at_least_float32, hard_label, normalize
-from .mixup import HardMixtures, HardPairMixup, Mixture, MixupDraws
-
-
-class FocalSupConLoss(nn.Module):
-    """Pulls images of one class together, weighting each positive by how badly it is predicted.
-
-    With p_ij the softmax over A_i of v_i.v_j / temperature, the loss is -(1 - p_ij) log p_ij, averaged over the
-    positives P_i of an anchor and then over all anchors. A_i is the batch but the anchor, and its own extra positive
-    and negative; P_i is its class in the batch but the anchor, and its extra positive. An anchor without any positive
-    counts 0. The factor (1 - p_ij) is differentiated. At chance the loss without it is near ln |A_i|.
-
-    Positional arguments of the call are those of pytorch-metric-learning's losses: embeddings, then labels.
-
-    Args:
-        temperature: Divides the cosine similarity, > 0. Lower values look harder at the nearest images.
-        focal: Weight positives by (1 - p_ij). Without it and without extras this is SupCon.
-
-    Raises:
-        ValueError: temperature is not positive.
-    """
-
-    def __init__(self, temperature: float = 0.07, focal: bool = True):
-        super().__init__()
-        if not temperature > 0.0:
-            raise ValueError(f'Expected temperature > 0, it divides cosines, got {temperature}. The paper uses 0.07.')
-        self.temperature = temperature
-        self.focal = focal
-
-    def extra_repr(self) -> str:
-        return f'temperature={self.temperature}, focal={self.focal}'
-
-    def forward(
-        self,
-        embedding: torch.Tensor,
-        label: torch.Tensor,
-        extra_positive: Optional[torch.Tensor] = None,
-        extra_negative: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """
-        Args:
-            embedding: Embeddings of the anchors, of any scale; normalised here (B, P).
-            label: Class indices of an integer dtype (B,), or soft targets (B, C), whose most probable class counts.
-            extra_positive: One more positive for each anchor, not shared with the others (B, P).
-            extra_negative: One more negative for each anchor, not shared with the others (B, P).
-
-        Returns:
-            Mean over the anchors in nats, a scalar of float32 or better. It is attached to the graph also when no
-            anchor has a positive and it is 0.
-
-        Raises:
-            ValueError: Shapes or dtypes do not fit.
-        """
-        check_features(embedding, 'embedding')
-        check_target(label, embedding.shape[0])
-        for name, extra in (('extra_positive', extra_positive), ('extra_negative', extra_negative)):
-            if extra is not None and extra.shape != embedding.shape:
-                raise ValueError(f'Expected {name} {tuple(embedding.shape)}, one per anchor, got {tuple(extra.shape)}.')
-        per_anchor = self.per_anchor(
-            normalize(embedding),
-            hard_label(label),
-            None if extra_positive is None else normalize(extra_positive),
-            None if extra_negative is None else normalize(extra_negative),
-        )
-        return per_anchor.mean()
-
-    def per_anchor(
-        self,
-        unit: torch.Tensor,
-        label: torch.Tensor,
-        unit_positive: Optional[torch.Tensor] = None,
-        unit_negative: Optional[torch.Tensor] = None,
-        has_negative: Optional[torch.Tensor] = None,
-        anchor: Optional[torch.Tensor] = None,
-    ) -> torch.Tensor:
-        """The loss of each anchor, on embeddings of unit length in float32 or better; nothing is checked.
-
-        Args:
-            unit: Embeddings of the batch (N, P).
-            label: Class index of each, negative for those that take no part (N,) int64.
-            unit_positive: Extra positive of each anchor (B, P).
-            unit_negative: Extra negative of each anchor (B, P).
-            has_negative: False for anchors whose extra negative does not exist (B,) bool.
-            anchor: Rows of the batch that are anchors (B,) int64, all in order when None.
-
-        Returns:
-            Loss per anchor in nats, 0 for those that take no part (B,).
-        """
-        candidate = torch.arange(unit.shape[0], device=unit.device)
-        anchor = candidate if anchor is None else anchor
-        own = unit.index_select(0, anchor)
-        own_label = label.index_select(0, anchor)
-        hidden = (anchor[:, None] == candidate) | (label < 0)
-        positive = (own_label[:, None] == label) & ~hidden
-        if unit_positive is None:
-            hidden = hidden & ~hidden.all(dim=1, keepdim=True)  # a softmax over nothing would be NaN
-        with torch.autocast(device_type=unit.device.type, enabled=False):
-            logits = [(own @ unit.T).masked_fill(hidden, float('-inf'))]
-            positives = [positive]
-            if unit_positive is not None:
-                logits.append((own * unit_positive).sum(dim=-1, keepdim=True))
-                positives.append(torch.ones_like(hidden[:, :1]))
-            if unit_negative is not None:
-                negative = (own * unit_negative).sum(dim=-1, keepdim=True)
-                logits.append(
-                    negative if has_negative is None else negative.masked_fill(~has_negative[:, None], float('-inf'))
-                )
-                positives.append(torch.zeros_like(hidden[:, :1]))
-            positive = torch.cat(positives, dim=1)
-            log_p = (torch.cat(logits, dim=1) / self.temperature).log_softmax(dim=1).masked_fill(~positive, 0.0)
-            pair_loss = torch.expm1(log_p) * log_p if self.focal else -log_p
-            per_anchor = pair_loss.sum(dim=1) / positive.sum(dim=1).clamp(min=1)
-            return per_anchor.masked_fill(own_label < 0, 0.0)
-
-
-class ProjectionHead(nn.Module):
-    """Linear, ReLU, Linear: maps features to the space of the contrast. It is dropped after training.
-
-    Args:
-        num_features: Width D of the features and of the hidden layer.
-        projection_dim: Width P of the embedding.
-    """
-
-    def __init__(self, num_features: int, projection_dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(num_features, num_features)
-        self.act = nn.ReLU(inplace=True)
-        self.fc2 = nn.Linear(num_features, projection_dim)
-
-    def forward(
-        self,
-        features: torch.Tensor,
-        mixtures: Optional[HardMixtures] = None,
-        batch: Optional[GlobalBatch] = None,
-    ) -> torch.Tensor:
-        """Embed features (B, D), and their mixtures if given, as unit vectors in float32 or better (B or 3B, P).
-
-        The first layer is affine, so its output for a mixture of inputs is the same mixture of its outputs: the D x D
-        product is paid for B rows. Mixture indices count the rows of the global batch.
-        """
-        hidden = self.fc1(features.to(self.fc1.weight.dtype))
-        if mixtures is not None:
-            all_hidden = batch.gather(hidden)
-            hidden = torch.cat([hidden, mixtures.positive.mix(all_hidden), mixtures.negative.mix(all_hidden)])
-        return normalize(self.fc2(self.act(hidden)))
+from ..checks import check_features, check_target
+from ..distributed import GlobalBatch, process_index_and_count
+from ..mining import at_least_float32, hard_label
+from ..mixup import HardMixtures, HardPairMixup, Mixture, MixupDraws
+from .focal_supcon import FocalSupConLoss
+from .projection import ProjectionHead
 
 
 class CoreTuningLoss(nn.Module):

@@ -1,0 +1,42 @@
+"""Projection head: from features to the embedding that is contrasted"""
+
+from typing import Optional
+
+import torch
+import torch.nn as nn
+
+from ..distributed import GlobalBatch
+from ..mining import normalize
+from ..mixup import HardMixtures
+
+
+class ProjectionHead(nn.Module):
+    """Linear, ReLU, Linear: maps features to the space of the contrast. It is dropped after training.
+
+    Args:
+        num_features: Width D of the features and of the hidden layer.
+        projection_dim: Width P of the embedding.
+    """
+
+    def __init__(self, num_features: int, projection_dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(num_features, num_features)
+        self.act = nn.ReLU(inplace=True)
+        self.fc2 = nn.Linear(num_features, projection_dim)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        mixtures: Optional[HardMixtures] = None,
+        batch: Optional[GlobalBatch] = None,
+    ) -> torch.Tensor:
+        """Embed features (B, D), and their mixtures if given, as unit vectors in float32 or better (B or 3B, P).
+
+        The first layer is affine, so its output for a mixture of inputs is the same mixture of its outputs: the D x D
+        product is paid for B rows. Mixture indices count the rows of the global batch.
+        """
+        hidden = self.fc1(features.to(self.fc1.weight.dtype))
+        if mixtures is not None:
+            all_hidden = batch.gather(hidden)
+            hidden = torch.cat([hidden, mixtures.positive.mix(all_hidden), mixtures.negative.mix(all_hidden)])
+        return normalize(self.fc2(self.act(hidden)))
