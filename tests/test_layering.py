@@ -12,8 +12,7 @@ ROOT = Path(timm_coretune.__file__).parent
 LEVELS = {  # a module imports from lower levels only, or from its own package
     'checks': 0,
     'version': 0,
-    'classifier': 0,
-    'grouping': 0,
+    'timm_model': 0,
     'tables': 0,
     'mining': 1,
     'mixup': 2,

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_coretune import CoreTuningTask
-from timm_coretune.task import get_feature_dim
+from timm_coretune.timm_model import get_feature_dim
 
 TIMM_VERSION = '1.0.31'  # whose modules and names the tables hold
 NUM_CLASSES = 4

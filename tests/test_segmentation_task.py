@@ -16,11 +16,11 @@ from segmentation_task_worker import SCENARIOS, WORLD_SIZE, all_images, make_tas
 from timm.optim import create_optimizer_v2
 
 from timm_coretune import CoreTuningLoss
-from timm_coretune.classifier import get_classifiers
 from timm_coretune.distributed import GlobalBatch
 from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation import SegmentationModel, SegmentationTask, create_segmentation_model
 from timm_coretune.segmentation.dense import DenseCrossEntropy, check_masks
+from timm_coretune.timm_model import get_classifiers
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
 
 NUM_CLASSES = 5

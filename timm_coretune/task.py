@@ -13,34 +13,12 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .checks import check_target
-from .classifier import classifier_parameters
 from .distributed import GlobalBatch
-from .grouping import group_matcher, no_weight_decay
 from .loss.core_tuning import CoreTuningLoss
 from .mixup import MixupDraws
+from .timm_model import classifier_parameters, get_feature_dim, group_matcher, no_weight_decay
 
 _logger = logging.getLogger(__name__)
-
-
-def get_feature_dim(model: nn.Module) -> int:
-    """Width of the pre-logits features of a timm classifier.
-
-    Raises:
-        ValueError: The model has no classifier or does not tell the width.
-    """
-    num_classes = getattr(model, 'num_classes', None)
-    if not num_classes or not hasattr(model, 'forward_head') or not hasattr(model, 'get_classifier'):
-        raise ValueError(
-            f'Expected a timm classifier with forward_features, forward_head and num_classes > 0, got '
-            f'{type(model).__name__} with num_classes={num_classes}. Create the model with num_classes=<your classes>.'
-        )
-    feature_dim = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
-    if not feature_dim:
-        raise ValueError(
-            f'{type(model).__name__} has neither head_hidden_size nor num_features, the width before its classifier. '
-            'Pass criterion=CoreTuningLoss(num_features=...).'
-        )
-    return feature_dim
 
 
 class _ClassifierInput:

@@ -6,7 +6,7 @@ from typing import Callable, Dict, FrozenSet, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ..classifier import classifier_parameters
+from ..timm_model import classifier_parameters
 
 
 class Target(NamedTuple):

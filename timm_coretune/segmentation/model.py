@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from ..checkpoint import load_checkpoint
-from ..grouping import group_matcher, no_weight_decay
+from ..timm_model import group_matcher, no_weight_decay
 from .decoder import HEADS, create_decoder
 from .maps import FeatureMaps, compute_maps, find_maps, freeze_unused, resize_backbone
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from ..classifier import classifier_parameters, get_classifiers
+from ..timm_model import classifier_parameters, get_classifiers
 
 
 def _plain_model(task: TrainingTask) -> nn.Module:
