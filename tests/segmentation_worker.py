@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from ranks import join_ranks, save_found
 
-from timm_coretune.segmentation.evaluator import SegmentationEvaluator
+from timm_coretune.evaluation.segmentation import SegmentationEvaluator
 
 NUM_CLASSES = 6
 IGNORED = 255

@@ -19,13 +19,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
+from timm_coretune.evaluation.classification import EvalMetrics
 from timm_coretune.report import plot_confusion
 from timm_coretune.train import Trainer
 from timm_coretune.train.arguments import parse_args
 from timm_coretune.train.datasets import Datasets, create_datasets
 from timm_coretune.train.loop import LoopConfig
 from timm_coretune.train.main import run
-from timm_coretune.train.metrics import EvalMetrics
 from timm_coretune.train.optimization import create_optimizer, create_schedule
 from timm_coretune.train.overview import log_contrast, log_data, log_optimization
 

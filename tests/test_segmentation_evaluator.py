@@ -10,8 +10,8 @@ from ranks import launch_ranks
 from segmentation_worker import IGNORED, NUM_CLASSES, batches
 from sklearn.metrics import confusion_matrix, jaccard_score
 
+from timm_coretune.evaluation.segmentation import SegmentationEvaluator
 from timm_coretune.report import plot_confusion
-from timm_coretune.segmentation.evaluator import SegmentationEvaluator
 
 NAMES = ['sky', 'road', 'car', 'tree']
 KEYS = ['loss', 'pa', 'mpa', 'miou', 'fwiou']

@@ -1,6 +1,6 @@
 """Semantic segmentation: any timm backbone with a head of torchvision, and Core-tuning of its pixels"""
 
-from .evaluator import SegmentationEvaluator as SegmentationEvaluator
+from ..evaluation.segmentation import SegmentationEvaluator as SegmentationEvaluator
 from .files import export_segmentation_model as export_segmentation_model
 from .files import load_segmentation_model as load_segmentation_model
 from .model import SegmentationModel as SegmentationModel

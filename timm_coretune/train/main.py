@@ -13,6 +13,7 @@ from huggingface_hub import get_token
 from timm.data import resolve_data_config
 from timm.utils import random_seed, setup_default_logging
 
+from ..evaluation.classification import EvalMetrics
 from ..hub.export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
 from ..hub.upload import quiet_requests
 from ..segmentation import SegmentationEvaluator
@@ -24,7 +25,6 @@ from .freezing import BackboneFreezer
 from .loaders import LoaderFactory, Loaders, mean_batch_size
 from .loop import LoopConfig, Trainer
 from .meters import DivergedError
-from .metrics import EvalMetrics
 from .model import create_backbone, create_task, place_model, resolve_num_classes
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from .outcome import continue_command, print_results, push, summarize

@@ -2,12 +2,11 @@
 
 import logging
 import os
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from accelerate import Accelerator
 
-from ..tables import complete_names, write_confusion, write_records
+from .tables import complete_names, write_confusion, write_records
 
 _logger = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class EvalMetrics:
         names: Sequence[str],
         num_classes: int,
         class_names: Optional[List[str]],
-        accelerator: Accelerator,
+        accelerator: Any,
     ):
         try:
             from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix

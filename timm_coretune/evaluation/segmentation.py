@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import wrong_classes
-from ..tables import complete_names, write_confusion, write_records
+from .tables import complete_names, write_confusion, write_records
 
 
 class SegmentationEvaluator:
