@@ -20,7 +20,7 @@ from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.evaluation.classification import EvalMetrics
-from timm_coretune.report import plot_confusion
+from timm_coretune.report.plots import plot_confusion
 from timm_coretune.train import Trainer
 from timm_coretune.train.arguments import parse_args
 from timm_coretune.train.datasets import Datasets, create_datasets

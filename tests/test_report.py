@@ -7,7 +7,7 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from timm_coretune.report import plot_curves, plot_segmentation, read_summary
+from timm_coretune.report.plots import plot_curves, plot_segmentation, read_summary
 
 SUMMARY = 'epoch,train_loss,train_contrast,eval_loss,eval_top1,lr\n0,2.5,1.5,0.9,70.0,0.1\n1,2.0,1.2,0.7,80.0,0.05\n'
 

@@ -11,7 +11,7 @@ from segmentation_worker import IGNORED, NUM_CLASSES, batches
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from timm_coretune.evaluation.segmentation import SegmentationEvaluator
-from timm_coretune.report import plot_confusion
+from timm_coretune.report.plots import plot_confusion
 
 NAMES = ['sky', 'road', 'car', 'tree']
 KEYS = ['loss', 'pa', 'mpa', 'miou', 'fwiou']

@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 
 from ..hub.push import push_command, push_run
 from ..hub.upload import NOT_PUSHED, HubError
-from ..report import plot_confusion, plot_curves
+from ..report.plots import plot_confusion, plot_curves
 from .datasets import Datasets
 from .loop import LOWER_IS_BETTER, Trainer
 from .pixels import draw_predictions

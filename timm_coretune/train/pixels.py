@@ -13,7 +13,7 @@ from timm.task import ClassificationTask, TrainingTask
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
 
 from ..checkpoint import load_checkpoint
-from ..report import plot_segmentation
+from ..report.plots import plot_segmentation
 from ..segmentation import (
     SegmentationModel,
     SegmentationTask,
