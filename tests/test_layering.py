@@ -20,6 +20,7 @@ LEVELS = {  # a module imports from lower levels only, or from its own package
     'loss': 3,
     'checkpoint': 3,
     'report': 3,
+    'export': 3,
     'task': 4,
     'hub': 4,
     'register': 5,

@@ -12,8 +12,7 @@ import yaml
 from safetensors import safe_open
 from timm.models import get_pretrained_cfg, is_model
 
-from .card import CardFacts, create_card
-from .export import (
+from ..export import (
     CONFIG_NAME,
     SEGMENTATION_CONFIG_NAME,
     SEGMENTATION_WEIGHTS_NAME,
@@ -21,6 +20,7 @@ from .export import (
     export_backbone,
     export_model,
 )
+from .card import CardFacts, create_card
 from .upload import upload
 
 RUN_WEIGHTS_NAME = 'model_best.safetensors'

@@ -8,7 +8,7 @@ import huggingface_hub
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..checkpoint.source import explain_hub_error, hub_id_of
-from ..hub.export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
+from ..export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
 from ..hub.push import RUN_WEIGHTS_NAME
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.utils import unwrap_model
 
-from ..hub.export import (
+from ..export import (
     CONFIG_NAME,
     SEGMENTATION_CONFIG_NAME,
     SEGMENTATION_WEIGHTS_NAME,

@@ -14,7 +14,7 @@ from timm.data import resolve_data_config
 from timm.utils import random_seed, setup_default_logging
 
 from ..evaluation.classification import EvalMetrics
-from ..hub.export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
+from ..export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
 from ..hub.upload import quiet_requests
 from ..segmentation import SegmentationEvaluator
 from ..segmentation.files import write_segmentation_config
