@@ -8,8 +8,8 @@ import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
+from .architectures import build_on_meta, candidates, fitting_models
 from .load import open_checkpoint, read_npz
-from .nearest import build_on_meta, candidates, fitting_models
 from .plan import Plan, make_plan
 from .read import Checkpoint
 from .report import CheckpointReport

@@ -10,12 +10,12 @@ import torch
 import torch.nn as nn
 
 from .plan import make_plan
+from .pretraining import write_data_config
 from .read import Checkpoint, read_files
 from .releases import RELEASES
 from .report import CheckpointReport
 from .source import resolve_source
 from .target import create_target
-from .unseen import write_data_config
 
 _logger = logging.getLogger(__name__)
 

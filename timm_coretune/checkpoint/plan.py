@@ -6,13 +6,13 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
+from .architectures import fitting_models
 from .mapping import Mapping, search, state_dicts, strip
-from .nearest import fitting_models
+from .pretraining import contradictions, data_config, unknowns
 from .read import Checkpoint
 from .report import CheckpointReport, few
 from .rules import HEADS, REFUSALS
 from .target import Target
-from .unseen import contradictions, data_config, unknowns
 
 
 class Plan(NamedTuple):

@@ -8,9 +8,9 @@ import torch.nn as nn
 from timm.models import create_model, is_model
 
 from .mapping import search, state_dicts
+from .pretraining import contradictions
 from .read import Checkpoint
 from .target import create_target
-from .unseen import contradictions
 
 Architecture = Tuple[str, Dict[str, Any]]
 
