@@ -10,10 +10,10 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 
-from timm_coretune.segmentation.dataset import open_dataset
-from timm_coretune.segmentation.masks import check_mask, count_classes, read_mask
-from timm_coretune.segmentation.palette import VOC_CLASSES, voc_palette, write_mask
-from timm_coretune.segmentation.sources import open_folders, resolve_split
+from timm_coretune.segmentation.data.dataset import open_dataset
+from timm_coretune.segmentation.data.folders import open_folders, resolve_split
+from timm_coretune.segmentation.data.masks import check_mask, count_classes, read_mask
+from timm_coretune.segmentation.data.palette import VOC_CLASSES, voc_palette, write_mask
 
 
 def save(path, values, mode=None):

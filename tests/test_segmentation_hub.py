@@ -21,8 +21,8 @@ from safetensors.torch import load_file, save_file
 from timm_coretune.export import export_model, save_weights, write_config
 from timm_coretune.hub import HubError, push_run
 from timm_coretune.segmentation import load_segmentation_model, predict_image
-from timm_coretune.segmentation.fetch import find_model_files
-from timm_coretune.segmentation.sample import FashionScenes
+from timm_coretune.segmentation.data.scenes import FashionScenes
+from timm_coretune.segmentation.locate import find_model_files
 from timm_coretune.train import main
 
 SAMPLE = str(ROOT / 'timm_coretune' / 'assets' / 'fashion_mnist_sample.safetensors')

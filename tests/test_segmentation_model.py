@@ -20,12 +20,12 @@ from timm_coretune.segmentation import (
     export_segmentation_model,
     load_segmentation_model,
     predict_image,
-    sample,
 )
 from timm_coretune.segmentation.__main__ import run as run_command
+from timm_coretune.segmentation.data import scenes as sample
+from timm_coretune.segmentation.data.masks import read_mask
+from timm_coretune.segmentation.data.palette import voc_palette
 from timm_coretune.segmentation.decoder import _BatchNormOfOne
-from timm_coretune.segmentation.masks import read_mask
-from timm_coretune.segmentation.palette import voc_palette
 from timm_coretune.segmentation.predict import find_images, predict
 
 NUM_CLASSES = 4

@@ -24,7 +24,7 @@ from sklearn.metrics import confusion_matrix
 import timm_coretune
 from timm_coretune.segmentation import predict_image
 from timm_coretune.segmentation.__main__ import run as run_segmentation
-from timm_coretune.segmentation.sample import FashionScenes, write_voc
+from timm_coretune.segmentation.data.scenes import FashionScenes, write_voc
 from timm_coretune.train import Trainer, main
 from timm_coretune.train.arguments import parse_args
 from timm_coretune.train.main import run

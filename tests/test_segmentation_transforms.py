@@ -11,9 +11,14 @@ from safetensors.numpy import save_file
 from torchvision import tv_tensors
 
 import timm_coretune
-from timm_coretune.segmentation.dataset import open_dataset
-from timm_coretune.segmentation.sample import FashionScenes, write_voc
-from timm_coretune.segmentation.transforms import create_eval_transform, create_train_transform, fitted_size, restore
+from timm_coretune.segmentation.data.dataset import open_dataset
+from timm_coretune.segmentation.data.scenes import FashionScenes, write_voc
+from timm_coretune.segmentation.data.transforms import (
+    create_eval_transform,
+    create_train_transform,
+    fitted_size,
+    restore,
+)
 
 GARMENTS = str(Path(timm_coretune.__file__).parent / 'assets' / 'fashion_mnist_sample.safetensors')
 ZERO, ONE = (0.0,) * 3, (1.0,) * 3

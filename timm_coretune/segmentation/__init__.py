@@ -1,8 +1,8 @@
 """Semantic segmentation: any timm backbone with a head of torchvision, and Core-tuning of its pixels"""
 
 from ..evaluation.segmentation import SegmentationEvaluator as SegmentationEvaluator
-from .files import export_segmentation_model as export_segmentation_model
-from .files import load_segmentation_model as load_segmentation_model
+from .export import export_segmentation_model as export_segmentation_model
+from .export import load_segmentation_model as load_segmentation_model
 from .model import SegmentationModel as SegmentationModel
 from .model import create_segmentation_model as create_segmentation_model
 from .predict import predict_image as predict_image

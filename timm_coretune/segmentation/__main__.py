@@ -12,9 +12,9 @@ from typing import List, Optional
 import torch
 from timm.utils import setup_default_logging
 
-from .files import load_segmentation_model
+from .data.scenes import FashionScenes, write_voc
+from .export import load_segmentation_model
 from .predict import predict
-from .sample import FashionScenes, write_voc
 
 _SAMPLE_NAME = 'fashion_mnist_sample.safetensors'
 

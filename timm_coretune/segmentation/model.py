@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..checkpoint import load_checkpoint
 from ..timm_model import group_matcher, no_weight_decay
 from .decoder import HEADS, create_decoder
-from .maps import FeatureMaps, compute_maps, find_maps, freeze_unused, resize_backbone
+from .feature_maps import FeatureMaps, compute_maps, find_maps, freeze_unused, resize_backbone
 
 
 class SegmentationModel(nn.Module):

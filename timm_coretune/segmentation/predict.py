@@ -11,10 +11,10 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from .data.folders import IMAGE_EXTENSIONS
+from .data.palette import write_mask
+from .data.transforms import create_eval_transform, restore
 from .model import SegmentationModel
-from .palette import write_mask
-from .sources import IMAGE_EXTENSIONS
-from .transforms import create_eval_transform, restore
 
 _logger = logging.getLogger(__name__)
 

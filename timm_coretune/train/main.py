@@ -17,7 +17,7 @@ from ..evaluation.classification import EvalMetrics
 from ..export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
 from ..hub.upload import quiet_requests
 from ..segmentation import SegmentationEvaluator
-from ..segmentation.files import write_segmentation_config
+from ..segmentation.export import write_segmentation_config
 from .arguments import ParsedArguments, import_device_modules, parse_args, split_names
 from .datasets import Datasets, create_datasets
 from .folder import DEFAULT_OUTPUT, take_folder

@@ -21,11 +21,12 @@ from ..segmentation import (
     load_segmentation_model,
     predict_image,
 )
-from ..segmentation.dataset import SegmentationDataset, open_dataset
+from ..segmentation.data.dataset import SegmentationDataset, open_dataset
+from ..segmentation.data.folders import read_lines
+from ..segmentation.data.masks import IGNORE_INDEX
+from ..segmentation.data.palette import voc_palette
+from ..segmentation.data.transforms import INTERPOLATIONS, create_eval_transform, create_train_transform
 from ..segmentation.dense import DenseCrossEntropy
-from ..segmentation.palette import IGNORE_INDEX, voc_palette
-from ..segmentation.sources import read_lines
-from ..segmentation.transforms import INTERPOLATIONS, create_eval_transform, create_train_transform
 from .sampling import make_resumable
 
 _logger = logging.getLogger(__name__)

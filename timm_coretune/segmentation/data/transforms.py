@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode, functional
 
-from .palette import IGNORE_INDEX
+from .masks import IGNORE_INDEX
 
 INTERPOLATIONS = {  # timm's names, as far as tensors can be resized so
     'nearest': InterpolationMode.NEAREST_EXACT,

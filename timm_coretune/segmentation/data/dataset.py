@@ -7,11 +7,10 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
+from .folders import Source, open_folders, read_lines
 from .libraries import HfSource, TorchvisionSource
-from .masks import check_mask, count_classes, read_mask
-from .palette import IGNORE_INDEX
-from .sample import FashionScenes
-from .sources import Source, open_folders, read_lines
+from .masks import IGNORE_INDEX, check_mask, count_classes, read_mask
+from .scenes import FashionScenes
 
 IMAGE_MODES = ('RGB', 'L')
 

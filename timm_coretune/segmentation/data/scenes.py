@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
-from .masks import read_mask
-from .palette import IGNORE_INDEX, save_image, write_mask
-from .sources import TRAIN_SPLITS, Source, resolve_split
+from .folders import TRAIN_SPLITS, Source, resolve_split
+from .masks import IGNORE_INDEX, read_mask
+from .palette import save_image, write_mask
 
 SCENE_SIZE = 96
 GARMENT_SIZES = (24, 64)  # pixels, smallest and largest

@@ -20,9 +20,9 @@ from ..export import (
     write_config,
     write_json,
 )
-from .fetch import find_model_files
+from .data.masks import IGNORE_INDEX
+from .locate import find_model_files
 from .model import SegmentationModel, create_segmentation_model
-from .palette import IGNORE_INDEX
 
 
 def write_segmentation_config(

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..checks import wrong_classes
-from .palette import IGNORE_INDEX
+from ...checks import wrong_classes
+
+IGNORE_INDEX = 255  # void: neither trained on nor counted
 
 
 def read_mask(

@@ -5,8 +5,9 @@ from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 from PIL import Image
 from torchvision import datasets as tv_datasets
 
-from .palette import IGNORE_INDEX, VOC_CLASSES
-from .sources import resolve_split
+from .folders import resolve_split
+from .masks import IGNORE_INDEX
+from .palette import VOC_CLASSES
 
 IMAGE_COLUMNS = ('image', 'img', 'pixel_values')
 MASK_COLUMNS = ('mask', 'annotation', 'label', 'labels', 'segmentation', 'segmentation_mask')

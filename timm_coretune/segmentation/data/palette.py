@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from PIL import Image
 
-IGNORE_INDEX = 255  # void: neither trained on nor counted
 VOC_CLASSES = (
     'background',
     'aeroplane',
