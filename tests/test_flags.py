@@ -13,8 +13,8 @@ from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 from timm.utils import ParseKwargs
 
-from timm_coretune.train.arguments import find_contradictions, parse_args
-from timm_coretune.train.flags import PRESETS, create_parser
+from timm_coretune.train.cli.arguments import find_contradictions, parse_args
+from timm_coretune.train.cli.flags import PRESETS, create_parser
 
 PACKAGE = ROOT / 'timm_coretune'
 TIMM_OPTIONS = json.loads((ROOT / 'tests' / 'timm_train_flags.json').read_text())['options']

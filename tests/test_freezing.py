@@ -12,7 +12,7 @@ from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.train import main
-from timm_coretune.train.arguments import parse_args
+from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
 from timm_coretune.train.optimization import create_optimizer, create_schedule, resolve_lr
 

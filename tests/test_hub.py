@@ -27,7 +27,7 @@ from timm_coretune.hub import HubError, push_run
 from timm_coretune.hub.__main__ import run as run_cli
 from timm_coretune.hub.card import CardFacts, create_card
 from timm_coretune.train import main
-from timm_coretune.train.arguments import parse_args
+from timm_coretune.train.cli.arguments import parse_args
 
 DATA_CONFIG = dict(
     input_size=(3, 48, 48), interpolation='bilinear', mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), crop_pct=0.8,

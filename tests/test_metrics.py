@@ -22,12 +22,12 @@ from timm_coretune import CoreTuningTask
 from timm_coretune.evaluation.classification import EvalMetrics
 from timm_coretune.report.plots import plot_confusion
 from timm_coretune.train import Trainer
-from timm_coretune.train.arguments import parse_args
-from timm_coretune.train.datasets import Datasets, create_datasets
+from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.data.datasets import Datasets, create_datasets
 from timm_coretune.train.loop import LoopConfig
 from timm_coretune.train.main import run
 from timm_coretune.train.optimization import create_optimizer, create_schedule
-from timm_coretune.train.overview import log_contrast, log_data, log_optimization
+from timm_coretune.train.run.first_lines import log_contrast, log_data, log_optimization
 
 NAMES = ['ant', 'bee', 'cat', 'dog', 'elk']
 

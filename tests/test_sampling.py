@@ -20,19 +20,14 @@ from timm.task import ClassificationTask
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
 from timm_coretune.train import Trainer
-from timm_coretune.train.arguments import parse_args
-from timm_coretune.train.batches import batches_from
-from timm_coretune.train.datasets import LabelledSubset, create_datasets, get_labels
-from timm_coretune.train.loaders import LoaderFactory
+from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.data.batches import batches_from
+from timm_coretune.train.data.class_balance import ClassBalancedBatchSampler, expected_positives
+from timm_coretune.train.data.datasets import LabelledSubset, create_datasets, get_labels
+from timm_coretune.train.data.loaders import LoaderFactory
+from timm_coretune.train.data.resumable import EpochBatchSampler, SeededCollate
+from timm_coretune.train.data.seeding import make_key, seeded
 from timm_coretune.train.loop import LoopConfig
-from timm_coretune.train.sampling import (
-    ClassBalancedBatchSampler,
-    EpochBatchSampler,
-    SeededCollate,
-    expected_positives,
-    make_key,
-    seeded,
-)
 
 
 @pytest.fixture(scope='module')
@@ -455,7 +450,7 @@ def test_labels_that_cannot_be_told_are_none(tmp_path):
 
 @pytest.mark.parametrize('flags', [['--label-fraction', '0.5'], ['--class-balance', '-b', '4']], ids=lambda f: f[0])
 def test_a_data_set_that_cannot_tell_its_labels_says_so(monkeypatch, images, flags):
-    monkeypatch.setattr('timm_coretune.train.datasets.get_labels', lambda dataset: None)
-    monkeypatch.setattr('timm_coretune.train.loaders.get_labels', lambda dataset: None)
+    monkeypatch.setattr('timm_coretune.train.data.datasets.get_labels', lambda dataset: None)
+    monkeypatch.setattr('timm_coretune.train.data.loaders.get_labels', lambda dataset: None)
     with pytest.raises(ValueError, match=f'knows the labels of all images for {flags[0]}'):
         create_loaders(images, *flags)

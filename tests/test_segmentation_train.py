@@ -26,7 +26,7 @@ from timm_coretune.segmentation import predict_image
 from timm_coretune.segmentation.__main__ import run as run_segmentation
 from timm_coretune.segmentation.data.scenes import FashionScenes, write_voc
 from timm_coretune.train import Trainer, main
-from timm_coretune.train.arguments import parse_args
+from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.main import run
 
 SAMPLE = str(ROOT / 'timm_coretune' / 'assets' / 'fashion_mnist_sample.safetensors')

@@ -19,8 +19,8 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
 from timm_coretune.train import Trainer, main
-from timm_coretune.train.folder import find_newest_state, progress_of, read_state, take_folder
-from timm_coretune.train.state import RunState, resume
+from timm_coretune.train.run.folder import find_newest_state, progress_of, read_state, take_folder
+from timm_coretune.train.run.resume import RunState, resume
 
 
 @pytest.fixture(scope='module')
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, take):
 FULL_DISK = """
     import resource, sys
     from timm_coretune.train import main
-    from timm_coretune.train.record import RunRecord
+    from timm_coretune.train.run.record import RunRecord
     from accelerate.state import AcceleratorState
 
     original = RunRecord.save_epoch

@@ -25,11 +25,11 @@ from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.train import Trainer, main
-from timm_coretune.train.arguments import parse_args
-from timm_coretune.train.batches import num_own_samples
-from timm_coretune.train.datasets import create_datasets
+from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.data.batches import num_own_samples
+from timm_coretune.train.data.datasets import create_datasets
+from timm_coretune.train.data.safetensors_reader import ReaderSafetensors
 from timm_coretune.train.loop import LoopConfig
-from timm_coretune.train.reader import ReaderSafetensors
 
 
 @pytest.fixture

@@ -8,17 +8,17 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from timm.task import TrainingTask
 from timm.utils import AverageMeter, distribute_bn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..task import CoreTuningTask
-from .batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
+from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
+from .data.seeding import make_key, seed_generators
 from .freezing import BackboneFreezer
-from .meters import AccuracyMeter, LossMeter
-from .sampling import make_key, seed_generators
+from .loss_meter import AccuracyMeter, LossMeter
+from .processes import is_sharded
 
 _logger = logging.getLogger(__name__)
 
@@ -70,11 +70,6 @@ class LoopConfig:
 
 def _format_losses(now: Dict[str, float], average: Dict[str, float]) -> str:
     return '  '.join(f'{name.capitalize()}: {now[name]:#.3g} ({average[name]:#.3g})' for name in now)
-
-
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether no process holds whole weights, or whole optimizer state."""
-    return accelerator.is_fsdp2 or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

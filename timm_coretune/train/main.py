@@ -18,21 +18,21 @@ from ..export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
 from ..hub.upload import quiet_requests
 from ..segmentation import SegmentationEvaluator
 from ..segmentation.export import write_segmentation_config
-from .arguments import ParsedArguments, import_device_modules, parse_args, split_names
-from .datasets import Datasets, create_datasets
-from .folder import DEFAULT_OUTPUT, take_folder
+from .cli.arguments import ParsedArguments, import_device_modules, parse_args, split_names
+from .data.datasets import Datasets, create_datasets
+from .data.loaders import LoaderFactory, Loaders, mean_batch_size
 from .freezing import BackboneFreezer
-from .loaders import LoaderFactory, Loaders, mean_batch_size
 from .loop import LoopConfig, Trainer
-from .meters import DivergedError
+from .loss_meter import DivergedError
 from .model import create_backbone, create_task, place_model, resolve_num_classes
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from .outcome import continue_command, print_results, push, summarize
-from .overview import log_contrast, log_data, log_optimization
-from .pixels import create_pixel_model, resolve_pixel_config
 from .processes import check_strategy, create_accelerator, start_trackers
-from .record import RunRecord
-from .state import RunState, resolve_resume, resume, setup_ema
+from .run.finish import continue_command, print_results, push, summarize
+from .run.first_lines import log_contrast, log_data, log_optimization
+from .run.folder import DEFAULT_OUTPUT, take_folder
+from .run.record import RunRecord
+from .run.resume import RunState, resolve_resume, resume, setup_ema
+from .segmentation import create_pixel_model, resolve_pixel_config
 
 _logger = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
 from ..task import CoreTuningTask
-from .arguments import mixes_pixels
-from .datasets import get_in_chans
-from .pixels import create_pixel_task
+from .cli.arguments import mixes_pixels
+from .data.datasets import get_in_chans
+from .segmentation import create_pixel_task
 
 _logger = logging.getLogger(__name__)
 

@@ -8,9 +8,8 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 
-from .arguments import ParsedArguments, split_names
-from .folder import DEFAULT_OUTPUT
-from .loop import is_sharded
+from .cli.arguments import ParsedArguments, split_names
+from .run.folder import DEFAULT_OUTPUT
 
 _logger = logging.getLogger(__name__)
 
@@ -47,6 +46,11 @@ def create_accelerator(parsed: ParsedArguments) -> Accelerator:
             'torch, and what accelerate launch was given.'
         )
     return accelerator
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether no process holds whole weights, or whole optimizer state."""
+    return accelerator.is_fsdp2 or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_strategy(args: argparse.Namespace, accelerator: Accelerator) -> None:

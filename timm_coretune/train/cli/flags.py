@@ -4,7 +4,7 @@ import argparse
 import difflib
 from typing import List, Optional
 
-from ..segmentation.decoder import HEADS
+from ...segmentation.decoder import HEADS
 from .timm_flags import add_timm_flags
 
 PRESETS = ('cnn', 'vit')

@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
 from torch.utils.data import Dataset, IterableDataset
 
-from .arguments import mixes_pixels
+from ..cli.arguments import mixes_pixels
+from ..segmentation import create_train_loader, create_validation_loader
+from .class_balance import ClassBalancedBatchSampler
 from .datasets import Datasets, get_labels
-from .pixels import create_train_loader, create_validation_loader
-from .sampling import ClassBalancedBatchSampler, make_resumable
+from .resumable import make_resumable
 
 
 class Loaders(NamedTuple):

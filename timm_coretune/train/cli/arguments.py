@@ -11,7 +11,7 @@ import timm
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..segmentation.data.transforms import INTERPOLATIONS
+from ...segmentation.data.transforms import INTERPOLATIONS
 from .flags import PRESETS, create_parser
 
 

@@ -16,11 +16,11 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ..export import save_weights
-from ..hub.push import RUN_WEIGHTS_NAME as WEIGHTS_NAME
+from ...export import save_weights
+from ...hub.push import RUN_WEIGHTS_NAME as WEIGHTS_NAME
+from ..loop import LOWER_IS_BETTER, Trainer
 from .folder import progress_of, read_state
-from .loop import LOWER_IS_BETTER, Trainer
-from .state import RunState
+from .resume import RunState
 
 LAST_NAME = 'last.pth.tar'
 SUMMARY_NAME = 'summary.csv'

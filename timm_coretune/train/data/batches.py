@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
-from .sampling import EpochBatchSampler, SeededErasing
+from .resumable import EpochBatchSampler, SeededErasing
 
 _logger = logging.getLogger(__name__)
 

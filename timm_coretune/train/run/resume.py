@@ -11,8 +11,8 @@ from accelerate.utils import gather_object
 from timm.task import TrainingTask, load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import unwrap_model
 
+from ..loop import Trainer
 from .folder import find_newest_state, progress_of, read_state
-from .loop import Trainer
 
 _logger = logging.getLogger(__name__)
 

@@ -10,8 +10,8 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from .datasets import Datasets, get_labels
-from .sampling import expected_positives
+from ..data.class_balance import expected_positives
+from ..data.datasets import Datasets, get_labels
 
 _logger = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ from typing import Any, Dict, List
 
 from timm.utils import unwrap_model
 
-from ..hub.push import push_command, push_run
-from ..hub.upload import NOT_PUSHED, HubError
-from ..report.plots import plot_confusion, plot_curves
-from .datasets import Datasets
-from .loop import LOWER_IS_BETTER, Trainer
-from .pixels import draw_predictions
+from ...hub.push import push_command, push_run
+from ...hub.upload import NOT_PUSHED, HubError
+from ...report.plots import plot_confusion, plot_curves
+from ..data.datasets import Datasets
+from ..loop import LOWER_IS_BETTER, Trainer
+from ..segmentation import draw_predictions
 from .record import SUMMARY_NAME, WEIGHTS_NAME, RunRecord
 
 _logger = logging.getLogger(__name__)

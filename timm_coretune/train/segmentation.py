@@ -27,7 +27,7 @@ from ..segmentation.data.masks import IGNORE_INDEX
 from ..segmentation.data.palette import voc_palette
 from ..segmentation.data.transforms import INTERPOLATIONS, create_eval_transform, create_train_transform
 from ..segmentation.dense import DenseCrossEntropy
-from .sampling import make_resumable
+from .data.resumable import make_resumable
 
 _logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
-from .pixels import open_splits
-from .reader import ReaderSafetensors
-from .sampling import make_key
+from ..segmentation import open_splits
+from .safetensors_reader import ReaderSafetensors
+from .seeding import make_key
 
 
 class Datasets(NamedTuple):

@@ -1,0 +1,104 @@
+"""Batches in which an image finds positives, and how many it finds without them"""
+
+import math
+import random
+from typing import Iterator, List, Sequence, Tuple
+
+from torch.utils.data import Sampler
+
+from .seeding import make_key
+
+
+class ClassBalancedBatchSampler(Sampler):
+    """Batches in which each class that appears does so at least twice, so that every image has a positive.
+
+    An image appears once an epoch, as without it; only the company it is in changes. A class goes into batches in twos
+    (the last three images of an odd class together), a class of one image goes alone. Where a place is left that no
+    group fits into, an image of a class that is in the batch already fills it.
+
+    Args:
+        labels: Class of every image.
+        batch_size: Images of one process.
+        rank: Index of this process.
+        num_processes: Processes that mine together; what is said of a batch holds for all their images.
+        seed: Seed of the run.
+    """
+
+    def __init__(self, labels: Sequence[int], batch_size: int, rank: int, num_processes: int, seed: int):
+        self.members = {}
+        for index, label in enumerate(labels):
+            self.members.setdefault(label, []).append(index)
+        self.labels = labels
+        self.batch_size = batch_size
+        self.rank = rank
+        self.num_processes = num_processes
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.labels) // (self.batch_size * self.num_processes)
+
+    def _groups(self, draws: random.Random) -> List[List[int]]:
+        groups = []
+        for members in self.members.values():
+            members = draws.sample(members, len(members))
+            num_groups = max(1, len(members) // 2)
+            groups += [members[2 * i : 2 * i + 2] for i in range(num_groups - 1)] + [members[2 * num_groups - 2 :]]
+        draws.shuffle(groups)
+        return groups
+
+    def _with_company(self, batch: List[int], draws: random.Random) -> int:
+        return draws.choice([index for index in batch if len(self.members[self.labels[index]]) > 1] or batch)
+
+    def __iter__(self) -> Iterator[List[int]]:
+        draws = random.Random(make_key(self.seed, self.epoch))
+        groups = self._groups(draws)
+        size = self.batch_size * self.num_processes
+        for _ in range(len(self)):
+            batch, waiting = [], []
+            groups = groups or self._groups(draws)
+            while len(batch) < size:
+                room = size - len(batch)
+                if groups and len(groups[-1]) <= room:
+                    batch += groups.pop()
+                elif groups and len(waiting) < 8:
+                    waiting.append(groups.pop())
+                elif batch:
+                    batch.append(draws.choice(self.members[self.labels[self._with_company(batch, draws)]]))
+                else:
+                    batch += waiting.pop()[:room]
+            groups += reversed(waiting)
+            yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+
+
+def expected_positives(
+    counts: Sequence[int],
+    batch_size: int,
+) -> Tuple[float, float]:
+    """Positives an image can expect in a batch drawn without replacement, and the share of images without any.
+
+    Args:
+        counts: Images of each class.
+        batch_size: Images in a batch over all processes.
+
+    Returns:
+        Mean over the images of a batch of the expected number of other images of their class, and of the probability
+        that there is none.
+    """
+    total = sum(counts)
+    if total < 2:
+        return 0.0, 1.0
+    drawn = min(batch_size, total) - 1
+
+    def log_choose(n: int, k: int) -> float:
+        return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+
+    positives = alone = 0.0
+    for count in filter(None, counts):
+        positives += count / total * drawn * (count - 1) / (total - 1)
+        if total - count >= drawn:
+            alone += count / total * math.exp(log_choose(total - count, drawn) - log_choose(total - 1, drawn))
+    return positives, alone
