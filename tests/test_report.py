@@ -7,14 +7,14 @@ import torch
 from matplotlib.axes import Axes
 from PIL import Image
 
-from timm_coretune.report.plots import plot_curves, plot_segmentation, read_summary
+from timm_coretune.report.plots import plot_curves, plot_segmentation, read_columns
 
 SUMMARY = 'epoch,train_loss,train_contrast,eval_loss,eval_top1,lr\n0,2.5,1.5,0.9,70.0,0.1\n1,2.0,1.2,0.7,80.0,0.05\n'
 
 
 def test_columns_are_read_as_numbers(tmp_path):
     (tmp_path / 'summary.csv').write_text(SUMMARY)
-    columns = read_summary(tmp_path / 'summary.csv')
+    columns = read_columns(tmp_path / 'summary.csv')
     assert columns['eval_top1'] == [70.0, 80.0]
     assert columns['epoch'] == [0.0, 1.0]
 

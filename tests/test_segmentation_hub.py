@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from timm_coretune.export import export_model, save_weights, write_config
+from timm_coretune.export import create_config, export_model, save_weights, write_json
 from timm_coretune.hub import HubError, push_run
 from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.data.scenes import FashionScenes
@@ -69,7 +69,7 @@ def run_folder(tmp_path, backbone):
     tensors = {f'backbone.{key}': value for key, value in backbone.state_dict().items()}
     tensors.update({'decoder.0.weight': torch.randn(8, 256, 3, 3), 'classifier.weight': torch.randn(3, 8, 1, 1)})
     save_weights(tensors, str(folder / 'model_best.safetensors'), epoch='0', weights='ema')
-    write_config(backbone, str(folder / 'backbone.json'), DATA_CONFIG)
+    write_json(create_config(backbone, DATA_CONFIG), str(folder / 'backbone.json'))
     config = {
         'head': 'deeplabv3', 'num_classes': 3, 'class_names': NAMES, 'ignore_index': 255, 'img_size': [96, 96], **HEAD,
         'reductions': [4, 8, 16, 32], 'backbone': json.loads((folder / 'backbone.json').read_text()),
@@ -224,7 +224,7 @@ def test_what_is_no_segmentation_model_is_named(tmp_path):
 
 FIND = """
 from timm_coretune.segmentation import load_segmentation_model, predict_image
-from timm_coretune.segmentation.fetch import find_model_files
+from timm_coretune.segmentation.locate import find_model_files
 from timm_coretune.segmentation.sample import FashionScenes
 from timm_coretune.train import main
 for source in {sources}:

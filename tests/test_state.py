@@ -181,7 +181,7 @@ def take():
 
     yield take
     for lock in locks:
-        lock.close()
+        lock.release()
 
 
 def test_a_folder_that_holds_a_run_is_left_alone_and_the_next_is_numbered(tmp_path, take, caplog):

@@ -1,9 +1,9 @@
 """A tuned model as files that plain timm reads"""
 
-import inspect
 import json
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Dict, Optional, Sequence
 
 import torch
@@ -14,20 +14,18 @@ from timm.data import resolve_data_config
 from timm.models import _hub
 from timm.utils import unwrap_model
 
+from .atomic import write_text, write_whole
+from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, read_json
+
 WEIGHTS_NAME = 'model.safetensors'
-CONFIG_NAME = 'config.json'
-# of a whole segmentation model, whose backbone alone has the names above
-SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'
-SEGMENTATION_CONFIG_NAME = 'segmentation.json'
+SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'  # of a whole segmentation model
 BACKBONE_PREFIX = 'backbone.'
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 def write_json(content: Dict[str, Any], path: str) -> None:
     """Write a description of a model, whole or not at all."""
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-        f.write(json.dumps(content, indent=2) + '\n')
-    os.replace(f'{path}.tmp', path)
+    write_text(json.dumps(content, indent=2) + '\n', path)
 
 
 def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str) -> None:
@@ -47,25 +45,22 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str
     head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
     text = json.dumps(head, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)
-    temporary = f'{path}.tmp'
-    with open(temporary, 'wb') as f:  # save_file would leave the file readable to its owner alone
+    # save_file would leave the file readable to its owner alone
+    with write_whole(path) as temporary, open(temporary, 'wb') as f:
         f.write(len(text).to_bytes(8, 'little'))
         f.write(text)
         f.write(memoryview(blob)[end:])
-    os.replace(temporary, path)
 
 
-def write_config(
+def create_config(
     model: nn.Module,
-    path: str,
     data_config: Optional[Dict[str, Any]] = None,
     label_names: Optional[Sequence[str]] = None,
-) -> None:
-    """Write the config.json that timm rebuilds a model and its preprocessing from.
+) -> Dict[str, Any]:
+    """Content of the config.json that timm rebuilds a model and its preprocessing from.
 
     Args:
         model: A timm model.
-        path: File to write.
         data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
         label_names: Names of the classes by index.
 
@@ -76,20 +71,13 @@ def write_config(
     model_config = {}
     if label_names and len(label_names) == model.num_classes:  # timm would take others for the first classes
         model_config['label_names'] = list(label_names)
-    options = {}
-    if 'data_config' in inspect.signature(_hub.save_config_for_hf).parameters:  # timm 1.0.31 and later
-        options['data_config'] = data_config
-    temporary = Path(f'{path}.tmp')
-    _hub.save_config_for_hf(model, temporary, model_config=model_config, **options)
-    config = json.loads(temporary.read_text())
+    with TemporaryDirectory() as folder:
+        written = Path(folder, CONFIG_NAME)
+        _hub.save_config_for_hf(model, written, model_config=model_config, data_config=data_config)
+        config = read_json(written)
     for key in _OF_THE_SOURCE:  # not true of tuned weights, nor always of what was tuned
         config['pretrained_cfg'].pop(key, None)
-    if not options:
-        # what the model was pretrained with would win over what it was tuned with
-        for key in ('test_input_size', 'test_crop_pct', 'pool_size'):
-            config['pretrained_cfg'].pop(key, None)
-        config['pretrained_cfg'].update(data_config, num_classes=model.num_classes)
-    write_json(config, path)
+    return config
 
 
 def export_model(
@@ -108,7 +96,7 @@ def export_model(
     """
     model = unwrap_model(model)
     os.makedirs(folder, exist_ok=True)
-    write_config(model, os.path.join(folder, CONFIG_NAME), data_config, label_names)
+    write_json(create_config(model, data_config, label_names), os.path.join(folder, CONFIG_NAME))
     save_weights(model.state_dict(), os.path.join(folder, WEIGHTS_NAME))
 
 

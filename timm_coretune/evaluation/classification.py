@@ -1,74 +1,95 @@
-"""Metrics of a validation beyond loss and top-k, by torchmetrics"""
+"""How well images are classified: loss and top-k accuracy, and what --metrics adds, over all processes"""
 
-import logging
 import os
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
+import torch.nn as nn
+from timm.task.evaluator import ClassificationEvaluator as TopKEvaluator
 
+from ..distributed import process_index_and_count
+from ..run_folder import CONFUSION_NAME, PER_CLASS_NAME
+from .scores import OF_IMAGES, describe
 from .tables import complete_names, write_confusion, write_records
 
-_logger = logging.getLogger(__name__)
 
+class ClassificationEvaluator(TopKEvaluator):
+    """Cross-entropy in nats, top-1 and top-5 accuracy in percent, and further metrics if asked for.
 
-class EvalMetrics:
-    """Confusion matrix, per-class precision, recall and F1, and calibration error, over all processes.
+    timm's evaluator counts. It averages the loss over each batch first, while here the losses of all images are summed.
 
     Args:
-        names: Of confusion, per-class and ece.
-        num_classes: Classes of the model.
-        class_names: Their names by index, their indices when None.
-        accelerator: Device and processes.
+        device: Where the outputs are.
+        metrics: Further metrics: 'confusion' (a table), 'per-class' (a table and macro F1), 'ece' (calibration error).
+        num_classes: Classes of the model. Needed by the further metrics.
+        class_names: Names of the classes by index, their indices when None.
 
     Raises:
-        ImportError: torchmetrics is not installed.
+        ImportError: Further metrics were asked for, and torchmetrics is not installed.
     """
 
     def __init__(
         self,
-        names: Sequence[str],
-        num_classes: int,
-        class_names: Optional[List[str]],
-        accelerator: Any,
+        device: Optional[torch.device] = None,
+        metrics: Sequence[str] = (),
+        num_classes: int = 0,
+        class_names: Optional[Sequence[str]] = None,
     ):
-        try:
-            from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
-        except ImportError as e:
-            raise ImportError("--metrics needs torchmetrics: pip install 'timm-coretune[metrics]'") from e
-
-        self.names = tuple(names)
+        self.metrics = tuple(metrics)
         self.class_names = complete_names(class_names, num_classes)
-        self.confusion = MulticlassConfusionMatrix(num_classes).to(accelerator.device)
-        self.calibration = None
-        if 'ece' in names:
-            self.calibration = MulticlassCalibrationError(num_classes, n_bins=15).to(accelerator.device)
         self.matrix: Optional[torch.Tensor] = None
+        self.confusion = self.calibration = None
+        if metrics:
+            try:
+                from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
+            except ImportError as e:
+                raise ImportError("--metrics needs torchmetrics: pip install 'timm-coretune[metrics]'") from e
+            self.confusion = MulticlassConfusionMatrix(num_classes).to(device)
+            if 'ece' in metrics:
+                self.calibration = MulticlassCalibrationError(num_classes, n_bins=15).to(device)
+        super().__init__(device, criterion=nn.CrossEntropyLoss(reduction='sum'))
 
     def reset(self) -> None:
-        self.confusion.reset()
-        if self.calibration is not None:
-            self.calibration.reset()
+        super().reset()
+        for metric in (self.confusion, self.calibration):
+            if metric is not None:
+                metric.reset()
+
+    def _accumulate_loss(self, loss: torch.Tensor, num_examples: int) -> None:
+        self.loss_sum += loss.to(self.loss_sum.dtype)
+        self.counts[0] += num_examples
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take logits (B, C) and class indices (B,)."""
-        self.confusion.update(output, target)
+        """Take logits of any floating dtype (batch_size, num_classes) and class indices int64 (batch_size,)."""
+        super().update(output, target)
+        if self.confusion is not None:
+            self.confusion.update(output, target)
         if self.calibration is not None:
             self.calibration.update(output.softmax(dim=1), target)
 
-    def compute(self) -> Dict[str, float]:
-        """Scalars for the summary: macro F1 in percent, expected calibration error in percent of 15 bins."""
-        self.matrix = self.confusion.compute().cpu()
-        scalars = {}
-        if 'per-class' in self.names:
+    def compute(self, distributed: Optional[bool] = None) -> Dict[str, float]:
+        """The scores by name, over all processes, which must call this together."""
+        if distributed is None:
+            distributed = process_index_and_count()[1] > 1
+        scores = super().compute(distributed)
+        if self.confusion is not None:
+            self.matrix = self.confusion.compute().cpu()
+        if 'per-class' in self.metrics:
             # of the classes that are in the data
             rows = [row for row in self.per_class() if row['support']]
-            scalars['macro_f1'] = sum(row['f1'] for row in rows) / max(len(rows), 1)
+            scores['macro_f1'] = sum(row['f1'] for row in rows) / max(len(rows), 1)
         if self.calibration is not None:
-            scalars['ece'] = 100 * self.calibration.compute().item()
-        return scalars
+            scores['ece'] = 100 * self.calibration.compute().item()
+        return scores
 
-    def per_class(self) -> List[Dict[str, float]]:
-        """Precision, recall and F1 in percent, and the number of images, of every class; 0 where nothing is defined."""
+    def per_class(self) -> List[Dict[str, Any]]:
+        """Precision, recall and F1 in percent, and the number of images, of every class; 0 where nothing is defined.
+
+        Raises:
+            RuntimeError: compute() has not counted the images yet, or no further metrics were asked for.
+        """
+        if self.matrix is None:
+            raise RuntimeError('Cannot tell of classes before compute() has counted their images, with metrics.')
         matrix = self.matrix.double()
         rows = []
         for index, name in enumerate(self.class_names):
@@ -85,8 +106,13 @@ class EvalMetrics:
         return rows
 
     def write(self, folder: str) -> None:
-        """Write what was asked for as CSV, whole or not at all; the matrix has a row for each true class."""
-        if 'confusion' in self.names:
-            write_confusion(os.path.join(folder, 'confusion.csv'), self.class_names, self.matrix.tolist())
-        if 'per-class' in self.names:
-            write_records(os.path.join(folder, 'per_class.csv'), self.per_class())
+        """Write the tables that were asked for. The confusion matrix has a row for each true class."""
+        if 'confusion' in self.metrics and self.matrix is not None:
+            write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self.matrix.tolist())
+        if 'per-class' in self.metrics:
+            write_records(os.path.join(folder, PER_CLASS_NAME), self.per_class())
+
+    @staticmethod
+    def describe(scores: Mapping[str, float]) -> str:
+        """The part of a line of the log that tells what compute returned."""
+        return describe(scores, OF_IMAGES)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import wrong_classes
+from ..run_folder import CONFUSION_NAME, PER_CLASS_NAME
+from .scores import describe
 from .tables import complete_names, write_confusion, write_records
 
 
@@ -126,12 +128,11 @@ class SegmentationEvaluator:
         ]
 
     def write(self, folder: str) -> None:
-        """Write confusion.csv, a row for each true class, and per_class.csv, whole or not at all."""
-        write_records(os.path.join(folder, 'per_class.csv'), self.per_class())
-        write_confusion(os.path.join(folder, 'confusion.csv'), self.class_names, self.matrix.tolist())
+        """Write confusion.csv, a row for each true class, and per_class.csv."""
+        write_records(os.path.join(folder, PER_CLASS_NAME), self.per_class())
+        write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self.matrix.tolist())
 
     @staticmethod
     def describe(metrics: Mapping[str, float]) -> str:
         """The part of a log line that tells what compute returned."""
-        names = {'loss': 'Loss', 'pa': 'PA', 'mpa': 'MPA', 'miou': 'mIoU', 'fwiou': 'FWIoU'}
-        return '  '.join(f'{name}: {metrics[key]:>7.3f}' for key, name in names.items())
+        return describe(metrics, ('loss', 'pa', 'mpa', 'miou', 'fwiou'))

@@ -1,8 +1,10 @@
-"""Tables of metrics as CSV files, which are there whole or not at all"""
+"""Tables of classes as CSV files"""
 
 import csv
-import os
+import io
 from typing import Any, Dict, List, Optional, Sequence
+
+from ..atomic import write_text
 
 
 def complete_names(class_names: Optional[Sequence[str]], num_classes: int) -> List[str]:
@@ -19,11 +21,11 @@ def write_confusion(path: str, class_names: Sequence[str], matrix: Sequence[Sequ
 
 
 def write_records(path: str, records: Sequence[Dict[str, Any]]) -> None:
-    """Write records of the same keys, which become the header."""
+    """Write records that have the same keys. The keys become the header."""
     _write_csv(path, [list(records[0]), *(list(record.values()) for record in records)])
 
 
 def _write_csv(path: str, rows: Sequence[Sequence[Any]]) -> None:
-    with open(f'{path}.tmp', 'w', newline='') as f:
-        csv.writer(f).writerows(rows)
-    os.replace(f'{path}.tmp', path)
+    text = io.StringIO()
+    csv.writer(text).writerows(rows)
+    write_text(text.getvalue(), path)

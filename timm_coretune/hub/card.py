@@ -6,20 +6,10 @@ from typing import Any, Dict, Mapping, Optional
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..evaluation.scores import SCORES, Score
+
 TAG = 'coretune'
 CLASSIFICATION, SEGMENTATION = 'image-classification', 'image-segmentation'
-# name in summary.csv without eval_, type on the Hub, what it is
-_METRICS = (
-    ('top1', 'accuracy', 'Top-1 accuracy (%)'),
-    ('top5', 'top_5_accuracy', 'Top-5 accuracy (%)'),
-    ('macro_f1', 'f1', 'Macro F1 (%)'),
-    ('ece', 'expected_calibration_error', 'Expected calibration error (%)'),
-    ('miou', 'mean_iou', 'mIoU (%)'),
-    ('pa', 'pixel_accuracy', 'Pixel accuracy (%)'),
-    ('mpa', 'mean_accuracy', 'Mean accuracy of the classes (%)'),
-    ('fwiou', 'frequency_weighted_iou', 'Frequency-weighted IoU (%)'),
-    ('loss', 'loss', 'Cross-entropy (nats)'),
-)
 # options of train.py that make the recipe, by the one they need to have an effect; args.yaml has all of them
 _RECIPE = {
     None: (
@@ -145,11 +135,11 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
             dataset_type=facts.dataset,
             dataset_name=facts.dataset,
             dataset_split=facts.dataset_split,
-            metric_type=kind,
-            metric_name=name,
+            metric_type=score.hub_type,
+            metric_name=_column_title(score),
             metric_value=round(facts.metrics[key], 4),
         )
-        for key, kind, name in _METRICS
+        for key, score in SCORES.items()
         if facts.dataset and key in facts.metrics
     ]
     data = ModelCardData(
@@ -204,8 +194,12 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
     return '\n'.join(lines)
 
 
+def _column_title(score: Score) -> str:
+    return f'{score.title} ({score.unit})'
+
+
 def _figures(facts: CardFacts) -> Optional[str]:
-    rows = [(name, key) for key, _, name in _METRICS if key in facts.metrics]
+    rows = [(_column_title(score), key) for key, score in SCORES.items() if key in facts.metrics]
     if not rows:
         return None
     with_last = bool(facts.last_metrics)

@@ -1,33 +1,29 @@
 """What to push: a model in memory, or the folder of a run"""
 
-import csv
-import json
 import os
 import shlex
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch.nn as nn
-import yaml
-from safetensors import safe_open
 from timm.models import get_pretrained_cfg, is_model
 
-from ..export import (
+from ..export import SEGMENTATION_WEIGHTS_NAME, WEIGHTS_NAME, export_backbone, export_model
+from ..run_folder import (
+    ARGS_NAME,
+    BEST_WEIGHTS_NAME,
     CONFIG_NAME,
+    EVAL_PREFIX,
+    PUBLISHED_NAMES,
     SEGMENTATION_CONFIG_NAME,
-    SEGMENTATION_WEIGHTS_NAME,
-    WEIGHTS_NAME,
-    export_backbone,
-    export_model,
+    SUMMARY_NAME,
+    read_args,
+    read_json,
+    read_notes,
+    read_summary,
 )
 from .card import CardFacts, create_card
 from .upload import upload
-
-RUN_WEIGHTS_NAME = 'model_best.safetensors'
-_RUN_FILES = (
-    *('args.yaml', 'summary.csv', 'curves.png', 'confusion.png', 'confusion.csv', 'per_class.csv'),
-    'segmentation.png',
-)
 
 
 def push_to_hub(
@@ -63,7 +59,7 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         export_model(model, folder, data_config, label_names)
         files = {name: os.path.join(folder, name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
-        config = _read_json(files[CONFIG_NAME])
+        config = read_json(files[CONFIG_NAME])
         card = create_card(repo_id, config, facts or CardFacts())
         return upload(files, card, repo_id, config['architecture'], private, revision, token, commit_message)
 
@@ -94,15 +90,17 @@ def push_run(
         HubError: Nothing was pushed.
     """
     configs = (SEGMENTATION_CONFIG_NAME, CONFIG_NAME)
-    found = {name for name in (RUN_WEIGHTS_NAME, *configs, *_RUN_FILES) if os.path.isfile(os.path.join(folder, name))}
-    missing = [name for name in (RUN_WEIGHTS_NAME, 'args.yaml', 'summary.csv') if name not in found]
+    found = {
+        name for name in (BEST_WEIGHTS_NAME, *configs, *PUBLISHED_NAMES) if os.path.isfile(os.path.join(folder, name))
+    }
+    missing = [name for name in (BEST_WEIGHTS_NAME, ARGS_NAME, SUMMARY_NAME) if name not in found]
     missing += [] if found & set(configs) else [' or '.join(configs)]
     if missing:
         raise ValueError(f'Expected a run of train.py in {folder!r}, found no {", ".join(missing)}.')
     with TemporaryDirectory() as exported:
         files = _model_files(folder, exported)
-        files.update({name: os.path.join(folder, name) for name in _RUN_FILES if name in found})
-        config = _read_json(files[CONFIG_NAME])
+        files.update({name: os.path.join(folder, name) for name in PUBLISHED_NAMES if name in found})
+        config = read_json(files[CONFIG_NAME])
         facts = _read_facts(folder, license)
         card = create_card(repo_id, config, facts)
         return upload(files, card, repo_id, config['architecture'], private, revision, token)
@@ -130,28 +128,20 @@ def _model_files(folder: str, exported: str) -> Dict[str, str]:
         folder: The folder of the run.
         exported: An empty folder for what is not in it.
     """
-    weights = os.path.join(folder, RUN_WEIGHTS_NAME)
+    weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
     if not os.path.isfile(segmentation):
         return {WEIGHTS_NAME: weights, CONFIG_NAME: os.path.join(folder, CONFIG_NAME)}
-    export_backbone(weights, _read_json(segmentation)['backbone'], exported)
+    export_backbone(weights, read_json(segmentation)['backbone'], exported)
     files = {name: os.path.join(exported, name) for name in (WEIGHTS_NAME, CONFIG_NAME)}
     return {**files, SEGMENTATION_WEIGHTS_NAME: weights, SEGMENTATION_CONFIG_NAME: segmentation}
 
 
-def _read_json(path: str) -> Dict[str, Any]:
-    with open(path, encoding='utf-8') as f:
-        return json.load(f)
-
-
 def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
     """What the files of a run tell."""
-    with open(os.path.join(folder, 'args.yaml'), encoding='utf-8') as f:
-        args = yaml.safe_load(f)
-    with open(os.path.join(folder, 'summary.csv'), newline='') as f:
-        rows = list(csv.DictReader(f))
-    with safe_open(os.path.join(folder, RUN_WEIGHTS_NAME), framework='pt') as weights:
-        notes = weights.metadata() or {}
+    args = read_args(folder)
+    rows = read_summary(os.path.join(folder, SUMMARY_NAME))
+    notes = read_notes(os.path.join(folder, BEST_WEIGHTS_NAME))
     segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
     of_epoch = {row['epoch']: row for row in rows}
     base_model = _base_model(args)
@@ -165,12 +155,13 @@ def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
         metrics=_metrics(of_epoch.get(notes.get('epoch'), {})),
         last_metrics=_metrics(rows[-1]) if rows else {},
         recipe=args,
-        segmentation=_read_json(segmentation) if os.path.isfile(segmentation) else None,
+        segmentation=read_json(segmentation) if os.path.isfile(segmentation) else None,
     )
 
 
 def _metrics(row: Mapping[str, str]) -> Dict[str, float]:
-    return {key.removeprefix('eval_'): float(row[key]) for key in row if key.startswith('eval_') and row[key]}
+    columns = [key for key in row if key.startswith(EVAL_PREFIX) and row[key]]
+    return {key.removeprefix(EVAL_PREFIX): float(row[key]) for key in columns}
 
 
 def _describe_weights(notes: Mapping[str, str], rows: List[Mapping[str, str]]) -> Optional[str]:

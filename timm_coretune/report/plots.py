@@ -1,23 +1,25 @@
 """Pictures of a run"""
 
 import csv
-import os
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
-_PERCENTAGES = (
-    *('eval_top1', 'eval_top5', 'eval_macro_f1', 'eval_ece'),
-    *('eval_pa', 'eval_mpa', 'eval_miou', 'eval_fwiou'),
-)
+from ..atomic import write_whole
+from ..evaluation.scores import PERCENT, SCORES
+from ..run_folder import EVAL_PREFIX, read_summary
+
 _STRIPE = 128  # gray level of the stripes that tell ignored pixels from a white class
 
 
-def read_summary(path: str) -> Dict[str, List[float]]:
-    """Columns of a summary.csv."""
-    with open(path, newline='') as f:
-        rows = list(csv.DictReader(f))
+def read_columns(path: str) -> Dict[str, List[float]]:
+    """Columns of a summary.csv by name, none if it has no rows."""
+    rows = read_summary(path)
     return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+
+
+def _is_percentage(score: str) -> bool:
+    return score in SCORES and SCORES[score].unit == PERCENT
 
 
 def _create_figure(**kwargs) -> Any:
@@ -32,9 +34,8 @@ def _create_figure(**kwargs) -> Any:
 
 
 def _save_figure(figure: Any, path: str) -> None:
-    temporary = f'{path}.tmp'
-    figure.savefig(temporary, format='png', dpi=120)
-    os.replace(temporary, path)
+    with write_whole(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
 
 
 def plot_curves(summary_path: str, picture_path: str) -> None:
@@ -49,7 +50,7 @@ def plot_curves(summary_path: str, picture_path: str) -> None:
         ValueError: The summary has no rows.
     """
     figure = _create_figure(figsize=(11, 3.4))
-    columns = read_summary(summary_path)
+    columns = read_columns(summary_path)
     if not columns:
         raise ValueError(f'Expected at least one epoch in {summary_path!r}, found none.')
     loss_axes, accuracy_axes, lr_axes = figure.subplots(1, 3)
@@ -57,7 +58,7 @@ def plot_curves(summary_path: str, picture_path: str) -> None:
         label = name.replace('train_', 'train ').replace('eval_', 'validation ').replace('_', ' ')
         if name == 'lr':
             lr_axes.plot(columns['epoch'], values, marker='.')
-        elif name in _PERCENTAGES:
+        elif name.startswith(EVAL_PREFIX) and _is_percentage(name.removeprefix(EVAL_PREFIX)):
             accuracy_axes.plot(columns['epoch'], values, marker='.', label=label)
         elif name != 'epoch':
             loss_axes.plot(columns['epoch'], values, marker='.', label=label)

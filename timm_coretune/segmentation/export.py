@@ -2,7 +2,6 @@
 
 import json
 import os
-from tempfile import TemporaryDirectory
 from typing import Any, Dict, Optional, Sequence, Union
 
 import timm
@@ -12,14 +11,8 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.utils import unwrap_model
 
-from ..export import (
-    CONFIG_NAME,
-    SEGMENTATION_CONFIG_NAME,
-    SEGMENTATION_WEIGHTS_NAME,
-    save_weights,
-    write_config,
-    write_json,
-)
+from ..export import SEGMENTATION_WEIGHTS_NAME, create_config, save_weights, write_json
+from ..run_folder import SEGMENTATION_CONFIG_NAME, read_json
 from .data.masks import IGNORE_INDEX
 from .locate import find_model_files
 from .model import SegmentationModel, create_segmentation_model
@@ -30,7 +23,6 @@ def write_segmentation_config(
     path: str,
     data_config: Optional[Dict[str, Any]] = None,
     class_names: Optional[Sequence[str]] = None,
-    backbone_kwargs: Optional[Dict[str, Any]] = None,
 ) -> None:
     """Write what `load_segmentation_model` rebuilds a model and its preprocessing from.
 
@@ -39,17 +31,11 @@ def write_segmentation_config(
         path: File to write.
         data_config: Mean, std and interpolation it was tuned with, those of the backbone when None.
         class_names: Names of the classes by index.
-        backbone_kwargs: Arguments its backbone was created with; timm 1.0.31 and later remember them.
 
     Raises:
         ValueError: The backbone was built with an argument that JSON cannot hold.
     """
     data_config = data_config or getattr(model, 'data_config', None) or resolve_data_config({}, model=model)
-    with TemporaryDirectory() as folder:
-        write_config(model.backbone, os.path.join(folder, CONFIG_NAME), data_config)
-        with open(os.path.join(folder, CONFIG_NAME), encoding='utf-8') as f:
-            backbone = json.load(f)
-    backbone.setdefault('model_args', dict(backbone_kwargs or {}))
     config = dict(
         head=model.head,
         num_classes=model.num_classes,
@@ -60,7 +46,7 @@ def write_segmentation_config(
         std=list(data_config['std']),
         interpolation=data_config['interpolation'],
         reductions=model.maps.reductions,
-        backbone=backbone,
+        backbone=create_config(model.backbone, data_config),
     )
     write_json(config, path)
 
@@ -97,8 +83,7 @@ def load_segmentation_model(
     """
     config_path, weights_path = find_model_files(os.fspath(source))
     try:
-        with open(config_path, encoding='utf-8') as f:
-            config = json.load(f)
+        config = read_json(config_path)
         backbone = timm.create_model(
             config['backbone']['architecture'],
             pretrained=False,

@@ -8,8 +8,8 @@ import huggingface_hub
 from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..checkpoint.source import explain_hub_error, hub_id_of
-from ..export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
-from ..hub.push import RUN_WEIGHTS_NAME
+from ..export import SEGMENTATION_WEIGHTS_NAME
+from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAME
 
 
 def find_model_files(source: str) -> Tuple[str, str]:
@@ -39,11 +39,11 @@ def _from_folder(folder: str) -> Tuple[str, str]:
     paths = {name: os.path.join(folder, name) for name in os.listdir(folder)}
     if SEGMENTATION_CONFIG_NAME not in paths:
         raise ValueError(_explain_no_config(folder, f'local-dir:{folder}', CONFIG_NAME in paths))
-    for name in (RUN_WEIGHTS_NAME, SEGMENTATION_WEIGHTS_NAME):
+    for name in (BEST_WEIGHTS_NAME, SEGMENTATION_WEIGHTS_NAME):
         if name in paths:
             return paths[SEGMENTATION_CONFIG_NAME], paths[name]
     raise ValueError(
-        f'Expected {RUN_WEIGHTS_NAME} or {SEGMENTATION_WEIGHTS_NAME} beside {SEGMENTATION_CONFIG_NAME} in {folder!r}, '
+        f'Expected {BEST_WEIGHTS_NAME} or {SEGMENTATION_WEIGHTS_NAME} beside {SEGMENTATION_CONFIG_NAME} in {folder!r}, '
         'found neither. A run writes its weights when its first epoch is over.'
     )
 

@@ -13,16 +13,16 @@ from timm.utils import AverageMeter, distribute_bn
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..evaluation.classification import ClassificationEvaluator
+from ..evaluation.scores import is_better
 from ..task import CoreTuningTask
 from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
 from .data.seeding import make_key, seed_generators
 from .freezing import BackboneFreezer
-from .loss_meter import AccuracyMeter, LossMeter
+from .loss_meter import LossMeter
 from .processes import is_sharded
 
 _logger = logging.getLogger(__name__)
-
-LOWER_IS_BETTER = ('loss', 'ece')
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,7 @@ class Trainer:
         clip_gradients: Called with the prepared optimizer before an update.
         freezer: Keeps the backbone from training in the first epochs.
         record: Writes the folder of the run (`record.RunRecord`), on all processes.
-        metrics: Further metrics of a validation (`metrics.EvalMetrics`).
-        evaluator: What a validation measures first of all, loss and accuracy of images when None.
+        evaluator: What a validation measures, loss and accuracy of images when None.
     """
 
     def __init__(
@@ -104,7 +103,6 @@ class Trainer:
         clip_gradients: Optional[Callable[[torch.optim.Optimizer], None]] = None,
         freezer: Optional[BackboneFreezer] = None,
         record: Optional[Any] = None,
-        metrics: Optional[Any] = None,
         evaluator: Optional[Any] = None,
     ):
         # Only these two are prepared: timm's loaders are no DataLoader, its schedulers count updates themselves.
@@ -117,8 +115,7 @@ class Trainer:
         self.clip_gradients = clip_gradients
         self.freezer = freezer
         self.record = record
-        self.metrics = metrics
-        self.evaluator = evaluator or AccuracyMeter(accelerator)
+        self.evaluator = evaluator or ClassificationEvaluator(accelerator.device)
         self.meter = LossMeter(accelerator)
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.is_sharded = is_sharded(accelerator)
@@ -272,8 +269,6 @@ class Trainer:
         num_left = num_own_samples(loader, self.accelerator)
         self.evaluator.reset()
         name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
-        if self.metrics is not None:
-            self.metrics.reset()
         with self._progress(len(loader), name) as bar:
             for batch in loader:
                 input, target = to_device(batch, self.accelerator.device, self.config.channels_last, self.config.dtype)
@@ -286,14 +281,9 @@ class Trainer:
                 if num_left is not None:
                     output, target = output[:num_left], target[:num_left]
                     num_left -= len(target)
-                output, target = output.float(), target.long()
-                self.evaluator.update(output, target)
-                if self.metrics is not None:
-                    self.metrics.update(output, target)
+                self.evaluator.update(output.float(), target.long())
                 bar.update()
         metrics = self.evaluator.compute()
-        if self.metrics is not None:
-            metrics.update(self.metrics.compute())
         _logger.info(
             f'{name}: [{len(loader):>4d}/{len(loader)}]  Time: {time.perf_counter() - start:.3f}s  '
             f'{self.evaluator.describe(metrics)}'
@@ -321,10 +311,6 @@ class Trainer:
                 # what reduces gradients must learn which parameters have some
                 module = self.accelerator.unwrap_model(self.task.trainable_module, keep_fp32_wrapper=False)
                 self.task.trainable_module = self.accelerator.prepare_model(module)
-
-    def _is_better(self, metric: float) -> bool:
-        best = self.best[0]
-        return best is None or (metric < best if self.config.eval_metric in LOWER_IS_BETTER else metric > best)
 
     def fit(
         self,
@@ -355,7 +341,7 @@ class Trainer:
             if (epoch + 1) % config.val_interval == 0 or epoch + 1 == epochs.stop:
                 eval_metrics = self.evaluate(validation_loader) if validation_loader is not None else None
                 metric = train_metrics['loss'] if eval_metrics is None else eval_metrics[config.eval_metric]
-                is_best = self._is_better(metric)
+                is_best = is_better(config.eval_metric, metric, self.best[0])
                 if is_best:
                     self.best = (metric, epoch)
                 results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})

@@ -1,10 +1,9 @@
-"""Running losses and accuracies, kept on the device so that a step never waits for it"""
+"""Running losses of training, kept on the device so that a step never waits for it"""
 
 from collections import OrderedDict
 from typing import Any, Dict
 
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 
 
@@ -81,38 +80,3 @@ class LossMeter:
     def average(self) -> Dict[str, float]:
         """Mean losses of all steps so far, over all processes."""
         return self._by_name(self.total / self.num_steps)
-
-
-class AccuracyMeter:
-    """Cross-entropy in nats and top-1 and top-5 accuracy in percent.
-
-    Args:
-        accelerator: Device and processes.
-    """
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.reset()
-
-    def reset(self) -> None:
-        # float64 counts exactly, MPS has none
-        dtype = torch.float32 if self.accelerator.device.type == 'mps' else torch.float64
-        self.sums = torch.zeros(4, dtype=dtype, device=self.accelerator.device)  # loss, top-1, top-5, images
-
-    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take logits float32 (B, C) and class indices int64 (B,)."""
-        correct = output.topk(min(5, output.shape[1]), dim=1).indices == target[:, None]
-        loss = F.cross_entropy(output, target, reduction='sum')
-        count = torch.full_like(loss, len(target))
-        self.sums += torch.stack([loss, correct[:, 0].sum(), correct.any(dim=1).sum(), count]).to(self.sums.dtype)
-
-    def compute(self) -> Dict[str, float]:
-        """Means over all processes, which must call this together."""
-        loss, top1, top5, count = self.accelerator.reduce(self.sums, 'sum').tolist()
-        count = max(count, 1)
-        return OrderedDict(loss=loss / count, top1=100 * top1 / count, top5=100 * top5 / count)
-
-    @staticmethod
-    def describe(metrics: Dict[str, float]) -> str:
-        """The part of a log line that tells what compute returned."""
-        return f'Loss: {metrics["loss"]:>7.3f}  Acc@1: {metrics["top1"]:>7.3f}  Acc@5: {metrics["top5"]:>7.3f}'

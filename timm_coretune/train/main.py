@@ -13,9 +13,10 @@ from huggingface_hub import get_token
 from timm.data import resolve_data_config
 from timm.utils import random_seed, setup_default_logging
 
-from ..evaluation.classification import EvalMetrics
-from ..export import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, write_config
+from ..evaluation.classification import ClassificationEvaluator
+from ..export import create_config, write_json
 from ..hub.upload import quiet_requests
+from ..run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME
 from ..segmentation import SegmentationEvaluator
 from ..segmentation.export import write_segmentation_config
 from .cli.arguments import ParsedArguments, import_device_modules, parse_args, split_names
@@ -135,11 +136,12 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
         if state_path is not None:
             record.continue_from(state_path)
         start_trackers(args, accelerator, folder)
-    metrics = evaluator = None
     if args.segmentation:
         evaluator = SegmentationEvaluator(num_classes, datasets.class_names, device=accelerator.device)
-    if args.metrics:
-        metrics = EvalMetrics(split_names(args.metrics), model.num_classes, datasets.class_names, accelerator)
+    else:
+        evaluator = ClassificationEvaluator(
+            accelerator.device, split_names(args.metrics), model.num_classes, datasets.class_names
+        )
     trainer = Trainer(
         task,
         optimizer,
@@ -150,7 +152,6 @@ def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets
         clip_gradients=functools.partial(clip_gradients, args, accelerator, task),
         freezer=freezer,
         record=record,
-        metrics=metrics,
         evaluator=evaluator,
     )
     run_state.restore(trainer)
@@ -169,9 +170,9 @@ def save_config(
     try:
         if args.segmentation:
             path = os.path.join(folder, name)
-            write_segmentation_config(model, path, data_config, class_names, args.model_kwargs)
+            write_segmentation_config(model, path, data_config, class_names)
         else:
-            write_config(model, os.path.join(folder, name), data_config, class_names)
+            write_json(create_config(model, data_config, class_names), os.path.join(folder, name))
     except ValueError as e:  # no reason not to train
         _logger.warning(f'There will be no {name}, and no push to the Hub: {e}')
 
@@ -227,7 +228,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     if args.push_to_hub and accelerator.is_main_process:
         push(args, record.folder, is_over)
     if lock is not None:
-        lock.close()
+        lock.release()
     return results
 
 

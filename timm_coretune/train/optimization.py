@@ -11,6 +11,7 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 
+from ..evaluation.scores import SCORES
 from .freezing import head_parameters
 
 _logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def create_schedule(
     """timm's scheduler, which the loop steps itself, and the number of epochs."""
     scheduler, num_epochs = create_scheduler_v2(
         optimizer,
-        **scheduler_kwargs(args, decreasing_metric=args.eval_metric in ('loss', 'ece')),
+        **scheduler_kwargs(args, decreasing_metric=not SCORES[args.eval_metric].higher_is_better),
         updates_per_epoch=updates_per_epoch,
     )
     stepped = 'epoch' if scheduler is None or scheduler.t_in_epochs else 'update'

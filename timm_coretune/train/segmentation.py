@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSamp
 
 from ..checkpoint import load_checkpoint
 from ..report.plots import plot_segmentation
+from ..run_folder import PREDICTIONS_NAME
 from ..segmentation import (
     SegmentationModel,
     SegmentationTask,
@@ -183,7 +184,7 @@ def draw_predictions(folder: str, dataset: SegmentationDataset, num_images: int 
     samples = [dataset[index] for index in range(min(num_images, len(dataset)))]
     model = load_segmentation_model(folder)
     predictions = [predict_image(model, image) for image, _ in samples]
-    path = os.path.join(folder, 'segmentation.png')
+    path = os.path.join(folder, PREDICTIONS_NAME)
     images, masks = [image for image, _ in samples], [mask for _, mask in samples]
     plot_segmentation(images, masks, predictions, voc_palette(), dataset.class_names, path, IGNORE_INDEX)
     return path

@@ -1,11 +1,12 @@
 """Masks as PASCAL VOC keeps them: palette PNG files whose indices are the classes"""
 
-import os
 from typing import List, Union
 
 import numpy as np
 import torch
 from PIL import Image
+
+from ...atomic import write_whole
 
 VOC_CLASSES = (
     'background',
@@ -53,9 +54,8 @@ def save_image(image: Image.Image, path: str, **kwargs) -> None:
         path: Its file.
         kwargs: Of PIL's save, with the format.
     """
-    temporary = f'{path}.tmp'
-    image.save(temporary, **kwargs)
-    os.replace(temporary, path)
+    with write_whole(path) as temporary:
+        image.save(temporary, **kwargs)
 
 
 def write_mask(mask: Union[torch.Tensor, np.ndarray], path: str) -> None:

@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
+from ...atomic import write_text
 from .folders import TRAIN_SPLITS, Source, resolve_split
 from .masks import IGNORE_INDEX, read_mask
 from .palette import save_image, write_mask
@@ -126,6 +127,4 @@ def write_voc(source: Source, folder: str, split: str) -> None:
 
 
 def _write_lines(lines: Any, path: str) -> None:
-    with open(f'{path}.tmp', 'w', encoding='utf-8') as f:
-        f.writelines(f'{line}\n' for line in lines)
-    os.replace(f'{path}.tmp', path)
+    write_text(''.join(f'{line}\n' for line in lines), path)

@@ -10,13 +10,15 @@ from typing import Any, Dict, List
 
 from timm.utils import unwrap_model
 
+from ...evaluation.scores import SCORES
 from ...hub.push import push_command, push_run
 from ...hub.upload import NOT_PUSHED, HubError
 from ...report.plots import plot_confusion, plot_curves
+from ...run_folder import BEST_WEIGHTS_NAME, CONFUSION_NAME, CONFUSION_PICTURE_NAME, CURVES_NAME, SUMMARY_NAME
 from ..data.datasets import Datasets
-from ..loop import LOWER_IS_BETTER, Trainer
+from ..loop import Trainer
 from ..segmentation import draw_predictions
-from .record import SUMMARY_NAME, WEIGHTS_NAME, RunRecord
+from .record import RunRecord
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +40,7 @@ def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, dat
         name = f'eval_{args.eval_metric}'
         last = record.last_row.get(name, record.last_row['train_loss'])
         _logger.info(f'Last epoch: {last}. The best was chosen on these very images, the last was not.')
-    weights = record.path(WEIGHTS_NAME)
+    weights = record.path(BEST_WEIGHTS_NAME)
     _logger.info(f'Weights: {weights}')
     if args.segmentation:
         _logger.info(f"Load them: timm_coretune.load_segmentation_model('{record.folder}')")
@@ -47,10 +49,10 @@ def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, dat
         kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **args.model_kwargs}.items())
         _logger.info(f"Load them: timm.create_model('{args.model}'{kwargs}, checkpoint_path='{weights}')")
     try:
-        plot_curves(record.path(SUMMARY_NAME), record.path('curves.png'))
+        plot_curves(record.path(SUMMARY_NAME), record.path(CURVES_NAME))
         _logger.info(f'Curves: {record.path("curves.png")}')
-        if os.path.exists(record.path('confusion.csv')):
-            plot_confusion(record.path('confusion.csv'), record.path('confusion.png'))
+        if os.path.exists(record.path(CONFUSION_NAME)):
+            plot_confusion(record.path(CONFUSION_NAME), record.path(CONFUSION_PICTURE_NAME))
             _logger.info(f'Confusion matrix: {record.path("confusion.png")}')
         if args.segmentation and datasets.validation is not None:
             _logger.info(f'Predictions: {draw_predictions(record.folder, datasets.validation)}')
@@ -86,6 +88,6 @@ def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     results = [{k: v for k, v in result.items() if v is not None} for result in results]
     results.sort(
         key=lambda result: result.get('validation', result.get('train')).get(eval_metric, 0),
-        reverse=eval_metric in LOWER_IS_BETTER,
+        reverse=not SCORES[eval_metric].higher_is_better,
     )
     print(f'--result\n{json.dumps(results[-10:], indent=4)}')

@@ -9,29 +9,29 @@ from datetime import datetime
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+from filelock import FileLock, Timeout
 from timm.models import safe_model_name
+
+from ...run_folder import ARGS_NAME, STATE_PATTERNS, SUMMARY_NAME
 
 _logger = logging.getLogger(__name__)
 
 DEFAULT_OUTPUT = './output/train'
+LOCK_NAME = '.lock'
 
 
-def _lock(folder: str) -> Optional[Any]:
-    """Hold the folder until this process ends, or None when another run does."""
+def _lock(folder: str) -> Optional[FileLock]:
+    """Hold the folder until the lock is released or this process ends, None when another run holds it."""
+    # a new object each time: one that this process holds already would be taken once more
+    lock = FileLock(os.path.join(folder, LOCK_NAME), blocking=False, is_singleton=False)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return open(os.path.join(folder, '.lock'), 'w')  # noqa: SIM115, held open on purpose
-    handle = open(os.path.join(folder, '.lock'), 'w')  # noqa: SIM115, held open on purpose
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        handle.close()
+        lock.acquire()
+    except Timeout:
         return None
-    return handle
+    return lock
 
 
-def take_folder(args: argparse.Namespace, img_size: int, resumed: Optional[str]) -> Tuple[str, Any]:
+def take_folder(args: argparse.Namespace, img_size: int, resumed: Optional[str]) -> Tuple[str, FileLock]:
     """Make the folder of a run, named as timm names it, or take that of the state it continues.
 
     A folder that holds a run already is left alone: a number is added to the name.
@@ -58,13 +58,13 @@ def take_folder(args: argparse.Namespace, img_size: int, resumed: Optional[str])
             os.makedirs(folder, exist_ok=True)
             lock = _lock(folder)
             # a run that --resume auto found nothing of was stopped before its first epoch ended
-            mark = 'summary.csv' if args.resume == 'auto' else 'args.yaml'
+            mark = SUMMARY_NAME if args.resume == 'auto' else ARGS_NAME
             if lock is not None and (continues or not os.path.exists(os.path.join(folder, mark))):
                 break
             if lock is None and (continues or args.resume == 'auto'):
                 raise ValueError(f'Another run writes {folder!r} at this moment. Wait for it, or choose --experiment.')
             if lock is not None:
-                lock.close()
+                lock.release()
             number += 1
             folder = f'{wanted}-{number}'
     except OSError as e:
@@ -106,8 +106,8 @@ def find_newest_state(folder: str) -> Optional[str]:
     """Path of the intact state that got farthest, None if there is none. Damaged files are named and passed over."""
     best: Optional[Tuple[Tuple[int, int], str]] = None
     paths: List[str] = []
-    for pattern in ('last', 'recovery-*', 'checkpoint-*'):
-        paths += sorted(glob.glob(os.path.join(glob.escape(folder), f'{pattern}.pth.tar')))
+    for pattern in STATE_PATTERNS:
+        paths += sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
     for path in paths:
         try:
             progress = progress_of(read_state(path))

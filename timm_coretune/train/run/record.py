@@ -16,31 +16,38 @@ from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from ...atomic import TEMPORARY_SUFFIX, move_into_place, write_text, write_whole
+from ...evaluation.scores import SCORES
 from ...export import save_weights
-from ...hub.push import RUN_WEIGHTS_NAME as WEIGHTS_NAME
-from ..loop import LOWER_IS_BETTER, Trainer
+from ...run_folder import (
+    ARGS_NAME,
+    BEST_WEIGHTS_NAME,
+    EVAL_PREFIX,
+    LAST_STATE_NAME,
+    RECOVERY_PATTERN,
+    SUMMARY_NAME,
+    UNFINISHED_STATE_NAMES,
+    read_summary,
+)
+from ..loop import Trainer
 from .folder import progress_of, read_state
 from .resume import RunState
-
-LAST_NAME = 'last.pth.tar'
-SUMMARY_NAME = 'summary.csv'
 
 
 class _Saver(CheckpointSaver):
     """timm's, but a file is in its place at every moment; timm removes the old one before it puts the new one there."""
 
     def _replace(self, src: str, dst: str) -> None:
-        os.replace(src, dst)
+        move_into_place(src, dst)
 
     def _duplicate(self, src: str, dst: str) -> None:
-        temporary = f'{dst}.tmp'
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        try:
-            os.link(src, temporary)
-        except OSError:
-            shutil.copy2(src, temporary)
-        os.replace(temporary, dst)
+        with write_whole(dst) as temporary:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            try:
+                os.link(src, temporary)
+            except OSError:
+                shutil.copy2(src, temporary)
 
     def restore(self, best: Tuple[Optional[float], Optional[int]], metrics: Dict[int, float]) -> None:
         """Rank the checkpoints that are there, as an uninterrupted run would have.
@@ -106,14 +113,12 @@ class RunRecord:
             amp_scaler=run_state,
             checkpoint_dir=folder,
             recovery_dir=folder,
-            decreasing=args.eval_metric in LOWER_IS_BETTER,
+            decreasing=not SCORES[args.eval_metric].higher_is_better,
             max_history=args.checkpoint_hist,
             task=task,
         )
         with self._writing():
-            with open(self.path('args.yaml.tmp'), 'w') as f:
-                f.write(args_text)
-            os.replace(self.path('args.yaml.tmp'), self.path('args.yaml'))
+            write_text(args_text, self.path(ARGS_NAME))
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
@@ -124,7 +129,7 @@ class RunRecord:
             yield
         except (OSError, RuntimeError) as e:  # torch raises the second when a disk is full
             for name in os.listdir(self.folder):
-                if name.endswith('.tmp') or name in ('tmp.pth.tar', 'recovery_tmp.pth.tar'):
+                if name.endswith(TEMPORARY_SUFFIX) or name in UNFINISHED_STATE_NAMES:
                     os.unlink(self.path(name))
             kept = f'The state before is intact: {self.last_state}.' if self.last_state else 'There is no state yet.'
             raise OSError(
@@ -138,10 +143,10 @@ class RunRecord:
             return
         values = self.run_state.values
         epoch = values['epoch'] if values else progress_of(read_state(path))[0]
-        rows = read_rows(self.path(SUMMARY_NAME))
+        rows = read_summary(self.path(SUMMARY_NAME))
         rows = [row for row in rows if int(row['epoch']) < epoch]
         self._write_rows(rows)
-        column = f'eval_{self.eval_metric}'
+        column = f'{EVAL_PREFIX}{self.eval_metric}'
         ranked = {int(row['epoch']): float(row.get(column) or row['train_loss']) for row in rows}
         self.saver.restore(self.run_state.best, ranked)
 
@@ -151,11 +156,10 @@ class RunRecord:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             return
-        with open(f'{path}.tmp', 'w', newline='') as f:
-            writer = csv.DictWriter(f, fieldnames=rows[0].keys())
+        with write_whole(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as f:
+            writer = csv.DictWriter(f, fieldnames=list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(f'{path}.tmp', path)
 
     def save_images(self, input: torch.Tensor, batch_idx: int) -> None:
         """Write a batch as a picture, if asked for."""
@@ -192,7 +196,7 @@ class RunRecord:
             self.run_state.collect(trainer, epoch + 1, 0, metric)
         lrs = [group['lr'] for group in trainer.optimizer.param_groups]
         row = {f'train_{k}': v for k, v in train_metrics.items()}
-        row.update({f'eval_{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
+        row.update({f'{EVAL_PREFIX}{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
         self.last_row = row
         if self.accelerator.trackers:
             self.accelerator.log(row, step=epoch)
@@ -200,31 +204,30 @@ class RunRecord:
             return
         with self._writing():
             path = self.path(SUMMARY_NAME)
-            if os.path.exists(path):
-                shutil.copyfile(path, f'{path}.tmp')
-            update_summary(
-                epoch,
-                train_metrics,
-                eval_metrics,
-                filename=f'{path}.tmp',
-                lr=row['lr'],
-                write_header=not os.path.exists(path),
-            )
-            os.replace(f'{path}.tmp', path)
+            with write_whole(path) as temporary:
+                if os.path.exists(path):
+                    shutil.copyfile(path, temporary)
+                update_summary(
+                    epoch,
+                    train_metrics,
+                    eval_metrics,
+                    filename=temporary,
+                    lr=row['lr'],
+                    write_header=not os.path.exists(path),
+                )
             if weights is not None:
                 kind = 'ema' if self.publish_ema else 'model'
-                save_weights(weights, self.path(WEIGHTS_NAME), epoch=str(epoch), weights=kind)
-                for part in (trainer.evaluator, trainer.metrics):
-                    if eval_metrics is not None and hasattr(part, 'write'):
-                        part.write(self.folder)
+                save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind)
+                if eval_metrics is not None:
+                    trainer.evaluator.write(self.folder)
             if not trainer.is_sharded:
                 self.saver.save_checkpoint(epoch, metric=metric)
-                self.last_state = self.path(LAST_NAME)
+                self.last_state = self.path(LAST_STATE_NAME)
 
     def finish(self) -> None:
         """Remove the states in the middle of epochs, once the run is over."""
         if self.saver is not None:
-            for path in glob.glob(os.path.join(glob.escape(self.folder), 'recovery-*.pth.tar')):
+            for path in glob.glob(os.path.join(glob.escape(self.folder), RECOVERY_PATTERN)):
                 os.unlink(path)
 
     def _published_weights(self, trainer: Trainer) -> Dict[str, torch.Tensor]:
@@ -241,11 +244,3 @@ class RunRecord:
                 k.removeprefix('model.'): v for k, v in state_dict.items() if not is_wrapped or k.startswith('model.')
             }  # fmt: skip
         return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema))
-
-
-def read_rows(path: str) -> List[Dict[str, str]]:
-    """Rows of a summary.csv, none if it is not there."""
-    if not os.path.exists(path):
-        return []
-    with open(path, newline='') as f:
-        return list(csv.DictReader(f))

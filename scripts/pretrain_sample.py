@@ -12,7 +12,7 @@ start if one of them is among the pretraining images.
 
 Run it after `make_sample.py`, on a folder in the layout of `torchvision.datasets.FashionMNIST(root=DIR)`:
 
-    python benchmarks/pretrain_sample.py --data-dir DIR --seed 0 \
+    python scripts/pretrain_sample.py --data-dir DIR --seed 0 \
         --output timm_coretune/assets/test_resnet_mocov2.safetensors
 
 The same seed gives the same draws on every device, but floating-point sums depend on the device and on the number of
@@ -238,7 +238,7 @@ def hash_images(images: torch.Tensor) -> Set[bytes]:
 
 def load_sample(path: str) -> Dict[str, torch.Tensor]:
     if not os.path.isfile(path):
-        raise FileNotFoundError(f'No sample at {path!r}: write it by benchmarks/make_sample.py first.')
+        raise FileNotFoundError(f'No sample at {path!r}: write it by scripts/make_sample.py first.')
     return load_file(path)
 
 

@@ -8,7 +8,7 @@ same bytes.
 
 Run it on a folder in the layout of `torchvision.datasets.FashionMNIST(root=DIR)`:
 
-    python benchmarks/make_sample.py --data-dir DIR --seed 0 \
+    python scripts/make_sample.py --data-dir DIR --seed 0 \
         --output timm_coretune/assets/fashion_mnist_sample.safetensors
 """
 
