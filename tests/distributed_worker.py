@@ -95,7 +95,7 @@ def make_task(scenario: Scenario) -> CoreTuningTask:
         )
         model = TinyModel().double()
     task = CoreTuningTask(model, criterion, device=torch.device('cpu'), dtype=torch.float64, verbose=False)
-    task.mixup.mixup_enabled = scenario.mixup_enabled
+    task.criterion.mixup.mixup_enabled = scenario.mixup_enabled
     return task.train()
 
 
@@ -134,7 +134,7 @@ def run(scenario: Scenario, rank: int) -> Dict[str, Any]:
     return {
         'losses': {name: loss.item() for name, loss in losses.items()},
         'gradients': gradients(task),
-        'generator': task.mixup.generator.get_state(),
+        'generator': task.criterion.mixup.generator.get_state(),
     }
 
 

@@ -48,7 +48,7 @@ def make_task(scenario: Scenario) -> SegmentationTask:
         task = SegmentationTask(
             model, anchors_per_image=3, dtype=torch.float64, verbose=False, generator=generator, **kwargs
         )
-    task.mixup.mixup_enabled = scenario.mixup_enabled
+    task.criterion.mixup.mixup_enabled = scenario.mixup_enabled
     task.train()
     for module in task.modules():
         if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
@@ -91,7 +91,7 @@ def run(scenario: Scenario, rank: int) -> List[Dict[str, Any]]:
     task = make_task(scenario).prepare_distributed(find_unused_parameters=False)
     optimizer = torch.optim.SGD(task.trainable_module.parameters(), lr=0.05)
     own = [[x.split(list(scenario.sizes))[rank] for x in batch] for batch in all_images(scenario)]
-    return [{**step(task, optimizer, *batch), 'generator': task.mixup.generator.get_state()} for batch in own]
+    return [{**step(task, optimizer, *batch), 'generator': task.criterion.mixup.generator.get_state()} for batch in own]
 
 
 def main(rank: str, directory: str) -> None:

@@ -25,7 +25,7 @@ def found(tmp_path_factory):
 def draws_of_ranks(scenario: Scenario) -> list[MixupDraws]:
     """Image b of process r takes draw b * world_size + r."""
     world_size = len(scenario.sizes)
-    draws = make_task(scenario).mixup.draw(world_size * max(scenario.sizes))
+    draws = make_task(scenario).criterion.mixup.draw(world_size * max(scenario.sizes))
     return [
         MixupDraws(*(column[[b * world_size + r for b in range(size)]] for column in draws))
         for r, size in enumerate(scenario.sizes)
@@ -112,7 +112,7 @@ def test_without_gathering_the_gradient_is_the_mean_of_those_of_the_local_losses
     local = []
     for rank, (images, target) in enumerate(parts):
         # generators seeded alike, of whose draws each process takes its share
-        draws = make_task(scenario).mixup.draw(world_size * len(images))
+        draws = make_task(scenario).criterion.mixup.draw(world_size * len(images))
         draws = MixupDraws(*(draw[rank::world_size] for draw in draws))
         local.append(one_process(scenario, images, target, draws))
     expected = {
@@ -139,7 +139,7 @@ def test_gathering_makes_a_difference(found):
 @pytest.mark.parametrize('name', SCENARIOS)
 def test_generators_of_all_ranks_stay_in_step(name, found):
     states = [rank['generator'] for rank in found(name)]
-    untouched = make_task(SCENARIOS[name]).mixup.generator.get_state()
+    untouched = make_task(SCENARIOS[name]).criterion.mixup.generator.get_state()
     assert all(torch.equal(state, states[0]) for state in states)
     assert torch.equal(states[0], untouched) == (not SCENARIOS[name].mixup_enabled)
 

@@ -49,16 +49,16 @@ def create_task(head='fcn', mixup_enabled=True, dtype=torch.float64, backbone='t
     task = SegmentationTask(
         model.to(dtype), dtype=dtype, verbose=False, generator=torch.Generator().manual_seed(1), **kwargs
     )
-    task.mixup.mixup_enabled = mixup_enabled
+    task.criterion.mixup.mixup_enabled = mixup_enabled
     return task.train()
 
 
 def draw(task, batch_size):
     """Random numbers of the next step, as loops take them, without a trace in the task."""
-    generator = task.mixup.generator
+    generator = task.criterion.mixup.generator
     state = generator.get_state()
     size = batch_size * task.anchors_per_image
-    draws = task.mixup.draw(size) if task.mixup.mixup_enabled else [torch.zeros(size)] * 3
+    draws = task.criterion.mixup.draw(size) if task.criterion.mixup.mixup_enabled else [torch.zeros(size)] * 3
     seed = torch.randint(2**32, (batch_size,), generator=generator)
     generator.set_state(state)
     return Draws(seed, *draws)
@@ -270,7 +270,7 @@ def test_a_compiled_step_is_one_graph_with_the_same_losses():
     images, target = blobs(2, 2, (33, 40))
     task = create_task('deeplabv3')
     compiled = copy.deepcopy(task)
-    compiled.mixup.generator.set_state(task.mixup.generator.get_state())
+    compiled.criterion.mixup.generator.set_state(task.criterion.mixup.generator.get_state())
     compiled.trainable_module = torch.compile(compiled.trainable_module, backend='aot_eager', fullgraph=True)
     result, expected = compiled(images, target), task(images, target)
     assert scalars(result) == pytest.approx(scalars(expected), rel=1e-12)
@@ -429,8 +429,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(name, found):
         expected = step(task.trainable_module, optimizer, *arguments)
         # what a step leaves of the generator
         if scenario.mixup_enabled:
-            task.mixup.draw(world_size * most * task.anchors_per_image)
-        torch.randint(2**32, (world_size * most,), generator=task.mixup.generator)
+            task.criterion.mixup.draw(world_size * most * task.anchors_per_image)
+        torch.randint(2**32, (world_size * most,), generator=task.criterion.mixup.generator)
         for rank in ranks:
             found_gradients = rank[update]['gradients']
             assert found_gradients.keys() == expected['gradients'].keys()
@@ -438,6 +438,6 @@ def test_two_processes_train_as_one_with_the_whole_batch(name, found):
             for parameter, gradient in expected['gradients'].items():
                 error = (found_gradients[parameter] - gradient).abs().max()
                 assert error <= 1e-10 * scale, (update, parameter)
-            assert torch.equal(rank[update]['generator'], task.mixup.generator.get_state())
+            assert torch.equal(rank[update]['generator'], task.criterion.mixup.generator.get_state())
         mean = {key: np.mean([rank[update]['losses'][key] for rank in ranks]) for key in expected['losses']}
         assert mean == pytest.approx(expected['losses'], rel=1e-10, abs=1e-12)

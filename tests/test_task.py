@@ -159,10 +159,10 @@ def test_weight_zero_has_no_projector_and_no_contrast_loss():
 def test_clearing_mixup_enabled_leaves_clean_images_and_draws_nothing():
     task = create_task()
     mixed = task(images(), TARGET)
-    task.mixup.mixup_enabled = False
-    state = task.mixup.generator.get_state()
+    task.criterion.mixup.mixup_enabled = False
+    state = task.criterion.mixup.generator.get_state()
     clean = task(images(), TARGET)
-    assert torch.equal(task.mixup.generator.get_state(), state)
+    assert torch.equal(task.criterion.mixup.generator.get_state(), state)
     torch.testing.assert_close(clean['task_loss'], torch.nn.functional.cross_entropy(clean['output'], TARGET))
     assert clean['task_loss'] != mixed['task_loss']
     assert clean['contrast_loss'] != mixed['contrast_loss']
@@ -390,7 +390,7 @@ def test_a_resumed_run_continues_bit_for_bit(name, contrast_weight, tmp_path):
     for ema in (False, True):
         of_resumed, of_first = resumed.get_trainable_module(ema=ema), task.get_trainable_module(ema=ema)
         assert_same_state(of_resumed.state_dict(), of_first.state_dict())
-    assert torch.equal(resumed.mixup.generator.get_state(), task.mixup.generator.get_state())
+    assert torch.equal(resumed.mixup.generator.get_state(), task.criterion.mixup.generator.get_state())
     state, resumed_state = optimizer.state_dict()['state'], resumed_optimizer.state_dict()['state']
     assert len(state) == len(list(task.get_trainable_module().parameters()))
     assert resumed_state.keys() == state.keys()
@@ -404,9 +404,9 @@ def test_task_state_that_does_not_fit_is_rejected_when_strict(saved, resumed):
     task = create_task(contrast_weight=resumed)
     with pytest.raises(RuntimeError, match='contrast_weight'):
         task.load_task_state(state)
-    task.mixup.draw(3)
+    task.criterion.mixup.draw(3)
     task.load_task_state(state, strict=False)
-    assert torch.equal(task.mixup.generator.get_state(), state['generator'])
+    assert torch.equal(task.criterion.mixup.generator.get_state(), state['generator'])
 
 
 def test_a_checkpoint_without_task_state_keeps_the_projector():
@@ -630,10 +630,10 @@ def test_targets_that_do_not_fit_are_rejected(target, message):
 
 def test_a_rejected_target_draws_nothing():
     task = create_task()
-    state = task.mixup.generator.get_state()
+    state = task.criterion.mixup.generator.get_state()
     with pytest.raises(ValueError, match='class indices'):
         task(images(), TARGET + NUM_CLASSES)
-    assert torch.equal(task.mixup.generator.get_state(), state)
+    assert torch.equal(task.criterion.mixup.generator.get_state(), state)
 
 
 def test_the_criterion_in_the_plain_classification_task_names_the_right_task():

@@ -1,9 +1,11 @@
 """A timm model seen from outside: its classifier, the width of its features, its groups of parameters"""
 
-from typing import Callable, Dict, List, Set, Union
+from typing import Any, Callable, Dict, List, Set, Union
 
 import torch.nn as nn
 from timm.models import group_parameters
+
+GroupMatcher = Union[Dict[str, Any], Callable[[str], int]]  # what timm's optimizer factory takes
 
 
 def get_classifiers(model: nn.Module) -> List[nn.Module]:
@@ -20,18 +22,22 @@ def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
     return [p for classifier in get_classifiers(model) for p in classifier.parameters()]
 
 
-def get_feature_dim(model: nn.Module) -> int:
-    """Width of the pre-logits features of a timm classifier.
-
-    Raises:
-        ValueError: The model has no classifier or does not tell the width.
-    """
+def check_classifier(model: nn.Module) -> None:
+    """Raise a ValueError unless the model is a timm classifier."""
     num_classes = getattr(model, 'num_classes', None)
     if not num_classes or not hasattr(model, 'forward_head') or not hasattr(model, 'get_classifier'):
         raise ValueError(
             f'Expected a timm classifier with forward_features, forward_head and num_classes > 0, got '
             f'{type(model).__name__} with num_classes={num_classes}. Create the model with num_classes=<your classes>.'
         )
+
+
+def get_feature_dim(model: nn.Module) -> int:
+    """Width of the pre-logits features of a timm classifier.
+
+    Raises:
+        ValueError: The model does not tell the width.
+    """
     feature_dim = getattr(model, 'head_hidden_size', None) or getattr(model, 'num_features', None)
     if not feature_dim:
         raise ValueError(
@@ -52,7 +58,7 @@ def group_matcher(
     prefix: str,
     coarse: bool = False,
     own_layer: bool = False,
-) -> Union[Dict, Callable[[str], int]]:
+) -> GroupMatcher:
     """Layer of a parameter by its name, for layer decay; whatever is around the model is in its last layer.
 
     Args:

@@ -1,5 +1,10 @@
-"""Losses on features and logits"""
+"""Losses on features and logits, one paper a file"""
 
+from typing import Dict, Type
+
+from .base import TaskLoss as TaskLoss
 from .core_tuning import CoreTuningLoss as CoreTuningLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
 from .projection import ProjectionHead as ProjectionHead
+
+LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss}  # by their names in timm's loss factory

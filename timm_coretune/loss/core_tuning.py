@@ -7,20 +7,20 @@ Written from the paper. Unlike in the released code, which has no licence and wa
 gradient, and nothing is run twice for a meter. A loss that is not finite is never replaced.
 """
 
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import torch
-import torch.nn as nn
 
 from ..checks import check_features, check_target
 from ..distributed import GlobalBatch, process_index_and_count
 from ..mining import at_least_float32, hard_label
 from ..mixup import HardMixtures, HardPairMixup, Mixture, MixupDraws
+from .base import TaskLoss
 from .focal_supcon import FocalSupConLoss
 from .projection import ProjectionHead
 
 
-class CoreTuningLoss(nn.Module):
+class CoreTuningLoss(TaskLoss):
     """Soft-target cross-entropy over a batch and its mixtures + contrast_weight x focal contrastive loss.
 
     The mixtures' logits are mixed from the logits of the clean batch, as a classifier is affine in its features, and
@@ -76,7 +76,7 @@ class CoreTuningLoss(nn.Module):
         uneven_batches: bool = False,
         generator: Optional[torch.Generator] = None,
     ):
-        super().__init__()
+        super().__init__(gather, uneven_batches, label_smoothing, generator)
         if num_features < 1 or projection_dim < 1:
             raise ValueError(
                 f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '
@@ -84,14 +84,9 @@ class CoreTuningLoss(nn.Module):
             )
         if not contrast_weight >= 0.0:
             raise ValueError(f'Expected contrast_weight >= 0, got {contrast_weight}. 0 switches the contrast off.')
-        if not 0.0 <= label_smoothing < 1.0:
-            raise ValueError(f'Expected label_smoothing in [0, 1), got {label_smoothing}.')
         self.num_features = num_features
         self.contrast_weight = contrast_weight
-        self.label_smoothing = label_smoothing
-        self.gather = gather
-        self.uneven_batches = uneven_batches
-        self.mixup = HardPairMixup(mixup_alpha, min_positive_lam, min_negative_lam, generator=generator)
+        self.mixup = HardPairMixup(mixup_alpha, min_positive_lam, min_negative_lam, generator=self.generator)
         self.contrast = FocalSupConLoss(temperature, focal=focal)
         # a parameter that gets no gradient stalls DistributedDataParallel
         self.projector = ProjectionHead(num_features, projection_dim) if contrast_weight else None
@@ -119,12 +114,12 @@ class CoreTuningLoss(nn.Module):
         device: torch.device,
         rows_per_image: int = 1,
     ) -> Tuple[GlobalBatch, Optional[MixupDraws]]:
-        """What a step needs from outside a compiled region: where its rows lie in the global batch, and random draws.
+        """Where the rows of this process lie among those of all, and the random draws of their mixtures.
 
-        Image b of process r takes the draws of image b * num_processes + r, the place it has in one process that reads
-        the same data.
+        Image b of process r takes the draws of image b * num_processes + r, the place it has in a single process that
+        reads the same data.
         """
-        batch = GlobalBatch.create(batch_size, self.gather, self.uneven_batches, device, rows_per_image)
+        (batch,) = super().prepare(batch_size, device, rows_per_image)
         if not self.mixup.mixup_enabled:
             return batch, None
         _, num_processes = process_index_and_count()
@@ -136,15 +131,11 @@ class CoreTuningLoss(nn.Module):
         features: torch.Tensor,
         logits: torch.Tensor,
         target: torch.Tensor,
-        batch: GlobalBatch,
-        draws: Optional[MixupDraws],
+        *prepared: Any,
         clean_loss: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
-        """The losses, given what `prepare` returned. Compiles as one graph; checks nothing, synchronises nothing.
-
-        Rows whose class index is negative take no part. Where more is known of the clean batch than its rows tell, its
-        mean cross-entropy is given as clean_loss.
-        """
+        """The losses, given the batch and the draws that `prepare` returned; without draws there are no mixtures."""
+        batch, draws = prepared
         label = batch.gather(hard_label(target))
         own = batch.own_rows(features.device)
         mixtures = None
@@ -154,7 +145,7 @@ class CoreTuningLoss(nn.Module):
         task_loss = self._task_loss(logits, target, label, batch, mixtures, clean_loss)
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
-        contrast_loss = self._contrast_loss(features, label, batch, own, mixtures)
+        contrast_loss = self._contrast_loss(self.projector, features, label, batch, own, mixtures)
         return {
             'loss': task_loss + self.contrast_weight * contrast_loss,
             'task_loss': task_loss,
@@ -200,6 +191,23 @@ class CoreTuningLoss(nn.Module):
             )
         return self.losses(features, logits, target)['loss']
 
+    def task_state(self) -> Dict[str, Any]:
+        state: Dict[str, Any] = {'generator': self.generator.get_state()}
+        if self.projector is not None:
+            state['projector'] = self.projector.state_dict()
+        return state
+
+    def load_task_state(self, state: Dict[str, Any], strict: bool = True) -> None:
+        if strict and (self.projector is None) != ('projector' not in state):
+            raise RuntimeError(
+                'One of checkpoint and task has a projection head and the other has not. Resume with the '
+                'contrast_weight the checkpoint was trained with, which is 0 for those without.'
+            )
+        if self.projector is not None and 'projector' in state:
+            self.projector.load_state_dict(state['projector'], strict=strict)
+        if 'generator' in state:
+            self.generator.set_state(state['generator'])
+
     def _task_loss(
         self,
         logits: torch.Tensor,
@@ -244,17 +252,19 @@ class CoreTuningLoss(nn.Module):
 
     def _contrast_loss(
         self,
+        projector: ProjectionHead,
         features: torch.Tensor,
         label: torch.Tensor,
         batch: GlobalBatch,
         own: torch.Tensor,
         mixtures: Optional[HardMixtures],
     ) -> torch.Tensor:
-        unit, *extra = self.projector(features, mixtures, batch).split(features.shape[0])
+        unit, *extra = projector(features, mixtures, batch).split(features.shape[0])
         per_anchor = self.contrast.per_anchor(
             batch.gather(unit),
             label,
-            *extra,
+            unit_positive=extra[0] if extra else None,
+            unit_negative=extra[1] if extra else None,
             has_negative=None if mixtures is None else mixtures.has_negative,
             anchor=own,
         )

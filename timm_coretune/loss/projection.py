@@ -37,6 +37,6 @@ class ProjectionHead(nn.Module):
         """
         hidden = self.fc1(features.to(self.fc1.weight.dtype))
         if mixtures is not None:
-            all_hidden = batch.gather(hidden)
+            all_hidden = hidden if batch is None else batch.gather(hidden)
             hidden = torch.cat([hidden, mixtures.positive.mix(all_hidden), mixtures.negative.mix(all_hidden)])
         return normalize(self.fc2(self.act(hidden)))

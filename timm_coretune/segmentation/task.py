@@ -1,14 +1,12 @@
 """Core-tuning of pixels: the task of images, on anchors sampled from the feature map"""
 
-from typing import Dict, Optional
+from typing import Any, Dict, Optional, Union, cast
 
 import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
-from ..distributed import GlobalBatch, process_index_and_count
-from ..loss.core_tuning import CoreTuningLoss
-from ..mixup import MixupDraws
+from ..loss import TaskLoss
 from ..task import CoreTuningModule, CoreTuningTask
 from .anchors import sample_anchors
 from .dense import DenseCrossEntropy, check_masks
@@ -37,7 +35,7 @@ class SegmentationModule(CoreTuningModule):
     def __init__(
         self,
         model: SegmentationModel,
-        criterion: CoreTuningLoss,
+        criterion: TaskLoss,
         dense_loss: DenseCrossEntropy,
         anchors_per_image: int,
     ):
@@ -47,14 +45,15 @@ class SegmentationModule(CoreTuningModule):
 
     def forward(
         self,
-        input: torch.Tensor,
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
         target: Optional[torch.Tensor] = None,
-        seed: Optional[torch.Tensor] = None,
-        batch: Optional[GlobalBatch] = None,
-        draws: Optional[MixupDraws] = None,
-    ):
+        *prepared: Any,
+    ) -> Any:
+        """Losses of images and masks in training mode, with the seeds of the images and what the loss prepared."""
         if not self.training:
             return self.model(input)
+        target = cast(torch.Tensor, target)
+        seed, *prepared_by_loss = prepared
         features, logits, output = self.model.forward_pixels(input)
         dense_loss = self.dense_loss(output, target)
         padded = self.model.pad(target, value=self.dense_loss.ignore_index)
@@ -64,7 +63,11 @@ class SegmentationModule(CoreTuningModule):
         anchors = sample_anchors(label, hard, seed, self.anchors_per_image)
         label = label.gather(1, anchors.index).masked_fill(~anchors.is_pixel, -1).flatten()
         losses = self.criterion.compute(
-            _take(features, anchors.index), _take(logits, anchors.index), label, batch, draws, clean_loss=dense_loss
+            _take(features, anchors.index),
+            _take(logits, anchors.index),
+            label,
+            *prepared_by_loss,
+            clean_loss=dense_loss,
         )
         return {**losses, 'dense_loss': dense_loss, 'output': output}
 
@@ -84,7 +87,7 @@ class SegmentationTask(CoreTuningTask):
 
     Args:
         model: From create_segmentation_model.
-        criterion: The loss of anchors. Created from loss_kwargs when None.
+        criterion: The loss of anchors. A CoreTuningLoss of loss_kwargs when None.
         anchors_per_image: Anchors of an image; places that it has no pixels for stay empty.
         ignore_index: Class of pixels that do not count.
         device: Device for task tensors and the projection head.
@@ -107,13 +110,13 @@ class SegmentationTask(CoreTuningTask):
     def __init__(
         self,
         model: SegmentationModel,
-        criterion: Optional[CoreTuningLoss] = None,
+        criterion: Optional[TaskLoss] = None,
         anchors_per_image: int = 64,
         ignore_index: int = 255,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
-        **loss_kwargs,
+        **loss_kwargs: Any,
     ):
         if anchors_per_image < 1:
             raise ValueError(f'Expected anchors_per_image >= 1, got {anchors_per_image}.')
@@ -121,12 +124,15 @@ class SegmentationTask(CoreTuningTask):
         self.ignore_index = ignore_index
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
 
-    def get_feature_dim(self, model: nn.Module) -> int:
-        return model.num_features
+    def check_model(self, model: nn.Module) -> None:
+        """Any SegmentationModel will do."""
 
-    def create_module(self, model: nn.Module, criterion: CoreTuningLoss) -> SegmentationModule:
+    def get_feature_dim(self, model: nn.Module) -> int:
+        return cast(SegmentationModel, model).num_features
+
+    def create_module(self, model: nn.Module, criterion: TaskLoss) -> SegmentationModule:
         dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing)
-        return SegmentationModule(model, criterion, dense_loss, self.anchors_per_image)
+        return SegmentationModule(cast(SegmentationModel, model), criterion, dense_loss, self.anchors_per_image)
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
         """One training step's forward pass.
@@ -144,12 +150,6 @@ class SegmentationTask(CoreTuningTask):
         """
         module = unwrap_model(self.trainable_module)
         check_masks(target, input, module.model.num_classes, self.ignore_index)
-        batch_size = input.shape[0]
-        batch, draws = module.criterion.prepare(batch_size, target.device, self.anchors_per_image)
-        rank, num_processes = process_index_and_count()
-        generator = self.mixup.generator
-        # as many on all processes, whose generators stay in step though their batches differ
-        most_images = max(batch.sizes) // self.anchors_per_image
-        seed = torch.randint(2**32, (num_processes * most_images,), generator=generator, device=generator.device)
-        seed = seed[rank::num_processes][:batch_size].to(target.device, non_blocking=True)
-        return self.trainable_module(input, target, seed, batch, draws)
+        batch, *rest = module.criterion.prepare(input.shape[0], target.device, self.anchors_per_image)
+        seed = module.criterion.draw_image_seeds(batch, target.device)
+        return self.trainable_module(input, target, seed, batch, *rest)

@@ -15,7 +15,6 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import is_better
-from ..task import CoreTuningTask
 from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
 from .data.seeding import make_key, seed_generators
 from .freezing import BackboneFreezer
@@ -133,8 +132,7 @@ class Trainer:
         if config.loss_scale != 'none':
             ratio = batch_size / config.reference_batch_size
             loss = loss * (ratio**0.5 if config.loss_scale == 'sqrt' else ratio)
-        # Core-tuning weighs each image of the global batch alike already
-        if config.uneven_batches and not isinstance(self.task, CoreTuningTask):
+        if config.uneven_batches and not getattr(self.task, 'is_global_mean', False):
             size = torch.tensor(float(batch_size), device=self.accelerator.device)
             loss = loss * (batch_size / self.accelerator.reduce(size, 'mean'))
         return loss
@@ -155,6 +153,8 @@ class Trainer:
             self.clip_gradients(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if hasattr(self.task, 'after_update'):
+            self.task.after_update()
         return result
 
     def _switch_mixup(self, epoch: int, loader: Any) -> None:
