@@ -54,7 +54,7 @@ def resize_backbone(backbone: nn.Module, img_size: Optional[Tuple[int, int]]) ->
 def find_maps(backbone: nn.Module, img_size: Tuple[int, int], pyramid: Optional[bool]) -> FeatureMaps:
     """Choose the feature maps for a segmentation head, by their actual sizes for an image.
 
-    The sizes are measured, as the description of a timm model is not right for every image size.
+    The sizes are measured. Those that a timm model gives in its `feature_info` are not exact for every image size.
 
     Args:
         backbone: A timm model.
