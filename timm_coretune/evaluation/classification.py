@@ -109,7 +109,7 @@ class ClassificationEvaluator(TopKEvaluator):
         return rows
 
     def write(self, folder: str) -> None:
-        """Write confusion.csv and per_class.csv, if these metrics were requested. A row is a true class."""
+        """Write confusion.csv (a row for each true class) and per_class.csv, if these metrics were requested."""
         if 'confusion' in self.metrics and self.matrix is not None:
             write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self.matrix.tolist())
         if 'per-class' in self.metrics:

@@ -122,7 +122,7 @@ class SegmentationEvaluator:
         return self.matrix
 
     def _counts(self) -> List[torch.Tensor]:
-        """Count the pixels of every class i as float64: n_ii, t_i and t_i + p_i - n_ii, as named in the class docstring."""
+        """Count the pixels of every class i: n_ii, t_i and t_i + p_i - n_ii in the notation of the class docstring."""
         matrix = self._computed_matrix().double()
         correct, pixels, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
         return [correct, pixels, pixels + predicted - correct]
@@ -143,7 +143,7 @@ class SegmentationEvaluator:
         ]
 
     def write(self, folder: str) -> None:
-        """Write confusion.csv and per_class.csv. A row is a true class."""
+        """Write per_class.csv, and confusion.csv with a row for each true class."""
         write_records(os.path.join(folder, PER_CLASS_NAME), self.per_class())
         write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self._computed_matrix().tolist())
 

@@ -68,6 +68,10 @@ import timm
 backbone = timm.create_model('hf-hub:REPO_ID', pretrained=True, num_classes=0)
 ```""",
 }
+_CHOSEN_ON_THE_SAME_IMAGES = (
+    'The epoch of these weights is the best one on the images that the figures are measured on, so these figures are '
+    'optimistic. The last epoch was not chosen by its figures.'
+)
 _CITATION = """```bibtex
 @inproceedings{zhang2021unleashing,
   title={Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning},
@@ -174,7 +178,7 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
     if facts.segmentation is not None:
         used = facts.segmentation
         size, crop = (size[0], *used['img_size']), ''
-        kind, num_classes = 'backbone with a head that segments images', used['num_classes']
+        kind, num_classes = 'backbone with a segmentation head', used['num_classes']
         architecture += f' with a `{used["head"]}` head'
     lines = [
         f'# {repo_id.split("/")[-1]}',
@@ -189,7 +193,7 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
         ('Tuned from', start),
         ('Data', f'`{facts.dataset}`' if facts.dataset else None),
         ('Weights', facts.weights),
-        ('Licence', facts.license or 'not stated; see that of the model and the data it was tuned from and on'),
+        ('Licence', facts.license or 'not stated. See the licences of the original model and of the training data'),
     ):
         if value:
             lines.append(f'- {name}: {value}')
@@ -208,7 +212,7 @@ def _figures(facts: CardFacts) -> Optional[str]:
     lines = [
         '## Figures',
         '',
-        f'Of the {facts.dataset_split} split.' if facts.dataset_split else 'Of held-out images.',
+        f'Measured on the {facts.dataset_split} split.' if facts.dataset_split else 'Measured on held-out images.',
         '',
         '| | these weights |' + (' last epoch |' if with_last else ''),
         '|---|---|' + ('---|' if with_last else ''),
@@ -217,7 +221,7 @@ def _figures(facts: CardFacts) -> Optional[str]:
         last = f' {facts.last_metrics[key]:.4g} |' if with_last and key in facts.last_metrics else ''
         lines.append(f'| {name} | {facts.metrics[key]:.4g} |{last}')
     if with_last:
-        lines += ['', 'The epoch of these weights was chosen on the images it is measured on, the last one was not.']
+        lines += ['', _CHOSEN_ON_THE_SAME_IMAGES]
     return '\n'.join(lines)
 
 
@@ -228,7 +232,7 @@ def _recipe(facts: CardFacts) -> Optional[str]:
     options = [(key, value) for key, value in options if value != _WITHOUT_EFFECT.get(key)]
     if not options:
         return None
-    lines = ['## How it was trained', '', 'By `train.py -c args.yaml`, whose main options are', '']
+    lines = ['## How it was trained', '', 'With `train.py -c args.yaml`. The main options are', '']
     lines += ['| option | value |', '|---|---|']
     lines += [
         f'| `--{key.replace("_", "-")}` | {"" if value is True else value} |' for key, value in options

@@ -119,8 +119,8 @@ def _settle_card(card: ModelCard, existing: str, architecture: str, repo_id: str
     """Decide which card to commit over an existing one: None keeps a card that describes another model."""
     if not is_card_of(existing, architecture):
         _logger.warning(
-            f'{CARD_NAME} of {repo_id} describes something else than a {architecture} tuned here. It was kept, and '
-            'does not tell of the weights now beside it: remove it and push again, or push to another name.'
+            f'{CARD_NAME} of {repo_id} describes something else than a {architecture} tuned here. It was kept, so '
+            'it does not describe the weights that were pushed. Remove it and push again, or push to another repository.'
         )
         return None
     if card.data.get('license') is None:  # keep a licence that somebody added to the card on the Hub

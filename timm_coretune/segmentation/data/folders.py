@@ -88,7 +88,7 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
     for synonyms in (TRAIN_SPLITS, VALIDATION_SPLITS):
         found = [name for name in synonyms if name in available]
         if split in synonyms and found:
-            _logger.info(f'Split {found[0]} of {where} serves as {split}')
+            _logger.info(f'Split {found[0]} of {where} is used as {split}')
             return found[0]
     raise ValueError(
         f'Expected a split {split!r} in {where}, which has {sorted(available)}. Choose one of these, or check the path.'
@@ -163,8 +163,8 @@ def _open_pair(root: str, split: str, hold_out: bool) -> FileSource:
     if not chosen:
         raise ValueError(f'Expected at least two images in {images!r} to keep one for validation, got {len(whole)}.')
     _logger.info(
-        f'{root} has no splits: every {HELD_OUT_EVERY}th image by name is for validation, these are {len(chosen)} of '
-        f'{len(whole)} images for {split}'
+        f'{root} has no splits, so every {HELD_OUT_EVERY}th image by name is kept for validation: {len(chosen)} of '
+        f'{len(whole)} images are used for {split}'
     )
     return FileSource([whole.images[index] for index in chosen], [whole.masks[index] for index in chosen])
 
