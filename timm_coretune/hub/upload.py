@@ -120,7 +120,7 @@ def _settle_card(card: ModelCard, existing: str, architecture: str, repo_id: str
     if not is_card_of(existing, architecture):
         _logger.warning(
             f'{CARD_NAME} of {repo_id} describes something else than a {architecture} tuned here. It was kept, so '
-            'it does not describe the weights that were pushed. Remove it and push again, or push to another repository.'
+            'it does not describe the weights that were pushed. Remove it and push again, or push elsewhere.'
         )
         return None
     if card.data.get('license') is None:  # keep a licence that somebody added to the card on the Hub

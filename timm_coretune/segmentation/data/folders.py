@@ -148,7 +148,7 @@ def _open_pair(root: str, split: str, hold_out: bool) -> FileSource:
         found = resolve_split(split, splits, root)
         return _pair(os.path.join(images, found), os.path.join(masks, found))
     lists = {path.stem: str(path) for path in Path(root).glob('*.txt') if path.stem in TRAIN_SPLITS + VALIDATION_SPLITS}
-    if lists:  # even if this split has no list: holding out would mix it with the images listed for another split
+    if lists:  # then nothing is held out for a split without a list, as its images may be listed for another split
         return _pair(images, masks, lists[resolve_split(split, lists, root)])
     whole = _pair(images, masks)
     if not hold_out:
