@@ -37,11 +37,11 @@ def predict_image(model: SegmentationModel, image: Union[Image.Image, torch.Tens
         pixels = functional.pil_to_tensor(image.convert('RGB' if len(model.data_config['mean']) == 3 else 'L'))
     else:
         pixels = image
-    height, width = size = (pixels.shape[-2], pixels.shape[-1])
+    height, width = pixels.shape[-2:]
     transform = create_eval_transform(model.img_size, **model.data_config)
     input, _ = transform(tv_tensors.Image(pixels), tv_tensors.Mask(torch.zeros(height, width, dtype=torch.uint8)))
     logits = model(input[None].to(next(model.parameters()).device))
-    return restore(logits[0].float(), size).argmax(dim=0).to(torch.uint8).cpu()
+    return restore(logits[0].float(), (height, width)).argmax(dim=0).to(torch.uint8).cpu()
 
 
 def find_images(paths: Sequence[str]) -> List[str]:
