@@ -164,7 +164,7 @@ def _open_pair(root: str, split: str, hold_out: bool) -> FileSource:
         raise ValueError(f'Expected at least two images in {images!r} to keep one for validation, got {len(whole)}.')
     _logger.info(
         f'{root} has no splits, so every {HELD_OUT_EVERY}th image by name is kept for validation: {len(chosen)} of '
-        f'{len(whole)} images are used for {split}'
+        f'{len(whole)} images for {split}'
     )
     return FileSource([whole.images[index] for index in chosen], [whole.masks[index] for index in chosen])
 
