@@ -14,6 +14,7 @@ LEVELS = {  # a module imports from lower levels only, or from its own package
     'checks': 0,
     'distributed': 0,
     'run_folder': 0,
+    'safetensors_images': 0,
     'version': 0,
     'timm_model': 0,
     'mining': 1,

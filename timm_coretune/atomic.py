@@ -1,7 +1,8 @@
-"""Files that are there whole or not at all, whatever stops the program or the machine
+"""Write files atomically: after a crash a file is complete or unchanged, never half written
 
-A file is written beside its place, pushed to the disk, and only then renamed. A rename replaces the old file in one
-step. The rename itself is on the disk once the folder is. See https://lwn.net/Articles/457667/ for why both are needed.
+A file is written under a temporary name in the same folder and flushed to the disk. Then it is renamed, which replaces
+the old file in one step. Then the folder is flushed to the disk as well, as otherwise a power failure may undo the
+rename. See https://lwn.net/Articles/457667/.
 """
 
 import contextlib
@@ -20,21 +21,21 @@ def _push_to_disk(path: str, flags: int) -> None:
 
 
 def move_into_place(temporary: Union[str, os.PathLike], path: Union[str, os.PathLike]) -> None:
-    """Put a finished file in the place of another, or of none.
+    """Rename a finished file, replacing any file that has the new name.
 
     Args:
-        temporary: The finished file, on the same file system as path. It is gone afterwards.
-        path: Where it belongs.
+        temporary: The finished file. It must be on the same file system as path.
+        path: New name of the file.
     """
     _push_to_disk(os.fspath(temporary), os.O_RDWR)
     os.replace(temporary, path)
-    if os.name == 'posix':  # Windows opens no folders, and its rename is on the disk
+    if os.name == 'posix':  # Windows cannot open a folder to flush it
         _push_to_disk(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
 
 
 @contextlib.contextmanager
 def write_whole(path: Union[str, os.PathLike]) -> Iterator[str]:
-    """Give a temporary path to write to; what is there at the end replaces path. An error leaves path as it was."""
+    """Give a temporary path to write to, and rename it to path at the end. After an error path is unchanged."""
     temporary = f'{os.fspath(path)}{TEMPORARY_SUFFIX}'
     try:
         yield temporary
@@ -46,6 +47,6 @@ def write_whole(path: Union[str, os.PathLike]) -> Iterator[str]:
 
 
 def write_text(text: str, path: Union[str, os.PathLike]) -> None:
-    """Write text as UTF-8, with line ends as they are."""
+    """Write a text file as UTF-8, with the line ends of the text on every system."""
     with write_whole(path) as temporary, open(temporary, 'w', encoding='utf-8', newline='') as f:
         f.write(text)

@@ -1,4 +1,4 @@
-"""Checks of what a caller hands over, with the likely fix in the message"""
+"""Checks of arguments, with error messages that say what was expected, what came, and the likely fix"""
 
 from typing import Optional
 
@@ -6,12 +6,17 @@ import torch
 
 
 def wrong_classes(target: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
-    """Values of a mask of any shape that are neither a class nor ignored (N,)."""
+    """List the values (N,) of a mask of any shape that are neither a class nor ignore_index."""
     return target[((target < 0) | (target >= num_classes)) & (target != ignore_index)]
 
 
 def check_features(features: torch.Tensor, name: str = 'features', allow_empty: bool = False) -> None:
-    """Reject anything but a floating-point matrix with a row per image. Only a process among others may have no image.
+    """Reject features that are not a floating-point matrix with a row for each image.
+
+    Args:
+        features: Features to check.
+        name: Name of the features in error messages.
+        allow_empty: Accept a matrix without rows. One of several processes may have no image.
 
     Raises:
         ValueError: The shape or the dtype does not fit.
@@ -29,11 +34,16 @@ def check_features(features: torch.Tensor, name: str = 'features', allow_empty: 
 def check_target(target: torch.Tensor, batch_size: int, num_classes: Optional[int] = None) -> None:
     """Reject targets that are neither class indices nor soft targets of this batch.
 
-    The range of class indices is checked on the CPU only, where it costs no device synchronisation. On an accelerator
-    the kernels of the cross-entropy assert it.
+    The range of class indices is checked on the CPU only. On an accelerator the check would wait for the device, and
+    the kernels of the cross-entropy assert the range.
+
+    Args:
+        target: Targets to check.
+        batch_size: Number of images in the batch.
+        num_classes: Number of classes. When None any number is accepted.
 
     Raises:
-        ValueError: Shape, dtype or range do not fit; the message says what was expected and what came.
+        ValueError: Shape, dtype or range does not fit.
     """
     if target.ndim not in (1, 2) or target.shape[0] != batch_size:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""A tuned model as files that plain timm reads"""
+"""Write a tuned model to files that plain timm loads"""
 
 import json
 import os
@@ -18,13 +18,14 @@ from .atomic import write_text, write_whole
 from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, read_json
 
 WEIGHTS_NAME = 'model.safetensors'
-SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'  # of a whole segmentation model
+SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'  # backbone and head of a segmentation model
 BACKBONE_PREFIX = 'backbone.'
+# facts about the original weights, which may not be true of tuned weights
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')
 
 
 def write_json(content: Dict[str, Any], path: str) -> None:
-    """Write a description of a model, whole or not at all."""
+    """Write a JSON file. If writing is interrupted, no half-written file is left."""
     write_text(json.dumps(content, indent=2) + '\n', path)
 
 
@@ -32,20 +33,20 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str
     """Write weights as safetensors that plain timm loads.
 
     Args:
-        state_dict: Weights of the plain timm model.
+        state_dict: Weights by name.
         path: File to write.
-        **metadata: Notes kept in the head of the file.
+        **metadata: Notes to keep in the header of the file, such as the epoch.
     """
-    # clones, as safetensors refuses tensors that share memory
+    # copy the tensors, as safetensors refuses tensors that share memory
     tensors = {k: v.detach().cpu().clone().contiguous() for k, v in state_dict.items()}
     blob = save(tensors, metadata={'format': 'pt', **metadata})
-    # the library writes notes in a random order, and the same weights should be the same file
+    # safetensors writes the notes in random order; sort them, so that equal weights give equal files
     end = 8 + int.from_bytes(blob[:8], 'little')
     head = json.loads(blob[8:end])
     head['__metadata__'] = dict(sorted(head['__metadata__'].items()))
     text = json.dumps(head, separators=(',', ':')).encode()
     text += b' ' * (-len(text) % 8)
-    # save_file would leave the file readable to its owner alone
+    # safetensors.torch.save_file would make the file readable for its owner only
     with write_whole(path) as temporary, open(temporary, 'wb') as f:
         f.write(len(text).to_bytes(8, 'little'))
         f.write(text)
@@ -57,25 +58,25 @@ def create_config(
     data_config: Optional[Dict[str, Any]] = None,
     label_names: Optional[Sequence[str]] = None,
 ) -> Dict[str, Any]:
-    """Content of the config.json that timm rebuilds a model and its preprocessing from.
+    """Create the content of config.json, from which timm rebuilds a model and its preprocessing.
 
     Args:
         model: A timm model.
-        data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
+        data_config: Input size, mean, std, interpolation and crop of the training. When None those of the model.
         label_names: Names of the classes by index.
 
     Raises:
         ValueError: The model was built with an argument that JSON cannot hold.
     """
     data_config = resolve_data_config({}, model=model) if data_config is None else data_config
-    model_config = {}
-    if label_names and len(label_names) == model.num_classes:  # timm would take others for the first classes
+    model_config: Dict[str, Any] = {}
+    if label_names and len(label_names) == model.num_classes:  # timm would give a shorter list to the first classes
         model_config['label_names'] = list(label_names)
     with TemporaryDirectory() as folder:
         written = Path(folder, CONFIG_NAME)
-        _hub.save_config_for_hf(model, written, model_config=model_config, data_config=data_config)
+        _hub.save_config_for_hf(model, str(written), model_config=model_config, data_config=data_config)
         config = read_json(written)
-    for key in _OF_THE_SOURCE:  # not true of tuned weights, nor always of what was tuned
+    for key in _OF_THE_SOURCE:
         config['pretrained_cfg'].pop(key, None)
     return config
 
@@ -89,9 +90,9 @@ def export_model(
     """Write a folder that `timm.create_model('local-dir:FOLDER', pretrained=True)` loads.
 
     Args:
-        model: A timm model, such as the `get_eval_model()` of a task, compiled or wrapped or neither.
-        folder: Folder to write, made if need be.
-        data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
+        model: A timm model, such as the `get_eval_model()` of a task. It may be compiled or wrapped.
+        folder: Folder to write, created if missing.
+        data_config: Input size, mean, std, interpolation and crop of the training. When None those of the model.
         label_names: Names of the classes by index.
     """
     model = unwrap_model(model)
@@ -104,12 +105,12 @@ def export_backbone(weights_path: str, config: Dict[str, Any], folder: str) -> N
     """Write the backbone of a segmentation model as a folder that plain timm loads.
 
     Args:
-        weights_path: Weights of the whole model, whose notes are kept.
-        config: Content of the backbone's config.json.
+        weights_path: Weights of the segmentation model. The notes in the header of the file are kept.
+        config: Content of the config.json of the backbone.
         folder: Folder to write into.
 
     Raises:
-        ValueError: The weights have no backbone.
+        ValueError: The weights are not those of a segmentation model.
     """
     with safe_open(weights_path, framework='pt') as f:
         notes = f.metadata() or {}

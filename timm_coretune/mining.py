@@ -1,12 +1,14 @@
 """Hard pair mining
 
-For every image of a batch: the positive it resembles least, the negative it resembles most, and a random negative.
+For every image of a batch, the anchor, mining finds three other images of the batch: the hard positive, which is the
+least similar one of the same class, the hard negative, which is the most similar one of another class, and a random one
+of another class.
 
 Paper: `Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning`
     - Yifan Zhang et al., NeurIPS 2021, https://arxiv.org/abs/2102.06605
 
-Written from the paper. The released code takes the argmin of `similarity * mask`, which returns a masked entry whenever
-features are non-negative, as they are after a ReLU. Here masked entries are infinite.
+Written from the paper. It differs from the released code, which takes the argmin of `similarity * mask`. After a ReLU
+all features are non-negative, and that argmin is an entry which the mask excludes. Here excluded entries are infinite.
 """
 
 from typing import NamedTuple, Optional
@@ -18,13 +20,13 @@ from .checks import check_features, check_target
 
 
 class HardPairs(NamedTuple):
-    """Indices into the candidate rows, one per anchor, and whether the anchor has any negative.
+    """Hard pairs of B anchors, as row indices of the candidates.
 
     Attributes:
-        hard_positive: Least similar candidate of the anchor's class; the anchor itself when it has none (B,) int64.
-        hard_negative: Most similar candidate of another class; the anchor itself when it has none (B,) int64.
-        random_negative: Uniform draw among the other classes; the anchor itself when it has none (B,) int64.
-        has_negative: False where the candidates hold no class but the anchor's (B,) bool.
+        hard_positive: Least similar candidate of the anchor's class, or the anchor itself if it has none (B,) int64.
+        hard_negative: Most similar candidate of another class, or the anchor itself if it has none (B,) int64.
+        random_negative: Random candidate of another class, or the anchor itself if it has none (B,) int64.
+        has_negative: Whether there is a candidate of another class than the anchor's (B,) bool.
     """
 
     hard_positive: torch.Tensor
@@ -34,17 +36,17 @@ class HardPairs(NamedTuple):
 
 
 def hard_label(target: torch.Tensor) -> torch.Tensor:
-    """Class per row: of soft targets (B, C) the most probable one, of class indices (B,) themselves. int64 (B,)."""
+    """Class of every row (B,) int64: the most probable one of soft targets (B, C); class indices (B,) stay."""
     return target.argmax(dim=-1) if target.ndim == 2 else target.long()
 
 
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
-    """Cast half precision up: a bfloat16 cosine is off by 0.002, which over a temperature of 0.07 is 0.03."""
+    """Cast half precision to float32. The error of a bfloat16 cosine, 0.002, is 0.03 after division by 0.07."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def normalize(x: torch.Tensor) -> torch.Tensor:
-    """Rows of unit length in float32 or better (B, D). A row of zeros stays zero and gets no gradient (not 1e12)."""
+    """Scale rows (B, D) to length 1, in float32 or better. A row of zeros stays, with gradient 0 instead of 1e12."""
     x = at_least_float32(x)
     return F.normalize(x.masked_fill((x == 0).all(dim=-1, keepdim=True), 0.0), dim=-1)
 
@@ -57,18 +59,18 @@ def select_hard_pairs(
     anchor: Optional[torch.Tensor] = None,
     order: Optional[torch.Tensor] = None,
 ) -> HardPairs:
-    """Hard pairs given the random draws: deterministic, no host synchronisation, static shapes.
+    """Find the hard pairs for given random draws, deterministically, with static shapes and no wait for the device.
 
     Args:
-        features: Candidate features of any scale (N, D).
-        label: Class of every candidate, negative for those that take no part (N,) int64.
-        draw: Uniform in [0, 1), one per anchor, selects its random negative (B,).
-        anchor: Row of each anchor among the candidates (B,) int64, all rows in order when None.
-        order: Candidates in the order that draws count them in (N,) int64, as they are when None.
+        features: Features of the candidates (N, D) of any scale.
+        label: Class of every candidate (N,) int64. Candidates with a negative label take no part.
+        draw: Uniform numbers in [0, 1), one for each anchor (B,). They choose the random negatives.
+        anchor: Row of each anchor among the candidates (B,) int64. When None every candidate is an anchor.
+        order: Order of the candidates (N,) int64 in which draws count them. When None that of the rows.
 
     Returns:
-        HardPairs with B rows that index the N candidates. Rows of anchors that take no part mean nothing, but index
-        candidates too.
+        HardPairs with B rows that index the N candidates. Rows of anchors that take no part are meaningless, but valid
+        indices.
     """
     num_candidates = features.shape[0]
     candidate = torch.arange(num_candidates, device=features.device)
@@ -84,13 +86,13 @@ def select_hard_pairs(
     # an anchor is a candidate itself, so either all have a negative or none has
     highest = label.max()
     has_negative = (torch.where(takes_part, label, highest).min() < highest).expand(anchor.shape)
-    # argmin of a row of infinities is 0, not «none»
+    # without a positive the argmin is 0, which is a wrong candidate; take the anchor itself
     hard_positive = torch.where(has_positive, similarity.masked_fill(~positive, float('inf')).argmin(dim=-1), anchor)
     negative_similarity = similarity.masked_fill(same | ~takes_part, float('-inf'))
     hard_negative = torch.where(has_negative, negative_similarity.argmax(dim=-1), anchor)
 
-    # Sorted by label, those without part come first and a class is one run [start, end). The k-th negative is the k-th
-    # row behind the former once that run is cut out.
+    # After sorting by label, candidates that take no part come first, and every class is one run of rows. Skip those
+    # candidates and the run of the anchor's class: the k-th remaining row is the k-th negative.
     sorted_label, by_label = torch.sort(label if order is None else label[order], stable=True)
     if order is not None:
         by_label = order[by_label]
@@ -112,12 +114,12 @@ def mine_hard_pairs(
     """Mine the hard pairs of a batch by cosine similarity, without gradient.
 
     Args:
-        features: Pre-logits features of any scale and floating dtype (B, D).
-        label: Class indices (B,), or soft targets (B, C), of which the most probable class counts.
-        generator: Source of the random negatives, the global one when None. It may live on any device.
+        features: Pre-logits features (B, D) of any scale and floating dtype.
+        label: Class indices (B,), or soft targets (B, C), whose most probable class is taken.
+        generator: Random generator for the random negatives, on any device. When None torch's global one.
 
     Returns:
-        HardPairs, each (B,).
+        HardPairs, whose fields have the shape (B,).
 
     Raises:
         ValueError: features is no (B, D) matrix or label does not fit it.

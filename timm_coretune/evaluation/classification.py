@@ -1,4 +1,4 @@
-"""How well images are classified: loss and top-k accuracy, and what --metrics adds, over all processes"""
+"""Scores of an image classifier over all processes: loss, top-k accuracy, and the metrics of --metrics"""
 
 import os
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -14,18 +14,19 @@ from .tables import complete_names, write_confusion, write_records
 
 
 class ClassificationEvaluator(TopKEvaluator):
-    """Cross-entropy in nats, top-1 and top-5 accuracy in percent, and further metrics if asked for.
+    """Computes cross-entropy in nats, top-1 and top-5 accuracy in percent, and further metrics on request.
 
-    timm's evaluator counts. It averages the loss over each batch first, while here the losses of all images are summed.
+    It differs from timm's evaluator in the loss: it sums the losses of all images and divides once. The mean is exact
+    also if the batches have different sizes.
 
     Args:
-        device: Where the outputs are.
+        device: Device of the outputs.
         metrics: Further metrics: 'confusion' (a table), 'per-class' (a table and macro F1), 'ece' (calibration error).
-        num_classes: Classes of the model. Needed by the further metrics.
-        class_names: Names of the classes by index, their indices when None.
+        num_classes: Number of classes of the model. Required for further metrics.
+        class_names: Names of the classes by index. When None their indices.
 
     Raises:
-        ImportError: Further metrics were asked for, and torchmetrics is not installed.
+        ImportError: There are further metrics, and torchmetrics is not installed.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class ClassificationEvaluator(TopKEvaluator):
         self.counts[0] += num_examples
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take logits of any floating dtype (batch_size, num_classes) and class indices int64 (batch_size,)."""
+        """Add a batch: logits of any floating dtype (batch_size, num_classes) and class indices int64 (batch_size,)."""
         super().update(output, target)
         if self.confusion is not None:
             self.confusion.update(output, target)
@@ -68,14 +69,14 @@ class ClassificationEvaluator(TopKEvaluator):
             self.calibration.update(output.softmax(dim=1), target)
 
     def compute(self, distributed: Optional[bool] = None) -> Dict[str, float]:
-        """The scores by name, over all processes, which must call this together."""
+        """Compute the scores by name over all processes. All processes must call this together."""
         if distributed is None:
             distributed = process_index_and_count()[1] > 1
         scores = super().compute(distributed)
         if self.confusion is not None:
             self.matrix = self.confusion.compute().cpu()
         if 'per-class' in self.metrics:
-            # of the classes that are in the data
+            # macro F1 is the mean over the classes that occur in the data
             rows = [row for row in self.per_class() if row['support']]
             scores['macro_f1'] = sum(row['f1'] for row in rows) / max(len(rows), 1)
         if self.calibration is not None:
@@ -83,13 +84,15 @@ class ClassificationEvaluator(TopKEvaluator):
         return scores
 
     def per_class(self) -> List[Dict[str, Any]]:
-        """Precision, recall and F1 in percent, and the number of images, of every class; 0 where nothing is defined.
+        """Compute precision, recall and F1 in percent, and the number of images, of every class.
+
+        A score whose denominator is 0 is 0.
 
         Raises:
-            RuntimeError: compute() has not counted the images yet, or no further metrics were asked for.
+            RuntimeError: compute() was not called yet, or the evaluator was created without further metrics.
         """
         if self.matrix is None:
-            raise RuntimeError('Cannot tell of classes before compute() has counted their images, with metrics.')
+            raise RuntimeError('Cannot give scores of each class before compute(), or without metrics.')
         matrix = self.matrix.double()
         rows = []
         for index, name in enumerate(self.class_names):
@@ -106,7 +109,7 @@ class ClassificationEvaluator(TopKEvaluator):
         return rows
 
     def write(self, folder: str) -> None:
-        """Write the tables that were asked for. The confusion matrix has a row for each true class."""
+        """Write confusion.csv (a row for each true class) and per_class.csv, if these metrics were requested."""
         if 'confusion' in self.metrics and self.matrix is not None:
             write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self.matrix.tolist())
         if 'per-class' in self.metrics:
@@ -114,5 +117,5 @@ class ClassificationEvaluator(TopKEvaluator):
 
     @staticmethod
     def describe(scores: Mapping[str, float]) -> str:
-        """The part of a line of the log that tells what compute returned."""
+        """Write the scores that compute() returned as a part of a log line."""
         return describe(scores, OF_IMAGES)

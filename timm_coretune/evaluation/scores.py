@@ -1,6 +1,6 @@
-"""The scores of a validation: what each is called, its unit, and whether more of it is better
+"""The scores of a validation: the names of each, its unit, and whether a higher value is better
 
-Everything that shows, ranks or publishes a score reads this table.
+All code that shows, ranks or publishes a score reads this table.
 """
 
 from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
@@ -9,14 +9,14 @@ PERCENT, NATS = '%', 'nats'
 
 
 class Score(NamedTuple):
-    """What is known of a score.
+    """Description of a score.
 
     Attributes:
-        title: Its name in a table or below a picture.
-        label: Its name in a line of the log.
-        unit: Its unit.
-        higher_is_better: Whether a higher value is a better one.
-        hub_type: Its metric type on the Hugging Face Hub.
+        title: Name of the score in a table or below a picture.
+        label: Short name of the score in a log line.
+        unit: Unit of the score, PERCENT or NATS.
+        higher_is_better: Whether a higher value is better.
+        hub_type: Metric type of the score on the Hugging Face Hub.
     """
 
     title: str
@@ -26,7 +26,7 @@ class Score(NamedTuple):
     hub_type: str
 
 
-# by the name in summary.csv behind eval_, in the order of a model card
+# The key is the name of the column in summary.csv without `eval_`. The order is that of a model card.
 SCORES: Dict[str, Score] = {
     'top1': Score('Top-1 accuracy', 'Acc@1', PERCENT, True, 'accuracy'),
     'top5': Score('Top-5 accuracy', 'Acc@5', PERCENT, True, 'top_5_accuracy'),
@@ -38,24 +38,26 @@ SCORES: Dict[str, Score] = {
     'fwiou': Score('Frequency-weighted IoU', 'FWIoU', PERCENT, True, 'frequency_weighted_iou'),
     'loss': Score('Cross-entropy', 'Loss', NATS, False, 'loss'),
 }
+# scores of every image classifier
 OF_IMAGES = ('loss', 'top1', 'top5')
-# what --metrics asks for, and the score that it brings
+# values of --metrics, with the score that each adds; None adds a table only
 FURTHER_OF_IMAGES: Dict[str, Optional[str]] = {'confusion': None, 'per-class': 'macro_f1', 'ece': 'ece'}
+# scores of every segmentation model
 OF_PIXELS = ('loss', 'miou', 'pa', 'mpa', 'fwiou')
 
 
 def scores_of_images(metrics: Sequence[str] = ()) -> Tuple[str, ...]:
-    """Names of the scores of a classification, with those that the metrics bring."""
+    """List the scores of an image classifier, including those that the requested metrics add."""
     return (*OF_IMAGES, *(score for name, score in FURTHER_OF_IMAGES.items() if score and name in metrics))
 
 
 def is_better(name: str, value: float, other: Optional[float]) -> bool:
-    """Whether a value of a score is better than another; any is better than none."""
+    """Whether a value of a score is better than another. Any value is better than None."""
     if other is None:
         return True
     return value > other if SCORES[name].higher_is_better else value < other
 
 
 def describe(values: Mapping[str, float], names: Sequence[str]) -> str:
-    """The part of a line of the log that shows some of the scores."""
+    """Write some of the scores as a part of a log line."""
     return '  '.join(f'{SCORES[name].label}: {values[name]:>7.3f}' for name in names)

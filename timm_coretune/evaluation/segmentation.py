@@ -1,4 +1,4 @@
-"""How well every pixel is predicted: loss, accuracies and intersection over union, over all processes"""
+"""Scores of a segmentation model over all processes: loss, pixel accuracies, intersection over union (IoU)"""
 
 import os
 from collections import OrderedDict
@@ -14,18 +14,23 @@ from .tables import complete_names, write_confusion, write_records
 
 
 class SegmentationEvaluator:
-    """Counts pixels by true and predicted class and reduces the counts, not the scores, over batches and processes.
+    """Computes cross-entropy, pixel accuracies and IoU from one confusion matrix over all batches and processes.
 
-    With n_ij pixels of class i predicted as j, t_i = sum_j n_ij of the class and p_i = sum_j n_ji predicted as it:
-    PA = sum_i n_ii / sum_i t_i, MPA = mean of n_ii / t_i over the classes in the data,
-    IoU_i = n_ii / (t_i + p_i - n_ii), mIoU = their mean over the classes in the data or predicted,
-    FWIoU = sum_i t_i IoU_i / sum_i t_i.
+    The counts of pixels are summed over batches and processes, and the scores are computed from the sums. Let n_ij be
+    the number of pixels of class i that are predicted as class j, t_i = sum_j n_ij the number of pixels of class i, and
+    p_i = sum_j n_ji the number of pixels that are predicted as class i. Then
+
+    - PA (pixel accuracy) = sum_i n_ii / sum_i t_i
+    - MPA (mean pixel accuracy) = mean of n_ii / t_i over the classes in the data
+    - IoU_i (intersection over union) = n_ii / (t_i + p_i - n_ii)
+    - mIoU = mean of IoU_i over the classes that are in the data or predicted
+    - FWIoU (frequency-weighted IoU) = sum_i t_i IoU_i / sum_i t_i
 
     Args:
-        num_classes: Classes of the model, at least 2.
-        class_names: Their names by index, their indices when None.
-        ignore_index: Target of the pixels that count nowhere.
-        device: Where the counts are kept, that of the outputs.
+        num_classes: Number of classes of the model, at least 2.
+        class_names: Names of the classes by index. When None their indices.
+        ignore_index: Target value of the pixels to ignore.
+        device: Device of the outputs, where the counts are kept. When None the CPU.
 
     Raises:
         ImportError: torchmetrics is not installed.
@@ -51,9 +56,10 @@ class SegmentationEvaluator:
         self.ignore_index = ignore_index
         device = torch.device(device or 'cpu')
         self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index).to(device)
-        # its check of values sorts all pixels and waits for the device; update has one of its own
+        # torchmetrics checks values by sorting all pixels and waiting for the device; update() has a cheaper check
         self.confusion.validate_args = False
-        # a sum, as the matrix has the number of pixels; a NaN must be seen, and float64 counts exactly, MPS has none
+        # Sum the losses of all pixels; the matrix has their number. NaN is kept, so that it is seen. float64 sums many
+        # pixels without loss of precision, but MPS does not support it.
         dtype = torch.float32 if device.type == 'mps' else torch.float64
         self.loss = SumMetric(nan_strategy='disable').set_dtype(dtype).to(device)
         self.matrix: Optional[torch.Tensor] = None
@@ -64,15 +70,15 @@ class SegmentationEvaluator:
         self.matrix = None
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take a batch.
+        """Add a batch.
 
         Args:
             output: Logits of any floating dtype (batch_size, num_classes, height, width).
-            target: Class indices, or ignore_index (batch_size, height, width).
+            target: Class indices or ignore_index (batch_size, height, width).
 
         Raises:
-            ValueError: The shapes do not fit, or a target is no class. The latter is checked on the CPU only, where it
-                costs no device synchronisation; on an accelerator the kernel of the cross-entropy asserts it.
+            ValueError: The shapes do not fit, or a target value is no class. Values are checked on the CPU only. On an
+                accelerator the check would wait for the device, and the kernel of the cross-entropy asserts it.
         """
         self._check(output, target)
         target = target.long()
@@ -97,7 +103,7 @@ class SegmentationEvaluator:
             )
 
     def compute(self) -> Dict[str, float]:
-        """Cross-entropy in nats and the four scores in percent. All processes must call this together."""
+        """Compute the cross-entropy in nats and the other scores in percent. All processes must call this together."""
         self.matrix = self.confusion.compute().cpu()
         correct, pixels, union = self._counts()
         total = pixels.sum().clamp(min=1)
@@ -110,16 +116,25 @@ class SegmentationEvaluator:
             fwiou=(100 * (pixels * iou).sum() / total).item(),
         )
 
-    def _counts(self) -> List[torch.Tensor]:
-        """Of every class the pixels predicted correctly, in the data, and in the data or predicted, as float64."""
+    def _computed_matrix(self) -> torch.Tensor:
         if self.matrix is None:
-            raise RuntimeError('Cannot tell of classes before compute() has counted their pixels.')
-        matrix = self.matrix.double()
+            raise RuntimeError('Cannot give scores of each class before compute().')
+        return self.matrix
+
+    def _counts(self) -> List[torch.Tensor]:
+        """Count the pixels of every class i: n_ii, t_i and t_i + p_i - n_ii in the notation of the class docstring."""
+        matrix = self._computed_matrix().double()
         correct, pixels, predicted = matrix.diagonal(), matrix.sum(dim=1), matrix.sum(dim=0)
         return [correct, pixels, pixels + predicted - correct]
 
     def per_class(self) -> List[Dict[str, Any]]:
-        """IoU and accuracy in percent, and the number of pixels, of every class; 0 where nothing is defined."""
+        """Compute IoU and accuracy in percent, and the number of pixels, of every class.
+
+        A score whose denominator is 0 is 0.
+
+        Raises:
+            RuntimeError: compute() was not called yet.
+        """
         correct, pixels, union = self._counts()
         iou, accuracy = 100 * correct / union.clamp(min=1), 100 * correct / pixels.clamp(min=1)
         columns = (self.class_names, iou.tolist(), accuracy.tolist(), pixels.long().tolist())
@@ -128,11 +143,11 @@ class SegmentationEvaluator:
         ]
 
     def write(self, folder: str) -> None:
-        """Write confusion.csv, a row for each true class, and per_class.csv."""
+        """Write per_class.csv, and confusion.csv with a row for each true class."""
         write_records(os.path.join(folder, PER_CLASS_NAME), self.per_class())
-        write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self.matrix.tolist())
+        write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self._computed_matrix().tolist())
 
     @staticmethod
     def describe(metrics: Mapping[str, float]) -> str:
-        """The part of a log line that tells what compute returned."""
+        """Write the scores that compute() returned as a part of a log line."""
         return describe(metrics, ('loss', 'pa', 'mpa', 'miou', 'fwiou'))

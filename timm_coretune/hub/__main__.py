@@ -1,8 +1,8 @@
-"""Push the best weights of a run that is over to the Hub
+"""Push the best weights of a finished run to the Hugging Face Hub
 
 python -m timm_coretune.hub push OUTPUT_FOLDER owner/name
 
-Exit codes: 0 pushed, 3 not pushed (what there is stays on disk), 2 the command line is wrong.
+Exit codes: 0 the run was pushed, 2 the command line is wrong, 3 the push failed (the run stays on disk).
 """
 
 import argparse
@@ -17,18 +17,24 @@ from .upload import NOT_PUSHED, HubError, quiet_requests
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('python -m timm_coretune.hub', description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser('python -m timm_coretune.hub', description=(__doc__ or '').split('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    push = commands.add_parser('push', help='push a run')
-    push.add_argument('folder', metavar='OUTPUT_FOLDER', help='folder of the run')
-    push.add_argument('repo_id', metavar='OWNER/NAME', help='repository, made if need be')
-    push.add_argument('--private', action='store_true', help='make the repository private')
-    push.add_argument('--revision', metavar='REV', help='branch, made if need be (default: main)')
-    push.add_argument('--license', metavar='NAME', help="licence of the weights by the Hub's name, such as apache-2.0")
+    push = commands.add_parser('push', help='push the best weights of a run with a model card')
+    push.add_argument('folder', metavar='OUTPUT_FOLDER', help='output folder of a run of train.py')
+    push.add_argument('repo_id', metavar='OWNER/NAME', help='repository on the Hub to push to, created if missing')
+    push.add_argument(
+        '--private', action='store_true', help='make the repository private; a push into a public one is refused'
+    )
+    push.add_argument(
+        '--revision', metavar='REV', help='branch of the repository to push to, created if missing (default: main)'
+    )
+    push.add_argument(
+        '--license', metavar='NAME', help='licence of the weights as the Hub calls it, such as apache-2.0'
+    )
     return parser
 
 
-def run(arguments: Optional[List[str]] = None) -> None:
+def main(arguments: Optional[List[str]] = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)
     setup_default_logging(default_level=logging.INFO)
@@ -44,5 +50,7 @@ def run(arguments: Optional[List[str]] = None) -> None:
     print(f'Pushed: {url}')
 
 
+run = main  # the former name
+
 if __name__ == '__main__':
-    run()
+    main()

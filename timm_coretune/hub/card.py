@@ -1,4 +1,4 @@
-"""The model card: what was tuned from what, on which data, how well, and how to use it"""
+"""The model card: the page of a model on the Hugging Face Hub, with its origin, data, scores, recipe and usage"""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Optional
@@ -10,7 +10,8 @@ from ..evaluation.scores import SCORES, Score
 
 TAG = 'coretune'
 CLASSIFICATION, SEGMENTATION = 'image-classification', 'image-segmentation'
-# options of train.py that make the recipe, by the one they need to have an effect; args.yaml has all of them
+# Options of train.py that a card shows. Those under a key have an effect only together with the option of that name.
+# args.yaml has all options.
 _RECIPE = {
     None: (
         *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
@@ -25,6 +26,7 @@ _RECIPE = {
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
     'amp': ('amp', 'amp_dtype'),
 }
+# values with which an option has no effect, so that a card does not show it
 _WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1}
 _USAGE = {
     CLASSIFICATION: """```python
@@ -66,6 +68,10 @@ import timm
 backbone = timm.create_model('hf-hub:REPO_ID', pretrained=True, num_classes=0)
 ```""",
 }
+_CHOSEN_ON_THE_SAME_IMAGES = (
+    'The epoch of these weights is the best one on the images that the figures are measured on, so these figures are '
+    'optimistic. The last epoch was not chosen by its figures.'
+)
 _CITATION = """```bibtex
 @inproceedings{zhang2021unleashing,
   title={Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning},
@@ -79,19 +85,19 @@ _CITATION = """```bibtex
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells. What is not known is left out of it.
+    """The facts that a model card shows. A card leaves out facts that are not given.
 
     Attributes:
-        dataset: Name of the data, or `owner/name` of a data set of the Hub.
-        dataset_split: Split the metrics are of.
-        base_model: `owner/name` on the Hub of the model that was tuned.
-        start: What was tuned, where that is not on the Hub.
-        license: Licence of the weights, by the Hub's name.
-        weights: Which weights these are, a sentence.
-        metrics: Metrics of the weights by timm's names: top1, top5 (percent), loss.
-        last_metrics: The same of the last epoch.
-        recipe: Options of train.py.
-        segmentation: Content of the segmentation.json of a model that segments, None for a classifier.
+        dataset: Name of the training data, or `owner/name` for a data set on the Hub.
+        dataset_split: Name of the split that the metrics were computed on.
+        base_model: Model that was tuned, as `owner/name` on the Hub.
+        start: What was tuned, in words, if it is not on the Hub.
+        license: Licence of the weights as the Hub calls it, such as apache-2.0.
+        weights: Which weights of the run these are, in words.
+        metrics: Scores of the weights by their names in SCORES, such as top1 in percent.
+        last_metrics: Scores of the weights after the last epoch, by their names in SCORES.
+        recipe: Options of train.py by name.
+        segmentation: Content of segmentation.json for a segmentation model, None for a classifier.
     """
 
     dataset: Optional[str] = None
@@ -107,26 +113,26 @@ class CardFacts:
 
     @property
     def task(self) -> str:
-        """What the model does, by the Hub's name."""
+        """Task of the model as the Hub calls it, such as image-classification."""
         return CLASSIFICATION if self.segmentation is None else SEGMENTATION
 
 
 def is_card_of(text: str, architecture: str) -> bool:
-    """Whether a card was made here for that architecture."""
+    """Whether the text of a card was written by this package for a model of this architecture."""
     try:
-        tags = ModelCard(text, ignore_metadata_errors=True).data.tags or []
-    except (ValueError, yaml.YAMLError):  # no metadata, or broken
+        tags = ModelCard(text, ignore_metadata_errors=True).data.get('tags') or []
+    except (ValueError, yaml.YAMLError):  # the card has no metadata, or broken ones
         return False
     return TAG in tags and architecture in tags
 
 
 def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> ModelCard:
-    """The card of a model.
+    """Write the card of a model.
 
     Args:
-        repo_id: owner/name.
-        config: Content of its config.json, that of the backbone where it segments.
-        facts: What else is known.
+        repo_id: Repository on the Hub, as owner/name.
+        config: Content of config.json, which describes a classifier or the backbone of a segmentation model.
+        facts: Further facts to show on the card.
     """
     architecture = config['architecture']
     results = [
@@ -172,7 +178,7 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
     if facts.segmentation is not None:
         used = facts.segmentation
         size, crop = (size[0], *used['img_size']), ''
-        kind, num_classes = 'backbone with a head that segments images', used['num_classes']
+        kind, num_classes = 'backbone with a segmentation head', used['num_classes']
         architecture += f' with a `{used["head"]}` head'
     lines = [
         f'# {repo_id.split("/")[-1]}',
@@ -187,7 +193,7 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
         ('Tuned from', start),
         ('Data', f'`{facts.dataset}`' if facts.dataset else None),
         ('Weights', facts.weights),
-        ('Licence', facts.license or 'not stated; see that of the model and the data it was tuned from and on'),
+        ('Licence', facts.license or 'not stated. See the licences of the original model and of the training data'),
     ):
         if value:
             lines.append(f'- {name}: {value}')
@@ -206,7 +212,7 @@ def _figures(facts: CardFacts) -> Optional[str]:
     lines = [
         '## Figures',
         '',
-        f'Of the {facts.dataset_split} split.' if facts.dataset_split else 'Of held-out images.',
+        f'Measured on the {facts.dataset_split} split.' if facts.dataset_split else 'Measured on held-out images.',
         '',
         '| | these weights |' + (' last epoch |' if with_last else ''),
         '|---|---|' + ('---|' if with_last else ''),
@@ -215,18 +221,18 @@ def _figures(facts: CardFacts) -> Optional[str]:
         last = f' {facts.last_metrics[key]:.4g} |' if with_last and key in facts.last_metrics else ''
         lines.append(f'| {name} | {facts.metrics[key]:.4g} |{last}')
     if with_last:
-        lines += ['', 'The epoch of these weights was chosen on the images it is measured on, the last one was not.']
+        lines += ['', _CHOSEN_ON_THE_SAME_IMAGES]
     return '\n'.join(lines)
 
 
 def _recipe(facts: CardFacts) -> Optional[str]:
     keys = [key for needed, group in _RECIPE.items() if not needed or facts.recipe.get(needed) for key in group]
-    # 0, False and None are options that were not used
+    # an option that is 0, False or None was not used
     options = [(key, facts.recipe[key]) for key in keys if facts.recipe.get(key)]
     options = [(key, value) for key, value in options if value != _WITHOUT_EFFECT.get(key)]
     if not options:
         return None
-    lines = ['## How it was trained', '', 'By `train.py -c args.yaml`, whose main options are', '']
+    lines = ['## How it was trained', '', 'With `train.py -c args.yaml`. The main options are', '']
     lines += ['| option | value |', '|---|---|']
     lines += [
         f'| `--{key.replace("_", "-")}` | {"" if value is True else value} |' for key, value in options

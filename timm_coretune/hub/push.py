@@ -1,9 +1,9 @@
-"""What to push: a model in memory, or the folder of a run"""
+"""Push a model to the Hugging Face Hub: a model in memory, or the best weights in the folder of a run"""
 
 import os
 import shlex
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, is_model
@@ -37,24 +37,24 @@ def push_to_hub(
     token: Optional[str] = None,
     commit_message: str = 'Add tuned model',
 ) -> str:
-    """Push a model, from where `timm.create_model('hf-hub:owner/name', pretrained=True)` loads it.
+    """Push a model to the Hub, so that `timm.create_model('hf-hub:owner/name', pretrained=True)` loads it.
 
     Args:
         model: A timm model, such as the `get_eval_model()` of a task.
-        repo_id: owner/name. A repository that exists gets a new commit.
-        data_config: Input size, mean, std, interpolation and crop it was tuned with, those of the model when None.
+        repo_id: Repository as owner/name. It is created if missing, otherwise it gets a new commit.
+        data_config: Input size, mean, std, interpolation and crop of the training. When None those of the model.
         label_names: Names of the classes by index.
-        facts: What the card tells of data, start, licence and metrics.
+        facts: Facts about data, origin, licence and metrics to show on the model card.
         private: Make the repository private.
-        revision: Branch, made if need be, the main one when None.
-        token: Access token, that of the environment or of the login when None.
-        commit_message: First line of the commit.
+        revision: Branch to push to, created if missing. When None the main branch.
+        token: Access token. When None that of the environment or of the login.
+        commit_message: First line of the commit message.
 
     Returns:
-        Address of the commit.
+        Web address of the commit.
 
     Raises:
-        HubError: Nothing was pushed.
+        HubError: Nothing was pushed. The message says why.
     """
     with TemporaryDirectory() as folder:
         export_model(model, folder, data_config, label_names)
@@ -72,22 +72,22 @@ def push_run(
     token: Optional[str] = None,
     license: Optional[str] = None,
 ) -> str:
-    """Push the best weights of a run of train.py, from the folder it left.
+    """Push the best weights of a run of train.py with a model card.
 
     Args:
-        folder: The folder.
-        repo_id: owner/name. A repository that exists gets a new commit.
+        folder: Output folder of the run.
+        repo_id: Repository as owner/name. It is created if missing, otherwise it gets a new commit.
         private: Make the repository private.
-        revision: Branch, made if need be, the main one when None.
-        token: Access token, that of the environment or of the login when None.
-        license: Licence of the weights, by the Hub's name.
+        revision: Branch to push to, created if missing. When None the main branch.
+        token: Access token. When None that of the environment or of the login.
+        license: Licence of the weights as the Hub calls it, such as apache-2.0.
 
     Returns:
-        Address of the commit.
+        Web address of the commit.
 
     Raises:
-        ValueError: The folder is not that of a run that saved weights.
-        HubError: Nothing was pushed.
+        ValueError: The folder lacks files that a run which saved weights has.
+        HubError: Nothing was pushed. The message says why.
     """
     configs = (SEGMENTATION_CONFIG_NAME, CONFIG_NAME)
     found = {
@@ -113,7 +113,7 @@ def push_command(
     revision: Optional[str] = None,
     license: Optional[str] = None,
 ) -> str:
-    """The shell command that pushes a run."""
+    """Write the shell command that pushes a run."""
     words = ['python', '-m', 'timm_coretune.hub', 'push', os.path.abspath(folder), repo_id]
     words += ['--private'] if private else []
     words += ['--revision', revision] if revision else []
@@ -122,11 +122,14 @@ def push_command(
 
 
 def _model_files(folder: str, exported: str) -> Dict[str, str]:
-    """Path by name in the repository of what the model of a run is loaded from.
+    """Collect the files that the model of a run is loaded from.
 
     Args:
-        folder: The folder of the run.
-        exported: An empty folder for what is not in it.
+        folder: Output folder of the run.
+        exported: An empty folder, for the files that the output folder does not have.
+
+    Returns:
+        Path of every file by its name in the repository.
     """
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
@@ -138,7 +141,7 @@ def _model_files(folder: str, exported: str) -> Dict[str, str]:
 
 
 def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
-    """What the files of a run tell."""
+    """Read the facts for a model card from the files of a run."""
     args = read_args(folder)
     rows = read_summary(os.path.join(folder, SUMMARY_NAME))
     notes = read_notes(os.path.join(folder, BEST_WEIGHTS_NAME))
@@ -152,7 +155,7 @@ def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
         start=None if base_model else _start(args),
         license=license,
         weights=_describe_weights(notes, rows),
-        metrics=_metrics(of_epoch.get(notes.get('epoch'), {})),
+        metrics=_metrics(of_epoch.get(notes.get('epoch', ''), {})),
         last_metrics=_metrics(rows[-1]) if rows else {},
         recipe=args,
         segmentation=read_json(segmentation) if os.path.isfile(segmentation) else None,
@@ -164,7 +167,7 @@ def _metrics(row: Mapping[str, str]) -> Dict[str, float]:
     return {key.removeprefix(EVAL_PREFIX): float(row[key]) for key in columns}
 
 
-def _describe_weights(notes: Mapping[str, str], rows: List[Mapping[str, str]]) -> Optional[str]:
+def _describe_weights(notes: Mapping[str, str], rows: Sequence[Mapping[str, str]]) -> Optional[str]:
     if 'epoch' not in notes:
         return None
     what = 'moving average (EMA) of the weights' if notes.get('weights') == 'ema' else 'weights'
@@ -175,13 +178,13 @@ def _describe_weights(notes: Mapping[str, str], rows: List[Mapping[str, str]]) -
 def _dataset_name(args: Mapping[str, Any]) -> Optional[str]:
     if args['dataset']:
         return args['dataset'].partition('/')[2] or args['dataset']  # hfds/owner/name, torch/cifar10
-    # the rest of the path is nobody's business
+    # only the last part of the path: the whole path would publish how a machine is organized
     name = os.path.basename(os.path.normpath(args['data_dir'])) if args['data_dir'] else ''
     return name.removesuffix('.safetensors') or None
 
 
 def _base_model(args: Mapping[str, Any]) -> Optional[str]:
-    """owner/name on the Hub of what was tuned, None if it is not there."""
+    """Name of the tuned model on the Hub as owner/name, None if it is not on the Hub."""
     source = args['initial_checkpoint'] or args['pretrained_path']
     if source:
         return source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None

@@ -1,4 +1,4 @@
-"""Pictures of a run"""
+"""Pictures of a run: learning curves, confusion matrix, predicted masks"""
 
 import csv
 from typing import Any, Dict, List, Optional, Sequence
@@ -9,11 +9,11 @@ from ..atomic import write_whole
 from ..evaluation.scores import PERCENT, SCORES
 from ..run_folder import EVAL_PREFIX, read_summary
 
-_STRIPE = 128  # gray level of the stripes that tell ignored pixels from a white class
+_STRIPE = 128  # ignored pixels get stripes of this gray level, as white may be the colour of a class
 
 
 def read_columns(path: str) -> Dict[str, List[float]]:
-    """Columns of a summary.csv by name, none if it has no rows."""
+    """Read the columns of a summary.csv by name. Without rows there are no columns."""
     rows = read_summary(path)
     return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
 
@@ -22,14 +22,14 @@ def _is_percentage(score: str) -> bool:
     return score in SCORES and SCORES[score].unit == PERCENT
 
 
-def _create_figure(**kwargs) -> Any:
+def _create_figure(**kwargs: Any) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as e:
         raise ImportError("Pictures need matplotlib: pip install 'timm-coretune[vis]'") from e
     figure = Figure(layout='constrained', **kwargs)
-    FigureCanvasAgg(figure)  # no global state and no display
+    FigureCanvasAgg(figure)  # unlike pyplot it needs no display and keeps no global state
     return figure
 
 
@@ -39,11 +39,11 @@ def _save_figure(figure: Any, path: str) -> None:
 
 
 def plot_curves(summary_path: str, picture_path: str) -> None:
-    """Draw losses, accuracy and learning rate over epochs.
+    """Draw losses, accuracy and learning rate over the epochs of a run.
 
     Args:
-        summary_path: The summary.csv of a run.
-        picture_path: PNG to write.
+        summary_path: The summary.csv of the run.
+        picture_path: PNG file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -72,11 +72,11 @@ def plot_curves(summary_path: str, picture_path: str) -> None:
 
 
 def plot_confusion(matrix_path: str, picture_path: str) -> None:
-    """Draw a confusion matrix, each row as shares of its true class.
+    """Draw a confusion matrix. Every row is in percent of the images or pixels of its true class.
 
     Args:
         matrix_path: The confusion.csv of a run.
-        picture_path: PNG to write.
+        picture_path: PNG file to write.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -116,16 +116,16 @@ def plot_segmentation(
 
     Args:
         images: Float in [0, 1] or uint8, each (3, height, width).
-        truths: Class indices, each (height, width). Pixels to ignore become gray stripes on white.
-        predictions: The same of the model.
-        palette: Red, green and blue of the 256 classes in turn, as of PIL's palettes.
-        class_names: Names of the classes by index, their indices when None.
-        picture_path: PNG to write.
-        ignore_index: Class index of the pixels to ignore.
+        truths: True class indices, each (height, width). Pixels to ignore become gray stripes on white.
+        predictions: Predicted class indices, each (height, width).
+        palette: Red, green and blue of 256 classes in turn, 768 numbers, as in PIL.
+        class_names: Names of the classes by index. When None their indices.
+        picture_path: PNG file to write.
+        ignore_index: Value of the pixels to ignore.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: There is no image, or the palette has another length.
+        ValueError: There is no image, or the palette has not 768 numbers.
     """
     if len(images) == 0 or len(palette) != 768:
         raise ValueError(
@@ -141,7 +141,7 @@ def plot_segmentation(
     for axes, image, *pair in zip(grid, images, truths, predictions, strict=True):
         panels = [_to_pixels(image), *(_paint(mask, colors, ignore_index) for mask in pair)]
         for ax, panel in zip(axes, panels, strict=True):
-            ax.imshow(panel, interpolation='nearest')  # no colours that are none of the palette
+            ax.imshow(panel, interpolation='nearest')  # interpolation would mix colours of the palette
             ax.set_axis_off()
     for ax, title in zip(grid[0], ('image', 'truth', 'prediction'), strict=True):
         ax.set_title(title)
@@ -149,7 +149,7 @@ def plot_segmentation(
     entries = []
     for c in classes:
         if c == ignore_index:
-            style = dict(facecolor='white', edgecolor='gray', hatch='////', label='ignored')
+            style: Dict[str, Any] = dict(facecolor='white', edgecolor='gray', hatch='////', label='ignored')
         else:
             style = dict(facecolor=[v / 255 for v in colors[c].tolist()], label=known[c] if c < len(known) else str(c))
         entries.append(_create_patch(**style))
@@ -157,7 +157,7 @@ def plot_segmentation(
     _save_figure(figure, picture_path)
 
 
-def _create_patch(**style) -> Any:
+def _create_patch(**style: Any) -> Any:
     from matplotlib.patches import Patch
 
     return Patch(**style)
@@ -174,7 +174,7 @@ def _paint(mask: torch.Tensor, colors: torch.Tensor, ignore_index: int) -> Any:
     ignored = mask == ignore_index
     painted = colors[mask.masked_fill(ignored, 0)]
     rows, columns = (torch.arange(size) for size in mask.shape)
-    period = max(4, mask.shape[1] // 16)  # of the same look at every size
+    period = max(4, mask.shape[1] // 16)  # stripes look alike in images of every size
     stripes = (rows[:, None] + columns) % period < period // 4
     painted[ignored] = 255
     painted[ignored & stripes] = _STRIPE

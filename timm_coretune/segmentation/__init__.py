@@ -1,4 +1,4 @@
-"""Semantic segmentation: any timm backbone with a head of torchvision, and Core-tuning of its pixels"""
+"""Semantic segmentation: a timm backbone with a head of torchvision, Core-tuned on pixels in place of images"""
 
 from ..evaluation.segmentation import SegmentationEvaluator as SegmentationEvaluator
 from .export import export_segmentation_model as export_segmentation_model

@@ -1,4 +1,4 @@
-"""Predict masks of images, or write the sample of scenes to look at
+"""Predict the masks of images with a trained model, or write the bundled sample of scenes to a folder
 
 python -m timm_coretune.segmentation predict MODEL IMAGES ... --output FOLDER
 python -m timm_coretune.segmentation sample FOLDER
@@ -20,24 +20,26 @@ _SAMPLE_NAME = 'fashion_mnist_sample.safetensors'
 
 
 def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser('python -m timm_coretune.segmentation', description=__doc__.split('\n')[0])
+    parser = argparse.ArgumentParser('python -m timm_coretune.segmentation', description=(__doc__ or '').split('\n')[0])
     commands = parser.add_subparsers(dest='command', required=True)
-    add = commands.add_parser('predict', help='write a palette PNG for every image').add_argument
-    add('model', metavar='MODEL', help='folder of a run, or hf-hub:OWNER/NAME')
-    add('images', metavar='IMAGES', nargs='+', help='images, or folders of images')
-    add('--output', required=True, metavar='FOLDER', help='folder of the masks, made if need be')
-    add('--overwrite', action='store_true', help='write masks again that are there already')
+    add = commands.add_parser('predict', help='write the predicted mask of every image as a palette PNG').add_argument
+    add('model', metavar='MODEL', help='trained model: output folder of train.py, or hf-hub:OWNER/NAME')
+    add('images', metavar='IMAGES', nargs='+', help='image files, or folders of images')
+    add('--output', required=True, metavar='FOLDER', help='folder to write the masks to, created if missing')
+    add('--overwrite', action='store_true', help='predict masks again that exist already; otherwise they are skipped')
     add(
         '--device',
         default='cuda' if torch.cuda.is_available() else 'cpu',
-        help='where to compute (default: %(default)s)',
+        help='device to compute on, such as cpu or cuda (default: %(default)s)',
     )
-    add = commands.add_parser('sample', help='write the scenes of the sample in the layout of PASCAL VOC').add_argument
-    add('folder', metavar='FOLDER', help='folder to write, made if need be')
+    add = commands.add_parser(
+        'sample', help='write the bundled sample of scenes in the layout of PASCAL VOC'
+    ).add_argument
+    add('folder', metavar='FOLDER', help='folder to write the sample to, created if missing')
     return parser
 
 
-def run(arguments: Optional[List[str]] = None) -> None:
+def main(arguments: Optional[List[str]] = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)
     setup_default_logging(default_level=logging.INFO)
@@ -54,5 +56,7 @@ def run(arguments: Optional[List[str]] = None) -> None:
     print(f'Written: {num_masks} masks to {args.output}')
 
 
+run = main  # the former name
+
 if __name__ == '__main__':
-    run()
+    main()

@@ -1,4 +1,4 @@
-"""From feature maps to features of every pixel: torchvision's heads, without their last layer"""
+"""Decoders: torchvision's segmentation heads without their last layer, from feature maps to features of pixels"""
 
 from collections import OrderedDict
 from typing import List, Tuple
@@ -15,7 +15,11 @@ _PYRAMID_CHANNELS = 256
 
 
 class _BatchNormOfOne(nn.BatchNorm2d):
-    """BatchNorm that takes a batch of one pooled image too, which has no statistics of its own, by the running ones."""
+    """BatchNorm that normalizes a single value per channel by the running statistics, even in training.
+
+    A batch of one image has one value per channel after global pooling. torch raises an error for it, as one value has
+    no variance.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
@@ -24,24 +28,25 @@ class _BatchNormOfOne(nn.BatchNorm2d):
 
 
 class SingleMapDecoder(nn.Sequential):
-    """Layers on the coarsest map."""
+    """Layers that take the coarsest feature map alone."""
 
     def forward(self, maps: List[torch.Tensor]) -> torch.Tensor:
         return super().forward(maps[-1])
 
 
 class PyramidDecoder(nn.Module):
-    """A feature pyramid, and layers on its finest map.
+    """A feature pyramid, followed by layers on its finest map.
 
     Args:
-        channels: Channels of the maps, from fine to coarse.
-        layers: What follows on the finest map of the pyramid.
+        channels: Channels of the feature maps of the backbone, from fine to coarse.
+        layers: Layers on the finest map of the pyramid.
     """
 
     def __init__(self, channels: List[int], layers: List[nn.Module]):
         super().__init__()
         self.fpn = FeaturePyramidNetwork(channels, _PYRAMID_CHANNELS)
-        # of the pyramid only the finest map is used, and a parameter without gradient stalls DistributedDataParallel
+        # the outputs of the coarser maps are not used, and a parameter that gets no gradient stalls
+        # DistributedDataParallel
         for block in self.fpn.layer_blocks[1:]:
             block.requires_grad_(False)
         self.layers = nn.Sequential(*layers)
@@ -57,13 +62,16 @@ def create_decoder(
     reductions: List[int],
     num_classes: int,
 ) -> Tuple[nn.Module, nn.Conv2d]:
-    """Decoder and classifier of a torchvision head.
+    """Create a head of torchvision as two modules: a decoder and a classifier.
 
     Args:
         head: One of HEADS.
-        channels: Channels of the maps, from fine to coarse.
-        reductions: Pixels of the image to one of each map.
-        num_classes: Classes of a pixel.
+        channels: Channels of the feature maps, from fine to coarse.
+        reductions: Side of the image divided by the side of the map, for each map.
+        num_classes: Number of classes.
+
+    Returns:
+        The decoder, from feature maps to features (B, D, h, w), and the 1 x 1 convolution from features to logits.
     """
     if head == 'fpn':
         *layers, classifier = FCNHead(_PYRAMID_CHANNELS, num_classes)
@@ -71,7 +79,7 @@ def create_decoder(
     if head == 'fcn':
         *layers, classifier = FCNHead(channels[-1], num_classes)
         return SingleMapDecoder(*layers), classifier
-    # the rates of the paper, https://arxiv.org/abs/1706.05587, for maps of 1/8 and 1/16
+    # the dilation rates of the paper for maps of 1/8 and of 1/16, https://arxiv.org/abs/1706.05587
     rates = (12, 24, 36) if reductions[-1] <= 8 else (6, 12, 18)
     *layers, classifier = DeepLabHead(channels[-1], num_classes, rates)
     for pooling in (m for m in layers[0].modules() if isinstance(m, ASPPPooling)):

@@ -1,4 +1,4 @@
-"""Cross-entropy of all pixels"""
+"""Cross-entropy of all pixels of a batch of images"""
 
 import torch
 import torch.nn as nn
@@ -9,11 +9,11 @@ from ..distributed import process_index_and_count, sum_over_processes
 
 
 class DenseCrossEntropy(nn.Module):
-    """Cross-entropy averaged over the pixels that count, those of all processes.
+    """Cross-entropy, averaged over the pixels of all processes that are not ignored.
 
     Args:
-        ignore_index: Class of pixels that do not count.
-        label_smoothing: Share of a target that goes to all classes evenly, in [0, 1).
+        ignore_index: Target value of the pixels to ignore.
+        label_smoothing: Share of the target that is spread evenly over all classes, in [0, 1).
     """
 
     def __init__(self, ignore_index: int = 255, label_smoothing: float = 0.0):
@@ -28,8 +28,8 @@ class DenseCrossEntropy(nn.Module):
             target: Class indices (B, H, W) int64.
 
         Returns:
-            In nats, a scalar of float32 or better: the share of this process, such that the average over processes is
-            the mean over all their pixels. 0, but attached to the graph, where no pixel counts.
+            The loss of this process in nats, a scalar of float32 or better. The average of the losses of all processes
+            is the mean over all their pixels. If all pixels are ignored it is 0, attached to the graph.
         """
         total = F.cross_entropy(
             output.to(torch.promote_types(output.dtype, torch.float32)),
@@ -43,10 +43,18 @@ class DenseCrossEntropy(nn.Module):
 
 
 def check_masks(target: torch.Tensor, input: torch.Tensor, num_classes: int, ignore_index: int) -> None:
-    """Reject what are no class indices of the pixels of a batch. Their range is checked on the CPU only, as it is free.
+    """Reject targets that are not a class index for every pixel of a batch.
+
+    The range is checked on the CPU only. On an accelerator the check would wait for the device.
+
+    Args:
+        target: Class indices to check (B, H, W).
+        input: Images that they belong to (B, 3, H, W).
+        num_classes: Number of classes of the model.
+        ignore_index: Target value of the pixels to ignore.
 
     Raises:
-        ValueError: Shape, dtype or range do not fit.
+        ValueError: Shape, dtype or range of the target does not fit.
     """
     expected = (input.shape[0], *input.shape[2:])
     if target.shape != expected or target.dtype != torch.int64:

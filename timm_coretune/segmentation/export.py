@@ -1,4 +1,4 @@
-"""A segmentation model as files, and back: safetensors and a description of what they fit"""
+"""Write a segmentation model to files and load it again: safetensors, and a JSON file to rebuild the model from"""
 
 import json
 import os
@@ -24,12 +24,12 @@ def write_segmentation_config(
     data_config: Optional[Dict[str, Any]] = None,
     class_names: Optional[Sequence[str]] = None,
 ) -> None:
-    """Write what `load_segmentation_model` rebuilds a model and its preprocessing from.
+    """Write segmentation.json, from which `load_segmentation_model` rebuilds a model and its preprocessing.
 
     Args:
-        model: The model.
+        model: A segmentation model.
         path: File to write.
-        data_config: Mean, std and interpolation it was tuned with, those of the backbone when None.
+        data_config: Mean, std and interpolation of the training. When None those of the backbone.
         class_names: Names of the classes by index.
 
     Raises:
@@ -57,7 +57,17 @@ def export_segmentation_model(
     data_config: Optional[Dict[str, Any]] = None,
     class_names: Optional[Sequence[str]] = None,
 ) -> None:
-    """Write a folder that `load_segmentation_model(folder)` loads. Arguments as in write_segmentation_config."""
+    """Write a segmentation model as a folder that `load_segmentation_model(folder)` loads.
+
+    Args:
+        model: A segmentation model, which may be compiled or wrapped.
+        folder: Folder to write, created if missing.
+        data_config: Mean, std and interpolation of the training. When None those of the backbone.
+        class_names: Names of the classes by index. When None those that the model was loaded with.
+
+    Raises:
+        ValueError: The backbone was built with an argument that JSON cannot hold.
+    """
     model = unwrap_model(model)
     os.makedirs(folder, exist_ok=True)
     class_names = class_names or getattr(model, 'class_names', None)
@@ -69,17 +79,18 @@ def load_segmentation_model(
     source: Union[str, os.PathLike],
     device: Optional[Union[str, torch.device]] = None,
 ) -> SegmentationModel:
-    """Load a segmentation model that was trained or exported here, in evaluation mode.
+    """Load a segmentation model that was trained by train.py or written by `export_segmentation_model`.
 
     Args:
-        source: Folder of a run of train.py, folder of export_segmentation_model, or `hf-hub:owner/name[@revision]`.
-        device: Where to put it.
+        source: Output folder of train.py, folder of an exported model, or `hf-hub:owner/name[@revision]`.
+        device: Device to put the model on. When None the CPU.
 
     Returns:
-        The model. Its attributes class_names and data_config (mean, std, interpolation) are those of its training.
+        The model in evaluation mode. Its attributes class_names and data_config (mean, std, interpolation) are those of
+        its training.
 
     Raises:
-        ValueError: There is no such model, or its files do not fit each other.
+        ValueError: The source has no segmentation model, or its files do not fit each other.
     """
     config_path, weights_path = find_model_files(os.fspath(source))
     try:

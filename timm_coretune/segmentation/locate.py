@@ -1,11 +1,11 @@
-"""From what a user types to the two files of a segmentation model: those of a run, of an export, or of the Hub"""
+"""Find the two files of a segmentation model in the folder of a run, in an exported folder, or on the Hub"""
 
 import os
 from pathlib import Path
 from typing import Optional, Tuple
 
 import huggingface_hub
-from huggingface_hub.utils import EntryNotFoundError, LocalEntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..checkpoint.source import explain_hub_error, hub_id_of
 from ..export import SEGMENTATION_WEIGHTS_NAME
@@ -13,16 +13,16 @@ from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAM
 
 
 def find_model_files(source: str) -> Tuple[str, str]:
-    """Find the config and the weights of a segmentation model, downloading what is not here.
+    """Find the config and the weights of a segmentation model. Files on the Hub are downloaded into its cache.
 
     Args:
         source: Folder of a run, folder of an exported model, or `hf-hub:owner/name[@revision]`.
 
     Returns:
-        Paths of segmentation.json and of the weights that belong to it.
+        Path of segmentation.json, and path of the weights that belong to it.
 
     Raises:
-        ValueError: There is no segmentation model.
+        ValueError: The source has no segmentation model, or the Hub cannot be reached.
     """
     if os.path.isdir(source):
         return _from_folder(source)
@@ -54,7 +54,7 @@ def _from_hub(hub_id: str) -> Tuple[str, str]:
     if config is None:
         is_classifier = _download(repo_id, CONFIG_NAME, revision) is not None
         raise ValueError(_explain_no_config(f'hf-hub:{hub_id}', f'hf-hub:{hub_id}', is_classifier))
-    # the weights of the same commit, whose id is the folder's name in the cache: a push may come in between
+    # Take the weights of the same commit, as somebody may push in between. Its id names the folder in the cache.
     weights = _download(repo_id, SEGMENTATION_WEIGHTS_NAME, Path(config).parent.name)
     if weights is None:
         raise ValueError(
@@ -65,11 +65,11 @@ def _from_hub(hub_id: str) -> Tuple[str, str]:
 
 
 def _download(repo_id: str, name: str, revision: str) -> Optional[str]:
-    """Path of a file in the cache, None if the repository has no such file."""
+    """Download a file into the cache and return its path, None if the repository has no such file."""
     try:
         return huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None)
-    except Exception as e:  # of the client and of the HTTP library below it, which changes with its version
-        # what is missing in the cache while there is no connection may still be in the repository
+    except Exception as e:  # the HTTP library has errors of its own, and differs between versions of the client
+        # without a connection the cache may lack a file that the repository has
         if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
             return None
         raise ValueError(explain_hub_error('@'.join(filter(None, (repo_id, revision))), e)) from e

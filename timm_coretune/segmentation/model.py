@@ -1,7 +1,7 @@
 """A timm backbone with a segmentation head"""
 
 import os
-from typing import List, Optional, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union, cast
 
 import timm
 import torch
@@ -17,16 +17,26 @@ from .feature_maps import FeatureMaps, compute_maps, find_maps, freeze_unused, r
 class SegmentationModel(nn.Module):
     """Classifies every pixel of an image.
 
-    The backbone stays the timm model it was, with its keys behind `backbone.`.
+    The backbone stays an unchanged timm model. In the state dict its keys are those of timm, after `backbone.`.
 
     Args:
         backbone: A timm model.
-        maps: Which of its feature maps are taken.
-        head: Name of the head.
-        decoder: Makes features of the maps (B, D, h, w).
-        classifier: 1 x 1 convolution of these features to logits.
-        img_size: Height and width of the images that it is trained on.
+        maps: The feature maps of the backbone that the decoder uses.
+        head: Name of the head, one of HEADS.
+        decoder: Turns the feature maps into features of pixels (B, D, h, w).
+        classifier: 1 x 1 convolution from the features to logits.
+        img_size: Height and width of the images that the model is trained on.
+
+    Attributes:
+        data_config: Mean, std and interpolation of the training. Only `load_segmentation_model` sets it.
+        class_names: Names of the classes by index, None if not known. Only `load_segmentation_model` sets it.
     """
+
+    backbone: nn.Module
+    decoder: nn.Module
+    classifier: nn.Conv2d
+    data_config: Dict[str, Any]
+    class_names: Optional[List[str]]
 
     def __init__(
         self,
@@ -48,50 +58,51 @@ class SegmentationModel(nn.Module):
         self.num_features = classifier.in_channels
 
     @property
-    def pretrained_cfg(self):
-        return self.backbone.pretrained_cfg
+    def pretrained_cfg(self) -> Dict[str, Any]:
+        return cast(Dict[str, Any], self.backbone.pretrained_cfg)
 
     @pretrained_cfg.setter
-    def pretrained_cfg(self, cfg) -> None:  # as load_checkpoint does
-        self.backbone.pretrained_cfg = cfg
+    def pretrained_cfg(self, cfg: Dict[str, Any]) -> None:  # load_checkpoint sets it
+        self.backbone.pretrained_cfg = cfg  # type: ignore[assignment]  # nn.Module declares tensors and modules only
 
     def get_classifier(self) -> Tuple[nn.Module, nn.Module]:
-        """What is new and may be trained before the backbone is."""
+        """Decoder and classifier. They are new, and may be trained for some epochs while the backbone is frozen."""
         return self.decoder, self.classifier
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
+        cast(Any, self.backbone).set_grad_checkpointing(enable)  # a method of timm's that nn.Module does not declare
 
-    def no_weight_decay(self):
+    def no_weight_decay(self) -> Set[str]:
         return no_weight_decay(self.backbone, 'backbone.')
 
-    def group_matcher(self, coarse: bool = False):
+    def group_matcher(self, coarse: bool = False) -> Union[Dict, Callable[[str], int]]:
         return group_matcher(self.backbone, 'backbone.', coarse=coarse, own_layer=True)
 
     def pad(self, x: torch.Tensor, value: float = 0.0) -> torch.Tensor:
-        """x (..., H, W) padded at the bottom and right to what the backbone can halve often enough."""
+        """Pad x (..., H, W) at the bottom and at the right, to a multiple of the reduction of the coarsest map."""
         multiple = self.maps.reductions[-1]
         height, width = x.shape[-2:]
         bottom, right = -height % multiple, -width % multiple
         return F.pad(x, (0, right, 0, bottom), value=value) if bottom or right else x
 
     def forward_features(self, x: torch.Tensor) -> List[torch.Tensor]:
-        """Feature maps of padded images, from fine to coarse."""
+        """Compute the feature maps of padded images (B, 3, H, W), from fine to coarse."""
         return compute_maps(self.backbone, x, self.maps)
 
     def forward_head(self, maps: List[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
-        """Logits (B, C, h, w), or the features of the pixels before the classifier (B, D, h, w)."""
+        """Compute logits (B, C, h, w) from feature maps, or with pre_logits=True features (B, D, h, w)."""
         features = self.decoder(maps)
         return features if pre_logits else self.classifier(features)
 
     def forward_pixels(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """What there is of a pixel: pre-logits and logits of the feature map, and logits of the image.
+        """Compute pre-logits features and logits at the resolution of the decoder, and logits of the image pixels.
 
         Args:
             x: Images of any height and width that the backbone takes (B, 3, H, W).
 
         Returns:
-            Features (B, D, h, w) and logits (B, C, h, w) of the padded images, logits of the images (B, C, H, W).
+            Features (B, D, h, w) of the padded images, their logits (B, C, h, w), and the logits of every pixel of the
+            images without padding (B, C, H, W).
         """
         padded = self.pad(x)
         features = self.forward_head(self.forward_features(padded), pre_logits=True)
@@ -110,28 +121,29 @@ def create_segmentation_model(
     head: Optional[str] = None,
     img_size: Optional[Tuple[int, int]] = None,
     checkpoint: Optional[Union[str, os.PathLike]] = None,
-    **backbone_kwargs,
+    **backbone_kwargs: Any,
 ) -> SegmentationModel:
     """Put a segmentation head of torchvision on a timm backbone.
 
-    A convolutional network is best made with `output_stride=8` or 16, where it takes that, for DeepLab-V3. Without it
-    its maps are joined in a pyramid. Plain transformers have one map, whose patches decide on its size.
+    Create a convolutional network with `output_stride=8` or 16 if it takes this argument: its last feature map is then
+    fine enough for DeepLab-V3. Otherwise its feature maps are joined in a pyramid. A plain transformer has feature maps
+    of one size, which its patch size determines.
 
     Args:
-        backbone: A timm model, with its weights loaded or not, or the name to create it by.
-        num_classes: Classes of a pixel, background included.
-        head: deeplabv3 or fcn on the last map, or fpn on a pyramid of maps. When None fpn where the last map is
-            coarser than 1/16 and there are finer ones, deeplabv3 elsewhere.
-        img_size: Height and width of the images, to which position embeddings are resized. When None that of the
+        backbone: A timm model, with or without trained weights, or the name of one to create.
+        num_classes: Number of classes, including the background.
+        head: Name of the head: `deeplabv3` or `fcn` on the last feature map, or `fpn` on a pyramid. When None `fpn` if
+            the last map is coarser than 1/16 and there are finer ones, otherwise `deeplabv3`.
+        img_size: Height and width of the images. Position embeddings are resized to it. When None the image size of the
             backbone.
-        checkpoint: A self-supervised checkpoint of the backbone, anything that `load_checkpoint` takes.
-        **backbone_kwargs: Arguments of timm.create_model, such as output_stride=8, where backbone is a name.
+        checkpoint: A self-supervised checkpoint to load into the backbone, anything that `load_checkpoint` takes.
+        **backbone_kwargs: Arguments of timm.create_model, such as output_stride=8. Only if backbone is a name.
 
     Returns:
-        The model; parameters of the backbone that its maps do not depend on are frozen.
+        The model. Parameters of the backbone that its feature maps do not depend on are frozen.
 
     Raises:
-        ValueError: The backbone makes no feature maps of that size, or an argument is out of range.
+        ValueError: The backbone makes no feature maps of images of this size, or an argument is out of range.
     """
     if head is not None and head not in HEADS:
         raise ValueError(f'Expected a head among {", ".join(HEADS)}, got {head!r}.')

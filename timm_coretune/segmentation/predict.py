@@ -1,9 +1,9 @@
-"""Masks of images that have none"""
+"""Predict the masks of images with a trained segmentation model"""
 
 import logging
 import os
 import sys
-from typing import List, Sequence, Union
+from typing import Dict, List, Sequence, Union
 
 import torch
 from PIL import Image
@@ -21,38 +21,43 @@ _logger = logging.getLogger(__name__)
 
 @torch.inference_mode()
 def predict_image(model: SegmentationModel, image: Union[Image.Image, torch.Tensor]) -> torch.Tensor:
-    """Classify the pixels of an image as in validation: fitted into the size the model was trained on, and back.
+    """Predict the class of every pixel of an image.
+
+    The image is prepared as in validation: it is fitted into the image size of the training at its own aspect ratio.
+    The logits are resized back to the size of the image.
 
     Args:
-        model: From load_segmentation_model, in evaluation mode.
-        image: A PIL image, or uint8 (C, H, W).
+        model: A model in evaluation mode, from `load_segmentation_model`.
+        image: A PIL image, or a tensor uint8 (C, H, W).
 
     Returns:
         Class indices at the size of the image, uint8 (H, W), on the CPU.
     """
     if isinstance(image, Image.Image):
-        image = functional.pil_to_tensor(image.convert('RGB' if len(model.data_config['mean']) == 3 else 'L'))
-    size = tuple(image.shape[-2:])
+        pixels = functional.pil_to_tensor(image.convert('RGB' if len(model.data_config['mean']) == 3 else 'L'))
+    else:
+        pixels = image
+    height, width = pixels.shape[-2:]
     transform = create_eval_transform(model.img_size, **model.data_config)
-    input, _ = transform(tv_tensors.Image(image), tv_tensors.Mask(torch.zeros(size, dtype=torch.uint8)))
+    input, _ = transform(tv_tensors.Image(pixels), tv_tensors.Mask(torch.zeros(height, width, dtype=torch.uint8)))
     logits = model(input[None].to(next(model.parameters()).device))
-    return restore(logits[0].float(), size).argmax(dim=0).to(torch.uint8).cpu()
+    return restore(logits[0].float(), (height, width)).argmax(dim=0).to(torch.uint8).cpu()
 
 
 def find_images(paths: Sequence[str]) -> List[str]:
-    """Image files among paths of files and folders, in order.
+    """List the image files among the given files and in the given folders, in this order.
 
     Raises:
-        ValueError: There are none, or two would give masks of the same name.
+        ValueError: There are no images, or the masks of two images would have the same name.
     """
-    found = []
+    found: List[str] = []
     for path in paths:
         names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
         found += [os.path.join(path, name) if os.path.isdir(path) else name for name in names]
     found = [path for path in found if path.lower().endswith(IMAGE_EXTENSIONS)]
     if not found:
         raise ValueError(f'Expected images ({", ".join(IMAGE_EXTENSIONS)}) in {", ".join(paths)}, found none.')
-    by_stem = {}
+    by_stem: Dict[str, str] = {}
     for path in found:
         other = by_stem.setdefault(_stem(path), path)
         if other != path:
@@ -65,16 +70,16 @@ def _stem(path: str) -> str:
 
 
 def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwrite: bool = False) -> int:
-    """Write a palette PNG for every image, at its size; those that are there already are left alone.
+    """Write the predicted mask of every image as a palette PNG of the size of the image.
 
     Args:
-        model: From load_segmentation_model.
-        paths: Images, or folders of images.
-        output: Folder to write, made if need be.
-        overwrite: Write those again that are there.
+        model: A model in evaluation mode, from `load_segmentation_model`.
+        paths: Image files, or folders of images.
+        output: Folder to write the masks to, created if missing.
+        overwrite: Predict and write masks again that already exist in the folder. Otherwise they are skipped.
 
     Returns:
-        Masks written.
+        Number of masks that were written.
 
     Raises:
         ValueError: There are no images, or one of them cannot be read.
@@ -84,7 +89,7 @@ def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwri
     masks = {path: os.path.join(output, f'{_stem(path)}.png') for path in images}
     todo = [path for path in images if overwrite or not os.path.exists(masks[path])]
     if len(todo) < len(images):
-        _logger.info(f'{len(images) - len(todo)} of {len(images)} masks are there already.')
+        _logger.info(f'{len(images) - len(todo)} of {len(images)} masks exist already and are skipped.')
     for path in tqdm(todo, desc='Predict', disable=not sys.stderr.isatty()):
         try:
             with Image.open(path) as image:

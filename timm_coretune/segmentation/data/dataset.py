@@ -1,4 +1,4 @@
-"""Data sets of images with masks, from wherever they lie"""
+"""Data sets of images with masks, from folders, torchvision or Hugging Face"""
 
 import os
 from typing import Any, Callable, List, Optional, Sequence, Tuple
@@ -18,21 +18,22 @@ IMAGE_MODES = ('RGB', 'L')
 class SegmentationDataset(Dataset):
     """Images with masks of class indices.
 
-    An item is tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W), or what the transform makes of the two.
+    An item is a pair of tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W). With a transform the item is what
+    the transform returns for this pair. Reading an item raises ValueError if a file cannot be read, if image and mask
+    have different sizes, or if the mask has a value that is no class. The message names the file.
 
     Args:
         source: Images and masks of a split.
-        num_classes: Classes are 0 to num_classes - 1.
-        class_names: Names by index.
-        reduce_zero_label: Let 0 in the masks be ignored and move the other classes down by one, as in ADE20K.
+        num_classes: Number of classes. Class indices are 0 to num_classes - 1.
+        class_names: Names of the classes by index.
+        reduce_zero_label: Ignore the value 0 in the masks and lower all other classes by one, as for ADE20K.
         img_mode: PIL mode of the images, RGB or L.
 
     Attributes:
-        transform: Takes and returns an image and its mask, None to leave them as they are.
+        transform: Function that takes and returns an image and its mask, None to leave them as they are.
 
     Raises:
-        ValueError: An argument is out of range. From an item: its files cannot be read, or do not fit each other or the
-            classes; the message names them.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class SegmentationDataset(Dataset):
         self.class_names = None if class_names is None else list(class_names)
         self.reduce_zero_label = reduce_zero_label
         self.img_mode = img_mode
-        self.transform: Optional[Callable] = None
+        self.transform: Optional[Callable[[Any, Any], Tuple[Any, Any]]] = None
 
     def __len__(self) -> int:
         return len(self.source)
@@ -69,13 +70,13 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         name = self.source.name(index)
         try:
-            image, mask = self.source.load(index)
-            image = image.convert(self.img_mode)
-            mask = read_mask(mask, name, image.size, self.reduce_zero_label)
+            loaded_image, loaded_mask = self.source.load(index)
+            loaded_image = loaded_image.convert(self.img_mode)
+            indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label)
         except OSError as e:
             raise ValueError(f'Expected an image and a mask that can be read for {name}: {e}') from e
-        check_mask(mask, self.num_classes, name)
-        image, mask = tv_tensors.Image(functional.pil_to_tensor(image)), tv_tensors.Mask(mask)
+        check_mask(indices, self.num_classes, name)
+        image, mask = tv_tensors.Image(functional.pil_to_tensor(loaded_image)), tv_tensors.Mask(indices)
         return (image, mask) if self.transform is None else self.transform(image, mask)
 
 
@@ -95,23 +96,26 @@ def open_dataset(
     """Open a split of a data set.
 
     Args:
-        name: '' for folders or a safetensors file of garments, torch/... for torchvision, hfds/... for Hugging Face.
-        root: Where the data lie or are downloaded to.
-        split: Name of the split, or a synonym.
-        num_classes: Classes there are; if None those with a name, or those in the masks of this split.
-        class_names: Names by index; if None the lines of classes.txt in root, or those that the data come with.
-        reduce_zero_label: Let 0 in the masks be ignored and move the other classes down by one.
+        name: `torch/...` for a data set of torchvision, `hfds/...` for one of Hugging Face, '' for what is at root:
+            folders, or a safetensors file of garments.
+        root: Folder with the data, or to download the data to. For garments, the safetensors file.
+        split: Name of the split, or a synonym such as `val` for `validation`.
+        num_classes: Number of classes. When None the number of class names, or else the classes in the masks of this
+            split are counted.
+        class_names: Names of the classes by index. When None the lines of classes.txt in root, or else the names that
+            come with the data.
+        reduce_zero_label: Ignore the value 0 in the masks and lower all other classes by one.
         img_mode: PIL mode of the images, RGB or L.
-        input_key: Column of the images, of Hugging Face.
-        target_key: Column of the masks, of Hugging Face.
-        download: Let torchvision download.
-        hold_out: Keep every tenth image for validation where there are no splits.
+        input_key: Column with the images, for data sets of Hugging Face.
+        target_key: Column with the masks, for data sets of Hugging Face.
+        download: Let torchvision download missing data.
+        hold_out: Keep every tenth image for validation if folders have no splits.
 
     Raises:
         ValueError: The data do not exist, or do not fit the arguments.
     """
     if name.startswith('torch/'):
-        source = TorchvisionSource(name, root, split, download)
+        source: Source = TorchvisionSource(name, root, split, download)
     elif name.startswith('hfds/'):
         source = HfSource(name, root, split, input_key, target_key)
     elif name:

@@ -1,7 +1,7 @@
-"""Images and masks in folders: as PASCAL VOC keeps them, or as a pair of folders
+"""Images and masks in folders: the layout of PASCAL VOC, or two folders images/ and masks/
 
-What holds the images and masks of a split is a source, see `Source`. Those of libraries are in libraries.py, made ones
-in sample.py.
+The images and masks of a split are given by a source, see the protocol `Source`. This module has the source of files on
+disk. libraries.py has sources of torchvision and Hugging Face, scenes.py has a source of synthetic scenes.
 """
 
 import glob
@@ -19,8 +19,8 @@ _logger = logging.getLogger(__name__)
 TRAIN_SPLITS = ('train', 'training', 'trainval')
 VALIDATION_SPLITS = ('validation', 'val', 'valid', 'eval', 'test')
 IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp', '.gif')  # none loses values, as JPEG does
-HELD_OUT_EVERY = 10  # images, where there are no splits
+MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp', '.gif')  # lossless: JPEG would change class indices
+HELD_OUT_EVERY = 10  # without splits, one image of so many is kept for validation
 LAYOUTS = (
     'Either as PASCAL VOC: JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/<split>.txt; or as two folders '
     'images/ and masks/ with files of the same stem: <split>/images and <split>/masks, images/<split> and '
@@ -29,21 +29,19 @@ LAYOUTS = (
 
 
 class Source(Protocol):
-    """Images and masks of a split.
+    """The images and masks of one split."""
 
-    Attributes:
-        class_names: Names by index, None where the source cannot tell.
-    """
-
-    class_names: Optional[List[str]]
+    @property
+    def class_names(self) -> Optional[List[str]]:
+        """Names of the classes by index, None if the source has no names."""
 
     def __len__(self) -> int: ...
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
-        """Image and mask, possibly not read yet."""
+        """Open the image and the mask with this index. PIL may read their pixels later."""
 
     def name(self, index: int) -> str:
-        """What errors call a mask: its file if it has one of its own."""
+        """Name of the mask with this index in error messages: its file, if it has one."""
 
 
 class FileSource:
@@ -52,7 +50,7 @@ class FileSource:
     Args:
         images: Files of the images.
         masks: Files of their masks.
-        class_names: Names by index.
+        class_names: Names of the classes by index.
     """
 
     def __init__(self, images: Sequence[str], masks: Sequence[str], class_names: Optional[List[str]] = None):
@@ -71,12 +69,15 @@ class FileSource:
 
 
 def resolve_split(split: str, available: Iterable[str], where: str) -> str:
-    """Name under which a split exists, as validation sets are called val or test elsewhere.
+    """Find a split by its name or a synonym: a validation split, for example, may be called `val` or `test`.
 
     Args:
-        split: Asked for.
-        available: Splits that there are.
-        where: What has them, for messages.
+        split: Name that was asked for.
+        available: Names of the splits that exist.
+        where: File, folder or data set with these splits, for messages.
+
+    Returns:
+        The name among those available.
 
     Raises:
         ValueError: No split has this name or one of its synonyms.
@@ -87,7 +88,7 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
     for synonyms in (TRAIN_SPLITS, VALIDATION_SPLITS):
         found = [name for name in synonyms if name in available]
         if split in synonyms and found:
-            _logger.info(f'Split {found[0]} of {where} serves as {split}')
+            _logger.info(f'Split {found[0]} of {where} is used as {split}')
             return found[0]
     raise ValueError(
         f'Expected a split {split!r} in {where}, which has {sorted(available)}. Choose one of these, or check the path.'
@@ -95,16 +96,17 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
 
 
 def open_folders(root: str, split: str, hold_out: bool = True) -> FileSource:
-    """Images and masks of a split in folders.
+    """Open the images and masks of a split in folders.
 
     Args:
-        root: Folder with one of the layouts, that of VOC also in VOCdevkit/VOC20xx or VOC20xx.
-        split: Name of the split, or a synonym.
-        hold_out: Where nothing tells the splits apart, keep every tenth image for validation. Otherwise all images
-            are in any split.
+        root: Folder with one of the known layouts. The layout of PASCAL VOC may also be in its subfolder
+            VOCdevkit/VOC20xx or VOC20xx.
+        split: Name of the split, or a synonym such as `val` for `validation`.
+        hold_out: What to do with folders that have no splits: keep every tenth image for validation if True, use all
+            images for every split if False.
 
     Raises:
-        ValueError: There is no such layout or split, or an image lacks its mask.
+        ValueError: The folder has no known layout or no such split, or an image has no mask.
     """
     candidates = [root]
     for pattern in ('VOCdevkit/VOC20??', 'VOC20??'):
@@ -127,7 +129,7 @@ def open_folders(root: str, split: str, hold_out: bool = True) -> FileSource:
 
 
 def read_lines(path: str) -> List[str]:
-    """Lines of a text file that are not empty."""
+    """Read the lines of a text file, without empty ones."""
     with open(path, encoding='utf-8') as f:
         return [line.strip() for line in f if line.strip()]
 
@@ -146,7 +148,7 @@ def _open_pair(root: str, split: str, hold_out: bool) -> FileSource:
         found = resolve_split(split, splits, root)
         return _pair(os.path.join(images, found), os.path.join(masks, found))
     lists = {path.stem: str(path) for path in Path(root).glob('*.txt') if path.stem in TRAIN_SPLITS + VALIDATION_SPLITS}
-    if lists:  # all of them: a part of the images listed for another split must not be held out for this one
+    if lists:  # then nothing is held out for a split without a list, as its images may be listed for another split
         return _pair(images, masks, lists[resolve_split(split, lists, root)])
     whole = _pair(images, masks)
     if not hold_out:
@@ -161,14 +163,14 @@ def _open_pair(root: str, split: str, hold_out: bool) -> FileSource:
     if not chosen:
         raise ValueError(f'Expected at least two images in {images!r} to keep one for validation, got {len(whole)}.')
     _logger.info(
-        f'{root} has no splits: every {HELD_OUT_EVERY}th image by name is for validation, these are {len(chosen)} of '
+        f'{root} has no splits, so every {HELD_OUT_EVERY}th image by name is kept for validation: {len(chosen)} of '
         f'{len(whole)} images for {split}'
     )
     return FileSource([whole.images[index] for index in chosen], [whole.masks[index] for index in chosen])
 
 
 def _files_by_stem(folder: str, extensions: Tuple[str, ...]) -> Dict[str, str]:
-    """First file in the order of the extensions, so that it does not hang on the file system."""
+    """Files of a folder by stem. Of files with the same stem the one whose extension is listed first counts."""
     found: Dict[str, str] = {}
     if not os.path.isdir(folder):
         raise ValueError(f'Expected a folder {folder!r}, which does not exist. {LAYOUTS}')
@@ -179,7 +181,7 @@ def _files_by_stem(folder: str, extensions: Tuple[str, ...]) -> Dict[str, str]:
 
 
 def _pair(images: str, masks: str, listed: Optional[str] = None, class_names: Optional[List[str]] = None) -> FileSource:
-    """Files of a split by stem, in the order of its list or of the names."""
+    """Pair images with masks of the same stem, in the order of the list of the split or else sorted by name."""
     image_files, mask_files = _files_by_stem(images, IMAGE_EXTENSIONS), _files_by_stem(masks, MASK_EXTENSIONS)
     stems = sorted(image_files)
     if listed is not None:

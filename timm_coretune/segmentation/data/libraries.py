@@ -1,4 +1,4 @@
-"""Images and masks of torchvision's data sets and of the Hugging Face Hub, as sources"""
+"""Sources of images and masks from data sets of torchvision and of the Hugging Face Hub"""
 
 from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -13,28 +13,28 @@ IMAGE_COLUMNS = ('image', 'img', 'pixel_values')
 MASK_COLUMNS = ('mask', 'annotation', 'label', 'labels', 'segmentation', 'segmentation_mask')
 
 
-def _open_voc(root: str, split: str, **kwargs) -> Any:
+def _open_voc(root: str, split: str, **kwargs: Any) -> Any:
     return tv_datasets.VOCSegmentation(root, image_set=split, **kwargs)
 
 
-def _open_sbd(root: str, split: str, **kwargs) -> Any:
+def _open_sbd(root: str, split: str, **kwargs: Any) -> Any:
     return tv_datasets.SBDataset(root, image_set=split, mode='segmentation', **kwargs)
 
 
 def _open_cityscapes(root: str, split: str) -> Any:
     dataset = tv_datasets.Cityscapes(root, split=split, mode='fine', target_type='semantic')
-    # the order of the file system until here; one image has one mask, so both sort alike
+    # torchvision leaves them in the order of the file system; one image has one mask, so both sort alike
     dataset.images.sort()
     dataset.targets.sort()
     return dataset
 
 
-def _open_pet(root: str, split: str, **kwargs) -> Any:
+def _open_pet(root: str, split: str, **kwargs: Any) -> Any:
     return tv_datasets.OxfordIIITPet(root, split=split, target_types='segmentation', **kwargs)
 
 
 def _cityscapes_table() -> List[int]:
-    """Classes to train on by the value in the files, which has a value for every kind of void."""
+    """Class of every value in the mask files. The files have several values for pixels to ignore."""
     table = [IGNORE_INDEX] * 256
     for kind in tv_datasets.Cityscapes.classes:
         if kind.id >= 0:
@@ -43,11 +43,11 @@ def _cityscapes_table() -> List[int]:
 
 
 class _Kind(NamedTuple):
-    create: Callable  # takes root, split, and download if can_download
+    create: Callable[..., Any]  # opens the data set: takes root and split, and download if can_download
     splits: Tuple[str, ...]
     class_names: Tuple[str, ...]
-    files: Optional[Callable]  # the masks' files, of the data set
-    table: Optional[List[int]] = None  # class by the value in the file, where they differ
+    files: Optional[Callable[[Any], Sequence[Any]]]  # returns the files of the masks, given the data set
+    table: Optional[List[int]] = None  # class of every value in the mask files, None if the values are the classes
     can_download: bool = True
 
 
@@ -67,7 +67,7 @@ TORCHVISION_KINDS = {
         ('trainval', 'test'),
         ('pet', 'background', 'border'),
         None,
-        table=[IGNORE_INDEX, *range(255)],  # counts from 1
+        table=[IGNORE_INDEX, *range(255)],  # the files count classes from 1
     ),
 }
 
@@ -76,10 +76,10 @@ class TorchvisionSource:
     """Images and masks of a data set of torchvision.
 
     Args:
-        name: A key of TORCHVISION_KINDS after `torch/`.
-        root: Folder that torchvision finds or puts the data in.
-        split: Name of the split, or a synonym.
-        download: Download the data if they are not there.
+        name: `torch/` and a key of TORCHVISION_KINDS.
+        root: Folder with the data, or to download the data to.
+        split: Name of the split, or a synonym such as `val` for `validation`.
+        download: Download the data if they are missing.
 
     Raises:
         ValueError: There is no such data set or split, or its data are missing.
@@ -120,14 +120,14 @@ class HfSource:
     """Images and masks of a data set of the Hugging Face Hub, or of a folder that `datasets` can load.
 
     Args:
-        name: Data set or folder after `hfds/`.
-        root: Folder that downloads are kept in, '' for that of `datasets`.
-        split: Name of the split or a synonym, also a slice such as train[:90%].
-        input_key: Column of the images, found by name if None.
-        target_key: Column of the masks, found by name if None.
+        name: `hfds/` and the name of the data set, or `hfds/` and a folder.
+        root: Folder to keep downloads in. When '' the cache folder of `datasets`.
+        split: Name of the split, or a synonym such as `val` for `validation`. It may be a slice such as train[:90%].
+        input_key: Column with the images. When None the first one with a usual name, such as `image`.
+        target_key: Column with the masks. When None the first one with a usual name, such as `mask`.
 
     Raises:
-        ImportError: `datasets` is missing.
+        ImportError: `datasets` is not installed.
         ValueError: The data set cannot be loaded, or lacks the split or a column.
     """
 

@@ -1,4 +1,4 @@
-"""Class indices from the images that masks are kept in"""
+"""Masks: the class index of every pixel, read from an image file"""
 
 import os
 from typing import Any, Optional, Tuple, Union
@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ...checks import wrong_classes
 
-IGNORE_INDEX = 255  # void: neither trained on nor counted
+IGNORE_INDEX = 255  # pixels with this value are neither trained on nor counted
 
 
 def read_mask(
@@ -19,19 +19,19 @@ def read_mask(
     size: Optional[Tuple[int, int]] = None,
     reduce_zero_label: bool = False,
 ) -> torch.Tensor:
-    """Class indices of a mask.
+    """Read the class indices of a mask.
 
     Args:
-        image: The mask or its file. The indices of a palette count, not its colours.
-        name: What errors call it.
-        size: Width and height that it must have, which are those of its image.
-        reduce_zero_label: Let 0 be ignored and move the other classes down by one, as in ADE20K.
+        image: The mask or its file. With a palette the class is the index in the palette, not the colour.
+        name: Name of the mask in error messages.
+        size: Width and height of the image that the mask belongs to. When None the size is not checked.
+        reduce_zero_label: Ignore the value 0 and lower all other classes by one, as for ADE20K.
 
     Returns:
         Integers (H, W), uint8 unless the file has 16 or 32 bits.
 
     Raises:
-        ValueError: The mask has colours for classes, or another size.
+        ValueError: The mask has colours in place of class indices, or another size than the image.
     """
     if not isinstance(image, Image.Image):
         with Image.open(image) as opened:
@@ -58,7 +58,7 @@ def check_mask(mask: torch.Tensor, num_classes: int, name: str) -> None:
     """Reject a mask with a value that is neither a class nor ignored.
 
     Raises:
-        ValueError: Names the mask and the value.
+        ValueError: There is such a value. The message has the name of the mask and the value.
     """
     low, high = (int(bound) for bound in mask.aminmax())
     if low >= 0 and high < num_classes:
@@ -73,19 +73,19 @@ def check_mask(mask: torch.Tensor, num_classes: int, name: str) -> None:
 
 
 def count_classes(source: Any, reduce_zero_label: bool = False) -> int:
-    """Highest class over all masks of a source, plus one.
+    """Count the classes in all masks of a source: the highest class index plus one.
 
     Args:
         source: Images and masks of a split.
-        reduce_zero_label: As masks will be read.
+        reduce_zero_label: Ignore the value 0 and lower all other classes by one, as in `read_mask`.
 
     Raises:
-        ValueError: All pixels are ignored.
+        ValueError: All pixels of all masks are ignored.
     """
     highest = -1
     for index in tqdm(range(len(source)), desc='Count classes', disable=None, leave=False, dynamic_ncols=True):
         image, mask = source.load(index)
-        image.close()  # most are not read yet
+        image.close()  # counting needs the mask alone; PIL has usually not read the pixels of the image yet
         if mask.mode in ('L', 'P'):
             counts = mask.histogram()
             values = torch.tensor([value for value, count in enumerate(counts) if count])

@@ -1,6 +1,6 @@
-"""Masks as PASCAL VOC keeps them: palette PNG files whose indices are the classes"""
+"""Masks in the format of PASCAL VOC: PNG files with a palette, whose indices are the classes"""
 
-from typing import List, Union
+from typing import Any, List, Union
 
 import numpy as np
 import torch
@@ -34,10 +34,10 @@ VOC_CLASSES = (
 
 
 def voc_palette() -> List[int]:
-    """Red, green and blue of every index, 768 values.
+    """Colours of PASCAL VOC for the indices 0 to 255: red, green and blue in turn, 768 values.
 
-    Bits 0, 1, 2 of an index are the highest bits of red, green, blue, its next three bits the next highest, so that
-    close indices have colours far apart.
+    Bits 0, 1 and 2 of an index are the highest bits of red, green and blue. Bits 3, 4 and 5 are the second highest, and
+    so on. Neighbouring indices therefore have very different colours.
     """
     palette = []
     for index in range(256):
@@ -46,24 +46,24 @@ def voc_palette() -> List[int]:
     return palette
 
 
-def save_image(image: Image.Image, path: str, **kwargs) -> None:
-    """Write an image so that there is the whole file or none.
+def save_image(image: Image.Image, path: str, **kwargs: Any) -> None:
+    """Write an image file. If writing is interrupted, no half-written file is left.
 
     Args:
-        image: What to write.
-        path: Its file.
-        kwargs: Of PIL's save, with the format.
+        image: Image to write.
+        path: File to write.
+        **kwargs: Arguments of PIL's `Image.save`. `format` is required.
     """
     with write_whole(path) as temporary:
         image.save(temporary, **kwargs)
 
 
 def write_mask(mask: Union[torch.Tensor, np.ndarray], path: str) -> None:
-    """Write a mask as a PNG file in the colours of VOC.
+    """Write a mask as a PNG file with the palette of PASCAL VOC.
 
     Args:
         mask: Class indices (H, W), integers in [0, 255].
-        path: Its file.
+        path: File to write.
 
     Raises:
         ValueError: Shape, dtype or range do not fit.

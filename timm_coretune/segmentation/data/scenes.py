@@ -1,64 +1,56 @@
-"""Made scenes to try segmentation on without a download, and any source as a folder in VOC's layout"""
+"""Synthetic scenes to try segmentation without a download, and a writer of PASCAL VOC's folder layout"""
 
 import hashlib
-import json
 import os
-from typing import Any, Optional, Tuple
+from typing import Iterable, Optional, Tuple
 
 import numpy as np
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from ...atomic import write_text
+from ...safetensors_images import find_splits, read_split
 from .folders import TRAIN_SPLITS, Source, resolve_split
 from .masks import IGNORE_INDEX, read_mask
 from .palette import save_image, write_mask
 
 SCENE_SIZE = 96
-GARMENT_SIZES = (24, 64)  # pixels, smallest and largest
+GARMENT_SIZES = (24, 64)  # smallest and largest side of a garment, in pixels
 MAX_GARMENTS = 4
-THRESHOLD = 32  # intensity from which on a pixel belongs to a garment, of 255
-NUM_SCENES = (480, 120)  # for training, and for anything else
+THRESHOLD = 32  # a pixel of at least this intensity, of 255, belongs to the garment
+NUM_SCENES = (480, 120)  # of a training split, and of any other split
 
 
 class FashionScenes:
-    """Made scenes: garments of Fashion-MNIST on made textures. Nothing here is a photograph.
+    """Synthetic scenes: garments of Fashion-MNIST on drawn textures. Nothing here is a photograph.
 
-    One to four garments of the split, each class as likely as any other, lie scaled and tinted at random on gratings
-    and noise, later ones over earlier ones. Class 0 is the background, garments of label k have class k + 1, and one
-    pixel between any two of these regions is ignored, as in VOC. Scene i of a split depends on nothing but the split,
-    i, and the file.
+    A scene shows one to four garments of the split. All classes are equally likely. Every garment is scaled, tinted and
+    placed at random, and later garments cover earlier ones. The texture behind them is made of gratings and noise.
+    Class 0 is the background, and a garment with label k has class k + 1. Between two regions one pixel is ignored, as
+    in PASCAL VOC. A scene depends only on the file, the name of the split and the index of the scene.
 
     Args:
         path: A safetensors file with uint8 tensors `<split>.image` (N, H, W) and labels `<split>.label`.
-        split: Name of the split, or a synonym.
-        num_scenes: Scenes of the split, None for the usual number.
+        split: Name of the split, or a synonym such as `val` for `validation`.
+        num_scenes: Number of scenes. When None 480 for a training split and 120 for any other.
 
     Raises:
-        ValueError: The file cannot be read, has no such split, or its tensors are of another kind.
+        ValueError: The file cannot be read, has no such split, or its tensors have another dtype or shape.
     """
 
     def __init__(self, path: str, split: str, num_scenes: Optional[int] = None):
-        try:
-            with safe_open(path, framework='np') as f:
-                keys = set(f.keys())
-                splits = {key.removesuffix('.label') for key in keys if f'{key.removesuffix(".label")}.image' in keys}
-                self.split = resolve_split(split, splits, path)
-                self.garments = f.get_tensor(f'{self.split}.image')
-                label = f.get_tensor(f'{self.split}.label')
-                names = json.loads((f.metadata() or {}).get('class_names', 'null'))
-        except (OSError, SafetensorError) as e:
-            raise ValueError(f'Expected a safetensors file of images and labels, could not read {path!r}: {e}') from e
-        if self.garments.dtype != np.uint8 or self.garments.ndim != 3 or label.shape != self.garments.shape[:1]:
+        self.split = resolve_split(split, find_splits(path), path)
+        image, label, names = read_split(path, self.split)
+        if image.ndim != 3:
             raise ValueError(
-                f'Expected {self.split}.image as uint8 (N, H, W) with a label each in {path!r}, got '
-                f'{self.garments.dtype} {self.garments.shape} and labels {label.shape}.'
+                f'Expected {self.split}.image as uint8 (N, H, W), that is grey garments, got {tuple(image.shape)} in '
+                f'{path!r}.'
             )
+        self.garments = image.numpy()
         self.path = path
-        self.labels = np.unique(label)
-        self.members = [np.flatnonzero(label == value) for value in self.labels]
-        self.class_names = ['background', *(map(str, names or range(int(label.max()) + 1)))]
+        self.labels = np.unique(label.numpy())
+        self.members = [np.flatnonzero(label.numpy() == value) for value in self.labels]
+        self.class_names = ['background', *(names or map(str, range(int(self.labels.max()) + 1)))]
         self.num_scenes = NUM_SCENES[self.split not in TRAIN_SPLITS] if num_scenes is None else num_scenes
 
     def __len__(self) -> int:
@@ -66,7 +58,9 @@ class FashionScenes:
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
         if not 0 <= index < self.num_scenes:
-            raise IndexError(f'Expected a scene in [0, {self.num_scenes - 1}], got {index}.')  # ends an iteration
+            raise IndexError(
+                f'Expected a scene in [0, {self.num_scenes - 1}], got {index}.'
+            )  # iteration over a source ends with IndexError
         digest = hashlib.blake2b(f'{self.split},{index}'.encode(), digest_size=8).digest()
         draws = np.random.default_rng(int.from_bytes(digest, 'little'))
         scene = _texture(draws)
@@ -93,7 +87,7 @@ class FashionScenes:
 
 
 def _texture(draws: np.random.Generator) -> np.ndarray:
-    """Three gratings of random direction, width and colour, and noise, in [0, 255] (SCENE_SIZE, SCENE_SIZE, 3)."""
+    """Draw three gratings of random direction, width and colour, and noise: (SCENE_SIZE, SCENE_SIZE, 3) in [0, 255]."""
     scene = np.empty((SCENE_SIZE, SCENE_SIZE, 3), np.float32)
     scene[:] = draws.uniform(60, 190, 3)
     place = np.arange(SCENE_SIZE, dtype=np.float32)
@@ -105,12 +99,14 @@ def _texture(draws: np.random.Generator) -> np.ndarray:
 
 
 def write_voc(source: Source, folder: str, split: str) -> None:
-    """Write a source in VOC's layout, with its class names in classes.txt. The list of the split comes last.
+    """Write images and masks in the folder layout of PASCAL VOC, with the class names in classes.txt.
+
+    The list of the images is written last, so that a split which was interrupted is not listed.
 
     Args:
-        source: Images and masks.
-        folder: Where to, made if missing. Other splits in it stay.
-        split: What to call the split.
+        source: Images and masks to write.
+        folder: Folder to write to, created if missing. Other splits in it stay as they are.
+        split: Name to give the split.
     """
     images, masks = os.path.join(folder, 'JPEGImages'), os.path.join(folder, 'SegmentationClass')
     lists = os.path.join(folder, 'ImageSets', 'Segmentation')
@@ -126,5 +122,5 @@ def write_voc(source: Source, folder: str, split: str) -> None:
     _write_lines(stems, os.path.join(lists, f'{split}.txt'))
 
 
-def _write_lines(lines: Any, path: str) -> None:
+def _write_lines(lines: Iterable[str], path: str) -> None:
     write_text(''.join(f'{line}\n' for line in lines), path)

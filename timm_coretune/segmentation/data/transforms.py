@@ -1,13 +1,13 @@
-"""Augmentation of an image with its mask, and the way back from logits to the size of an image
+"""Transforms of an image together with its mask, and the way back from logits to the size of an image
 
-Colours are interpolated, classes never: a mask takes the nearest pixel. torchvision's `nearest` takes the upper left of
-the pixels that meet in a new one, which shifts a mask against its image by up to half the scale. Masks are resized by
-`nearest-exact` here, which takes the middle one, as interpolation of colours does.
+The colours of an image are interpolated. The classes of a mask are not: each new pixel takes the class of the nearest
+old one. Masks are resized with torchvision's `nearest-exact`, which takes the pixel in the middle. Its `nearest` takes
+the upper left one, which shifts a mask against its image by up to half the scale.
 
-All draws come from torch's global generator.
+All random numbers come from torch's global generator.
 """
 
-from typing import Any, Dict, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import InterpolationMode, functional
 
 from .masks import IGNORE_INDEX
 
-INTERPOLATIONS = {  # timm's names, as far as tensors can be resized so
+INTERPOLATIONS = {  # by timm's name; torchvision resizes tensors by no other method that timm has
     'nearest': InterpolationMode.NEAREST_EXACT,
     'bilinear': InterpolationMode.BILINEAR,
     'bicubic': InterpolationMode.BICUBIC,
@@ -44,25 +44,29 @@ class _RandomResizedCrop(v2.RandomResizedCrop):
 
 
 class FitAndPad(nn.Module):
-    """Resizes image and mask to fit into a size, and fills the rest of it at the bottom and at the right.
+    """Resizes image and mask to fit into a given size, and pads them to it at the bottom or at the right.
+
+    The aspect ratio is kept. The padding of the mask is ignored in training and validation.
 
     Args:
-        img_size: Height and width to fit into.
-        fill: Values for the image, one a channel, in [0, 1].
-        interpolation: Key of INTERPOLATIONS, for the image.
+        img_size: Height and width to return.
+        fill: Value of the padding of the image in [0, 1], one for each channel.
+        interpolation: Method to resize the image by, a key of INTERPOLATIONS.
     """
 
     def __init__(self, img_size: Tuple[int, int], fill: Sequence[float], interpolation: str):
         super().__init__()
-        self.img_size = tuple(img_size)
+        height, width = img_size
+        self.img_size = (height, width)
         self.fill = fill
         self.mode = _interpolation_mode(interpolation)
 
     def forward(self, image: tv_tensors.Image, mask: tv_tensors.Mask) -> Tuple[torch.Tensor, torch.Tensor]:
-        size = fitted_size(image.shape[-2:], self.img_size)
+        height, width = image.shape[-2:]
+        size = fitted_size((height, width), self.img_size)
         image, mask = functional.resize(image, list(size), self.mode), _resize_mask(mask, size)
         padding = [0, 0, self.img_size[1] - size[1], self.img_size[0] - size[0]]
-        image = functional.to_dtype(image, torch.float32, scale=True)  # the mean is no whole number
+        image = functional.to_dtype(image, torch.float32, scale=True)  # before padding: the fill is no whole number
         return functional.pad(image, padding, self.fill), functional.pad(mask, padding, IGNORE_INDEX)
 
 
@@ -77,23 +81,24 @@ def create_train_transform(
     color_jitter: float = 0.0,
     interpolation: str = 'bilinear',
 ) -> v2.Transform:
-    """Random crop, flips and colours.
+    """Create the transform of training: random crop, flips and change of colours.
 
     Args:
-        img_size: Height and width to come out.
-        mean: Subtracted from an image in [0, 1], one value a channel.
-        std: Divides it then.
-        scale: Least and greatest share of the image's area in the crop.
-        ratio: Least and greatest width over height of the crop.
-        hflip: Probability of a flip left to right.
-        vflip: Probability of a flip upside down.
-        color_jitter: Greatest relative change of brightness, contrast and saturation, 0 for none.
-        interpolation: Key of INTERPOLATIONS, for the image.
+        img_size: Height and width to return.
+        mean: Mean of each channel, subtracted from an image in [0, 1].
+        std: Standard deviation of each channel. The image is divided by it after the mean was subtracted.
+        scale: Smallest and largest area of the crop, as a share of the area of the image.
+        ratio: Smallest and largest width of the crop, divided by its height.
+        hflip: Probability to flip left and right.
+        vflip: Probability to flip top and bottom.
+        color_jitter: Largest relative change of brightness, contrast and saturation, 0 for none.
+        interpolation: Method to resize the image by, a key of INTERPOLATIONS.
 
     Returns:
-        Takes tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W), returns float32 and int64 of img_size.
+        A transform that takes tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W). It returns two tensors of
+        img_size: the image as float32 and the mask as int64.
     """
-    steps = [_RandomResizedCrop(tuple(img_size), scale, ratio, _interpolation_mode(interpolation))]
+    steps: List[v2.Transform] = [_RandomResizedCrop(tuple(img_size), scale, ratio, _interpolation_mode(interpolation))]
     if hflip > 0:
         steps.append(v2.RandomHorizontalFlip(hflip))
     if vflip > 0:
@@ -109,16 +114,19 @@ def create_eval_transform(
     std: Sequence[float],
     interpolation: str = 'bilinear',
 ) -> v2.Transform:
-    """The whole image at its own aspect ratio, in the upper left of img_size; below and right of it are 0 and ignored.
+    """Create the transform of validation: fit the whole image into img_size at its own aspect ratio, and pad.
+
+    The image is in the upper left. The padding is 0 after normalization, and its pixels are ignored in the mask.
 
     Args:
-        img_size: Height and width to come out, whatever the image has.
-        mean: Subtracted from an image in [0, 1], one value a channel.
-        std: Divides it then.
-        interpolation: Key of INTERPOLATIONS, for the image.
+        img_size: Height and width to return.
+        mean: Mean of each channel, subtracted from an image in [0, 1].
+        std: Standard deviation of each channel. The image is divided by it after the mean was subtracted.
+        interpolation: Method to resize the image by, a key of INTERPOLATIONS.
 
     Returns:
-        Takes and returns the same as that of training.
+        A transform that takes tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W). It returns two tensors of
+        img_size: the image as float32 and the mask as int64.
     """
     return v2.Compose([FitAndPad(img_size, list(mean), interpolation), *_to_tensors(mean, std)])
 
@@ -128,11 +136,11 @@ def _to_tensors(mean: Sequence[float], std: Sequence[float]) -> Sequence[nn.Modu
 
 
 def fitted_size(size: Tuple[int, int], img_size: Tuple[int, int]) -> Tuple[int, int]:
-    """Height and width of an image's content after it was fitted into img_size, at least one pixel each.
+    """Height and width of an image after it was fitted into img_size, without padding. Both are at least 1.
 
     Args:
         size: Height and width of the image.
-        img_size: Height and width that it is fitted into.
+        img_size: Height and width that the image is fitted into.
     """
     (height, width), (max_height, max_width) = size, img_size
     if height * max_width >= width * max_height:
@@ -141,15 +149,16 @@ def fitted_size(size: Tuple[int, int], img_size: Tuple[int, int]) -> Tuple[int, 
 
 
 def restore(logits: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
-    """Logits of an image without the padding, at the size that it came with.
+    """Undo the fitting and padding of an image: cut the padding off its logits and resize them to the original size.
 
     Args:
-        logits: Logits for the fitted and padded image (num_classes, H, W).
-        size: Height and width of the image before.
+        logits: Logits of the fitted and padded image (num_classes, H, W).
+        size: Height and width of the original image.
 
     Returns:
-        Logits (num_classes, *size), interpolated linearly.
+        Logits (num_classes, *size), interpolated bilinearly.
     """
-    height, width = fitted_size(size, logits.shape[-2:])
+    padded_height, padded_width = logits.shape[-2:]
+    height, width = fitted_size(size, (padded_height, padded_width))
     content = logits[None, :, :height, :width]
     return nn.functional.interpolate(content, tuple(size), mode='bilinear', align_corners=False)[0]
