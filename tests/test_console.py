@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import timm_coretune
 from timm_coretune.__main__ import COMMANDS, main
+from timm_coretune.train.run.finish import continue_command
 
 
 @pytest.fixture
@@ -109,3 +110,20 @@ def test_the_console_scripts_are_those_of_the_documentation():
 def test_a_console_script_calls_something_that_exists(target):
     module, _, name = target.partition(':')
     assert callable(getattr(importlib.import_module(module), name))
+
+
+@pytest.mark.parametrize(
+    'script, launched',
+    [
+        ('train.py', 'train.py'),
+        ('my scripts/train.py', "'my scripts/train.py'"),
+        ('/site-packages/timm_coretune/__main__.py', '-m timm_coretune.train'),
+        ('/site-packages/timm_coretune/train/__main__.py', '-m timm_coretune.train'),
+        ('/bin/timm-coretune', '-m timm_coretune.train'),
+        ('/bin/timm-coretune-train', '-m timm_coretune.train'),
+    ],
+)
+def test_an_interrupted_run_names_a_command_that_accelerate_can_launch(script, launched, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', [script])
+    expected = f'accelerate launch {launched} --coretune --output /runs --experiment one --resume auto'
+    assert continue_command(['--coretune'], '/runs/one') == expected
