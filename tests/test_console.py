@@ -3,9 +3,9 @@
 import configparser
 import importlib
 import sys
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import timm_coretune
 from timm_coretune.__main__ import COMMANDS, main
@@ -95,9 +95,17 @@ def test_a_new_process_shows_the_help_and_the_exit_code_of_an_error(launch):
     assert launch([*launcher, 'nothing'], check=False).returncode == 2
 
 
+def test_a_command_that_cannot_do_it_says_why_without_a_traceback(launch):
+    command = [sys.executable, '-m', 'timm_coretune', 'checkpoint', 'inspect', 'nowhere.pth']
+    finished = launch(command, check=False)
+    assert finished.returncode in (1, 2)
+    assert 'nowhere.pth' in finished.stderr
+    assert 'Traceback' not in finished.stderr
+
+
 def console_scripts():
     config = configparser.ConfigParser()
-    config.read(ROOT / 'setup.cfg')
+    config.read(Path(__file__).parents[1] / 'setup.cfg')
     lines = config['options.entry_points']['console_scripts'].split('\n')
     return dict(line.split(' = ') for line in lines if line)
 
