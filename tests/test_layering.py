@@ -30,6 +30,7 @@ LEVELS = {  # a module imports from lower levels only, or from its own package
     'segmentation': 5,
     '__init__': 6,
     'train': 7,
+    '__main__': 8,
 }
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob('*.py'))}
 

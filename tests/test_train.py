@@ -366,8 +366,8 @@ def test_ctrl_c_leaves_a_whole_checkpoint_and_prints_the_command_that_continues(
     assert process.returncode == 0, log
     epoch = torch.load(tmp_path / 'run' / 'last.pth.tar', weights_only=False)['epoch']
     words = shlex.split(log.split('Continue with:\n')[1].splitlines()[0])
-    assert words[:2] == ['accelerate', 'launch']
+    assert words[:4] == ['accelerate', 'launch', '-m', 'timm_coretune.train']
     # the last of two flags wins
-    main([*words[3:], '--epochs', str(epoch + 3)])
+    main([*words[4:], '--epochs', str(epoch + 3)])
     epochs = [int(row['epoch']) for row in read_csv(tmp_path / 'run' / 'summary.csv')]
     assert epochs == list(range(epoch + 3))

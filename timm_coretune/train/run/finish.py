@@ -27,7 +27,10 @@ def continue_command(argv: List[str], folder: str) -> str:
     """The command that continues an interrupted run in its folder."""
     output, name = os.path.split(os.path.abspath(folder))
     words = ['--output', output, '--experiment', name, '--resume', 'auto']
-    return f'accelerate launch {shlex.quote(sys.argv[0])} {shlex.join([*argv, *words])}'
+    # neither a __main__.py nor the script timm-coretune can be launched with the flags of training alone
+    installed = os.path.basename(sys.argv[0]) in ('__main__.py', 'timm-coretune', 'timm-coretune-train')
+    script = '-m timm_coretune.train' if installed else shlex.quote(sys.argv[0])
+    return f'accelerate launch {script} {shlex.join([*argv, *words])}'
 
 
 def summarize(record: RunRecord, trainer: Trainer, args: argparse.Namespace, datasets: Datasets) -> None:

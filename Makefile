@@ -1,0 +1,25 @@
+# Words for pytest: make fast ARGS='-n 2 -k mining'
+ARGS =
+
+.PHONY: help fast test lint format docs
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+fast:  ## the tests that are not slow
+	pytest -m 'not slow' $(ARGS)
+
+test:  ## all tests; those of a GPU are skipped without one
+	pytest $(ARGS)
+
+lint:  ## everything that is checked without running the code
+	ruff check .
+	ruff format --check .
+	mypy
+
+format:  ## repair what ruff can, and lay out the code
+	ruff check --fix .
+	ruff format .
+
+docs:  ## write docs/flags.md anew from the flags
+	python -m timm_coretune.train.cli.docs

@@ -1,0 +1,86 @@
+"""All commands of this package behind one name
+
+timm-coretune COMMAND ...
+python -m timm_coretune COMMAND ...
+"""
+
+import difflib
+import importlib
+import sys
+from typing import Dict, List, NamedTuple, NoReturn, Optional, Tuple
+
+from .version import __version__
+
+
+class Command(NamedTuple):
+    """A command, and who runs it.
+
+    Attributes:
+        help: What it does, in one line.
+        module: Module whose `main` takes the arguments. It is imported when the command is called, not before.
+        first: Arguments that `main` gets before those of the user.
+    """
+
+    help: str
+    module: str
+    first: Tuple[str, ...] = ()
+
+
+COMMANDS: Dict[str, Command] = {
+    'train': Command('tune a model, with the flags of train.py', 'timm_coretune.train.main'),
+    'predict': Command('write a mask for every image', 'timm_coretune.segmentation.__main__', ('predict',)),
+    'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
+    'checkpoint': Command('look into a checkpoint, or convert it', 'timm_coretune.checkpoint.__main__'),
+    'hub': Command('push a finished run to the Hugging Face Hub', 'timm_coretune.hub.__main__'),
+}
+
+
+def usage() -> str:
+    """What there is to call, one command a line."""
+    lines = [f'  {name:12}{command.help}' for name, command in COMMANDS.items()]
+    return '\n'.join(
+        [
+            'usage: timm-coretune COMMAND ...',
+            '',
+            'commands:',
+            *lines,
+            '',
+            'timm-coretune COMMAND --help shows the arguments of a command, timm-coretune --version the version.',
+            'To train on several devices: accelerate launch -m timm_coretune train ...',
+        ]
+    )
+
+
+def _refuse(reason: str) -> NoReturn:
+    print(f'{usage()}\n\nerror: {reason}', file=sys.stderr)
+    sys.exit(2)
+
+
+def main(arguments: Optional[List[str]] = None) -> None:
+    """Run the command that the first argument names with the arguments behind it.
+
+    Args:
+        arguments: Words of the command line, those of the process when None.
+
+    Raises:
+        SystemExit: With code 2 if there is no such command, or with the code of the command.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments:
+        _refuse('expected a command, got none.')
+    word, *rest = arguments
+    if word in ('-h', '--help'):
+        print(usage())
+    elif word == '--version':
+        print(f'timm_coretune {__version__}')
+    elif word in COMMANDS:
+        command = COMMANDS[word]
+        # what it returns is dropped: a console script would take it for an exit code
+        importlib.import_module(command.module).main([*command.first, *rest])
+    else:
+        near = difflib.get_close_matches(word, COMMANDS, n=1)
+        _refuse(f'expected a command, got {word!r}.' + (f' Did you mean {near[0]}?' if near else ''))
+
+
+if __name__ == '__main__':
+    main()
