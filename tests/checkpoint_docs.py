@@ -6,8 +6,8 @@ python tests/checkpoint_docs.py > docs/checkpoints.md
 from checkpoint_formats import FORMATS
 from test_checkpoint_libraries import LIBRARIES
 
-from timm_coretune.checkpoint.releases import RELEASES
 from timm_coretune.checkpoint.rules import ONLINE, ONLY, REFUSALS, RULES, TEACHER
+from timm_coretune.checkpoint.source import RELEASES
 
 FAMILIES = {'resnet': 'ResNet', 'wide_resnet': 'ResNet', 'vit': 'ViT', 'convnext': 'ConvNeXt', 'swin': 'Swin'}
 COLUMNS = ('ResNet', 'ViT', 'ConvNeXt', 'Swin')

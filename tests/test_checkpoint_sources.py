@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 import timm_coretune.checkpoint.download as download_module
 from timm_coretune import load_checkpoint
 from timm_coretune.checkpoint.download import check_url
-from timm_coretune.checkpoint.releases import RELEASES
 from timm_coretune.checkpoint.rules import RULES
+from timm_coretune.checkpoint.source import RELEASES
 
 
 def tiny():

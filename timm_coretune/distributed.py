@@ -1,8 +1,8 @@
-"""The global batch: rows of all processes, gathered with gradient
+"""Gather the rows of all processes into a global batch, with gradients
 
-Every process computes the loss of its own rows against the rows of all. The gradient that a process' rows receive from
-the losses of the others is summed in the backward pass, so the average that DistributedDataParallel (or FSDP) takes
-over processes is exactly the gradient of one process with the whole batch.
+Every process computes the loss of its own rows against the rows of all processes. The rows of a process also take part
+in the losses of the others, and the backward pass adds up these gradients. DistributedDataParallel (or FSDP) then
+averages over processes, and the result is exactly the gradient of one process with the whole batch.
 """
 
 from dataclasses import dataclass
@@ -11,16 +11,18 @@ from typing import List, Optional, Tuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx
 
 
 def process_index_and_count() -> Tuple[int, int]:
-    """Rank of this process, and how many train together."""
+    """Rank of this process, and the number of processes that train together."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
 
 
 def _all_gather(x: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes in rank order, without gradient. All processes must have the same number of rows."""
     gathered = x.new_empty((dist.get_world_size() * x.shape[0], *x.shape[1:]))
     # torch 2.14 renamed the collectives on single tensors
     gather = getattr(dist, 'all_gather_single', None) or dist.all_gather_into_tensor
@@ -37,16 +39,19 @@ def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """Concatenates equal numbers of rows in rank order; the backward sums over processes, as all use the rows."""
+    """Gathers rows of all processes in rank order, with gradient. All processes must have the same number of rows.
+
+    The losses of all processes use the gathered rows, so the backward pass sums their gradients over processes.
+    """
 
     @staticmethod
-    def forward(ctx, x):
+    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
         return _all_gather(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
         num_rows = grad.shape[0] // dist.get_world_size()
-        if dist.get_backend() == 'gloo':  # older gloo has no reduce-scatter of one tensor
+        if dist.get_backend() == 'gloo':  # older versions of gloo cannot reduce-scatter a single tensor
             grad = grad.clone(memory_format=torch.contiguous_format)
             dist.all_reduce(grad)
             return grad.narrow(0, dist.get_rank() * num_rows, num_rows)
@@ -58,12 +63,12 @@ class _AllGather(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """Where the rows of this process lie among those of all processes.
+    """Which rows of the global batch belong to which process.
 
     Attributes:
         rank: Index of this process.
-        sizes: Rows of every process, in rank order.
-        rows_per_image: Rows that an image gives, which follow each other.
+        sizes: Number of rows of every process, in rank order.
+        rows_per_image: Number of rows for each image. The rows of an image are next to each other.
     """
 
     rank: int
@@ -82,12 +87,12 @@ class GlobalBatch:
         """Describe the batch of this step.
 
         Args:
-            batch_size: Images of this process.
-            gather: Use the rows of all processes; otherwise this process is on its own.
-            uneven: Exchange the sizes, for loaders whose batches may differ between processes. Costs a synchronisation
-                with the device; without it all processes must hold batch_size images.
-            device: Where the process group exchanges tensors.
-            rows_per_image: Rows that an image gives.
+            batch_size: Number of images of this process.
+            gather: Whether to use the rows of all processes. False uses the rows of this process only.
+            uneven: Whether processes may have different numbers of images. The processes then exchange their numbers,
+                which costs a synchronisation with the device. False requires batch_size images on every process.
+            device: Device on which the process group exchanges tensors.
+            rows_per_image: Number of rows for each image.
         """
         rank, num_processes = process_index_and_count()
         num_rows = batch_size * rows_per_image
@@ -99,32 +104,37 @@ class GlobalBatch:
 
     @property
     def num_rows(self) -> int:
-        """Rows of all processes together."""
+        """Number of rows of all processes together."""
         return sum(self.sizes)
 
     @property
     def world_size(self) -> int:
+        """Number of processes whose rows are used."""
         return len(self.sizes)
 
     def mean(self, total: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-        """The share of this process in the mean over all rows that count: its average over processes is that mean.
+        """Scale the loss of this process so that its average over processes is the mean over all labelled rows.
 
         Args:
-            total: Sum over the rows of this process, a scalar.
-            label: Class of the rows of all processes, negative for those that do not count (N,) int64.
+            total: Sum of the losses of the rows of this process, a scalar.
+            label: Class of the rows of all processes, negative for rows without a label (N,) int64.
         """
         return total * self.world_size / (label >= 0).sum().clamp(min=1)
 
     def own_rows(self, device: torch.device) -> torch.Tensor:
-        """Indices of this process' rows among all (B,) int64."""
+        """Indices of the rows of this process in the global batch (B,) int64."""
         start = sum(self.sizes[: self.rank])
         return torch.arange(start, start + self.sizes[self.rank], device=device)
 
     def reading_order(self, device: torch.device) -> Optional[torch.Tensor]:
-        """Rows in the order of one process that reads the same data (N,) int64, None where they are in it.
+        """Order in which a single process would read the rows of the global batch.
 
-        Image b of process r is image b * world_size + r there, as a distributed sampler deals images out. Draws that
-        count rows in this order do not depend on the number of processes.
+        A distributed sampler deals images out to the processes in turn, so image b of process r is image
+        b * world_size + r of a single process. Random numbers that are assigned to rows in this order do not depend on
+        the number of processes.
+
+        Returns:
+            Indices of rows (N,) int64, None if the rows are in this order already.
         """
         if self.world_size == 1:
             return None
@@ -135,13 +145,23 @@ class GlobalBatch:
         return torch.tensor(sorted(range(self.num_rows), key=places.__getitem__), device=device)
 
     def own_share(self, draws: torch.Tensor) -> torch.Tensor:
-        """What one process would give to the rows that this one holds, of draws (>= N,) for all (B,)."""
+        """Random numbers for the rows of this process, from those for the rows of all processes.
+
+        Every process draws the numbers for the whole global batch, in the order of `reading_order`, and takes its own.
+        An image therefore gets the same numbers on any number of processes.
+
+        Args:
+            draws: Random numbers for the rows of all processes, the same on each process (>= N,).
+
+        Returns:
+            One number for each row of this process (B,).
+        """
         rank, num_processes = process_index_and_count()
         own = draws.view(-1, num_processes, self.rows_per_image)[:, rank].flatten()
         return own[: self.sizes[self.rank]]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Rows of all processes in rank order (N, ...), differentiable in the own rows x (B, ...)."""
+        """Gather the rows x (B, ...) of all processes in rank order into (N, ...), differentiable in x."""
         if self.world_size == 1:
             return x
         largest = max(self.sizes)

@@ -1,13 +1,14 @@
 """Hard pair mixup
 
-Mixtures of features instead of pixels. For every image of a batch: a hard positive, of its hardest positive and its
-hardest negative, and a semi-hard negative, of the image itself and a random negative.
+Mixes features instead of pixels. Every image of a batch gets two mixtures. The hard positive mixes the hardest positive
+(the least similar image of the same class) and the hardest negative (the most similar image of another class). The
+semi-hard negative mixes a random image of another class and the image itself.
 
 Paper: `Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning`
     - Yifan Zhang et al., NeurIPS 2021, https://arxiv.org/abs/2102.06605
 
-Everything mixed here (features, logits, targets, the output of an affine layer) is linear in its rows, so one `Mixture`
-of row indices and shares serves them all and nothing is computed twice.
+A `Mixture` keeps row indices and shares only. It can mix features, targets and the outputs of an affine layer such as
+logits: the logits of mixed features equal the mixed logits, so they are not computed again.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -23,17 +24,17 @@ class Mixture(NamedTuple):
     """Which two rows are mixed, and how: `lam * x[index] + (1 - lam) * x[other]`.
 
     Attributes:
-        index: Row that lam weighs (B,) int64.
-        other: Row that 1 - lam weighs (B,) int64.
-        lam: Share of `index`, in [0, 1] (B,) float.
+        index: Row with the weight lam (B,) int64.
+        other: Row with the weight 1 - lam (B,) int64.
+        lam: Share of the row `index`, in [0, 1] (B,) float.
     """
 
-    index: torch.Tensor
+    index: torch.Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody needs here
     other: torch.Tensor
     lam: torch.Tensor
 
     def mix(self, x: torch.Tensor) -> torch.Tensor:
-        """Mixed rows (B, ...) of x (N, ...), differentiable in x."""
+        """Mix the rows of x (N, ...) into (B, ...), differentiable in x."""
         lam = self.lam.to(x.dtype).reshape(-1, *[1] * (x.ndim - 1))
         return torch.lerp(x.index_select(0, self.other), x.index_select(0, self.index), lam)
 
@@ -41,12 +42,12 @@ class Mixture(NamedTuple):
 class MixupDraws(NamedTuple):
     """The random numbers of one batch, each (B,) float32.
 
-    They are drawn outside a compiled region and passed in, as torch ops with `generator=` break a full graph.
+    They are drawn outside a compiled region and passed into it, as torch.compile cannot trace ops with `generator=`.
 
     Attributes:
         positive_lam: Share of the hardest positive in the hard positive.
         negative_lam: Share of the random negative in the semi-hard negative.
-        random_negative: Uniform in [0, 1), selects the random negative.
+        random_negative: Uniform in [0, 1); selects the random negative.
     """
 
     positive_lam: torch.Tensor
@@ -58,10 +59,10 @@ class HardMixtures(NamedTuple):
     """The two mixtures of every anchor.
 
     Attributes:
-        positive: Hard positive, of the hardest positive and the hardest negative.
-        negative: Semi-hard negative, of the random negative and the anchor.
-        has_negative: False where no other class is in the batch: the hard positive is pure and there is no semi-hard
-            negative (B,) bool.
+        positive: Hard positives, mixed from the hardest positive and the hardest negative.
+        negative: Semi-hard negatives, mixed from a random negative and the anchor.
+        has_negative: Whether the batch has an image of another class (B,) bool. Where it has none, the hard positive
+            is the hardest positive alone, and the semi-hard negative must not be used.
     """
 
     positive: Mixture
@@ -70,10 +71,11 @@ class HardMixtures(NamedTuple):
 
 
 def sample_beta(alpha: float, size: int, generator: Optional[torch.Generator] = None) -> torch.Tensor:
-    """Draw from Beta(alpha, alpha) with an explicit generator, which torch.distributions cannot (size,) float32.
+    """Draw from Beta(alpha, alpha) with an explicit generator, which torch.distributions cannot do (size,) float32.
 
-    The share of one of two Gamma(alpha) draws, in logarithms, as both underflow at a small alpha: log Gamma(alpha) is
-    log Gamma(alpha + 1) + log(U) / alpha for U uniform (Marsaglia and Tsang 2000).
+    For two draws X and Y from Gamma(alpha), X / (X + Y) is a draw from Beta(alpha, alpha). X and Y underflow at a small
+    alpha, so their logarithms are computed: log X is log Z + log(U) / alpha, for Z from Gamma(alpha + 1) and U uniform
+    in [0, 1) (Marsaglia and Tsang 2000).
     """
     device = 'cpu' if generator is None else generator.device
     if alpha == 1.0:
@@ -85,20 +87,21 @@ def sample_beta(alpha: float, size: int, generator: Optional[torch.Generator] = 
 
 
 class HardPairMixup:
-    """Mixes the features of hard pairs; called like timm's Mixup, but with features instead of pixels.
+    """Mixes the features of hard pairs. It is called like timm's Mixup, but with features instead of pixels.
 
-    As in timm, setting `mixup_enabled` to False turns it off. Unlike in timm, lam does not always weigh the image
-    itself: it weighs the hardest positive in a hard positive and the random negative in a semi-hard negative.
+    As in timm, setting `mixup_enabled` to False turns it off. In timm lam is the share of the image itself. Here it is
+    the share of the hardest positive in a hard positive, and of the random negative in a semi-hard negative.
 
-    Draws are made on the generator's device, the CPU by default, so that a run draws the same numbers on any device;
-    three floats an image travel, without synchronisation.
+    Numbers are drawn on the generator's device, the CPU by default, so a run draws the same numbers on any device.
+    Three floats per image are copied to the device of the features, without synchronisation.
 
     Args:
-        mixup_alpha: Both shares are drawn from Beta(alpha, alpha), > 0.
-        min_positive_lam: Least share m of the hardest positive in [0, 1]; a draw a becomes m + (1 - m) a.
-        min_negative_lam: Least share of the random negative in [0, 1]; smaller draws are clipped to it.
-        generator: Source of all draws. A new one, seeded from torch's global seed, when None.
-        num_classes: Needed only to call the object with class indices, which it makes one-hot.
+        mixup_alpha: Parameter alpha of Beta(alpha, alpha), from which both shares are drawn, > 0.
+        min_positive_lam: Least share of the hardest positive, in [0, 1]. With the least share m, a draw a becomes
+            m + (1 - m) * a.
+        min_negative_lam: Least share of the random negative, in [0, 1]. Smaller draws are raised to it.
+        generator: Source of all random numbers. None creates one, seeded from torch's global seed.
+        num_classes: Number of classes. Needed only to call the object with class indices, which become one-hot.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -141,7 +144,7 @@ class HardPairMixup:
         )
 
     def draw(self, batch_size: int, device: Optional[torch.device] = None) -> MixupDraws:
-        """Advance the generator by one batch and return its random numbers on device."""
+        """Draw the random numbers of one batch and return them on a device. This advances the generator."""
         positive_lam = sample_beta(self.mixup_alpha, batch_size, self.generator)
         positive_lam = self.min_positive_lam + (1.0 - self.min_positive_lam) * positive_lam
         negative_lam = sample_beta(self.mixup_alpha, batch_size, self.generator).clamp(min=self.min_negative_lam)
@@ -157,7 +160,15 @@ class HardPairMixup:
         anchor: Optional[torch.Tensor] = None,
         order: Optional[torch.Tensor] = None,
     ) -> HardMixtures:
-        """Mine a batch and say what is to be mixed. Arguments as in `mining.select_hard_pairs`."""
+        """Mine the hard pairs of a batch and return which rows to mix.
+
+        Args:
+            features: As for `mining.select_hard_pairs`.
+            label: As for `mining.select_hard_pairs`.
+            draws: Random numbers of the batch, from `draw`.
+            anchor: As for `mining.select_hard_pairs`.
+            order: As for `mining.select_hard_pairs`.
+        """
         hard_positive, hard_negative, random_negative, has_negative = select_hard_pairs(
             features, label, draws.random_negative, anchor=anchor, order=order
         )
@@ -177,12 +188,14 @@ class HardPairMixup:
             target: Class indices (B,) or soft targets (B, C).
 
         Returns:
-            Features (3B, D) in the dtype of x and soft targets (3B, C), float32 or better: the clean rows, the hard
-            positives, the semi-hard negatives. When the batch holds one class only it has no semi-hard negatives and
-            the third part repeats the clean rows. With `mixup_enabled` False only the clean rows.
+            Features (3B, D) in the dtype of x, and soft targets (3B, C) in float32 or better. Both hold the clean rows,
+            then the hard positives, then the semi-hard negatives. If the batch has only one class, there are no
+            semi-hard negatives and the third part repeats the clean rows. With `mixup_enabled` False only the clean
+            rows are returned.
 
         Raises:
-            ValueError: x is no (B, D) matrix, target does not fit it, or class indices came without num_classes.
+            ValueError: x has not the shape (B, D), target does not fit x, or target has class indices and num_classes
+                is None.
         """
         check_features(x)
         check_target(target, x.shape[0], self.num_classes)

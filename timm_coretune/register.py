@@ -1,10 +1,13 @@
-"""Puts Core-tuning where a timm user looks for it: timm.loss, timm.data, timm.task and the loss factory"""
+"""Add Core-tuning to timm.loss, timm.data, timm.task and timm's loss factory"""
 
 import functools
+from typing import Any, Callable, Optional
 
 import timm.data
 import timm.loss
 import timm.task
+import torch.nn as nn
+from timm.loss import _loss_factory as factory
 
 from .loss.core_tuning import CoreTuningLoss
 from .loss.focal_supcon import FocalSupConLoss
@@ -19,15 +22,15 @@ def create_coretune_loss(
     multi_label: bool = False,
     smoothing: float = 0.0,
     soft_targets: bool = False,
-    **kwargs,
+    **kwargs: Any,
 ) -> CoreTuningLoss:
     """Create a CoreTuningLoss from the arguments of timm.loss.create_classification_loss.
 
     Args:
-        num_features: Width of the features before the classifier, required.
-        multi_label: Not supported.
-        smoothing: Label smoothing factor, ignored with soft_targets as elsewhere in the factory.
-        soft_targets: Targets arrive as soft distributions from Mixup/CutMix.
+        num_features: Width of the features before the classifier; required.
+        multi_label: Whether an image may have several labels. Not supported: True raises an error.
+        smoothing: Label smoothing factor. With soft_targets it is ignored, as in timm's other losses.
+        soft_targets: Whether targets are soft labels, from timm's Mixup or CutMix.
         **kwargs: Further arguments of CoreTuningLoss.
 
     Raises:
@@ -46,25 +49,31 @@ def create_coretune_loss(
         raise ValueError(f"Loss type '{LOSS_TYPE}' takes the arguments of CoreTuningLoss: {e}") from e
 
 
-def _with_coretune(create_classification_loss):
+def _with_coretune(create_classification_loss: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Wrap timm's factory function so that it knows the type 'coretune' too."""
+
     @functools.wraps(create_classification_loss)
-    def wrapper(loss_type=None, *args, **kwargs):
+    def wrapper(loss_type: Optional[str] = None, *args: Any, **kwargs: Any) -> nn.Module:
         if loss_type == LOSS_TYPE:
             return create_coretune_loss(*args, **kwargs)
         return create_classification_loss(loss_type, *args, **kwargs)
 
-    wrapper.has_coretune = True
     return wrapper
 
 
 def register() -> None:
-    """Make timm know Core-tuning. Calling it again changes nothing; all other losses stay what they are."""
-    timm.loss.CoreTuningLoss = CoreTuningLoss
-    timm.loss.FocalSupConLoss = FocalSupConLoss
-    timm.data.HardPairMixup = HardPairMixup
-    timm.task.CoreTuningTask = CoreTuningTask
-    factory = getattr(timm.loss, '_loss_factory', None)  # since timm 1.0.31
-    if factory is None or hasattr(factory.create_classification_loss, 'has_coretune'):
+    """Add the classes of Core-tuning to timm, and the loss type 'coretune' to its loss factory.
+
+    All other losses of timm stay as they are. A second call changes nothing.
+    """
+    for place, added in (
+        (timm.loss, CoreTuningLoss),
+        (timm.loss, FocalSupConLoss),
+        (timm.data, HardPairMixup),
+        (timm.task, CoreTuningTask),
+    ):
+        setattr(place, added.__name__, added)
+    if LOSS_TYPE in factory.LOSS_TYPES:
         return
     create = _with_coretune(factory.create_classification_loss)
     loss_types = (*factory.LOSS_TYPES, LOSS_TYPE)

@@ -1,6 +1,6 @@
-"""A timm model seen from outside: its classifier, the width of its features, its groups of parameters"""
+"""Ask a timm model for its classifier, the width of its features and its groups of parameters"""
 
-from typing import Any, Callable, Dict, List, Set, Union
+from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Set, Union, cast
 
 import torch.nn as nn
 from timm.models import group_parameters
@@ -8,17 +8,26 @@ from timm.models import group_parameters
 GroupMatcher = Union[Dict[str, Any], Callable[[str], int]]  # what timm's optimizer factory takes
 
 
+class _HasClassifier(Protocol):
+    """The method of a timm classifier that nn.Module does not declare."""
+
+    def get_classifier(self) -> Union[nn.Module, Sequence[nn.Module], None]: ...
+
+
 def get_classifiers(model: nn.Module) -> List[nn.Module]:
-    """The modules that `get_classifier()` names, a list also where it names one, as most models do, or none."""
+    """Classifier modules of a timm model in a list.
+
+    Most timm models have one classifier, some have several. The list is empty for a model without one.
+    """
     if not getattr(model, 'num_classes', 0):
         return []
-    classifiers = model.get_classifier()
-    classifiers = classifiers if isinstance(classifiers, (tuple, list, nn.ModuleList)) else [classifiers]
+    found = cast(_HasClassifier, model).get_classifier()
+    classifiers = found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     return [classifier for classifier in classifiers if isinstance(classifier, nn.Module)]
 
 
 def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
-    """Their parameters."""
+    """Parameters of all classifier modules of a timm model."""
     return [p for classifier in get_classifiers(model) for p in classifier.parameters()]
 
 
@@ -48,8 +57,14 @@ def get_feature_dim(model: nn.Module) -> int:
 
 
 def no_weight_decay(model: nn.Module, prefix: str) -> Set[str]:
-    """Names of the parameters that a model wants no weight decay for, as a module around it calls them."""
-    names = model.no_weight_decay() if hasattr(model, 'no_weight_decay') else ()
+    """Names of the parameters that a model excludes from weight decay.
+
+    Args:
+        model: A timm model.
+        prefix: Start of the names of the model's parameters in the module that wraps it, '' without one.
+    """
+    get_names = getattr(model, 'no_weight_decay', None)
+    names = get_names() if get_names is not None else ()
     return {prefix + name for name in names}
 
 
@@ -59,17 +74,24 @@ def group_matcher(
     coarse: bool = False,
     own_layer: bool = False,
 ) -> GroupMatcher:
-    """Layer of a parameter by its name, for layer decay; whatever is around the model is in its last layer.
+    """Tell the layer of each parameter of a module that wraps a timm model, for layer-wise learning rate decay.
+
+    Parameters of the wrapping module itself (a projection head, a decoder) are in the last layer of the model.
 
     Args:
         model: A timm model.
-        prefix: What its parameters' names have in front in the module around it.
-        coarse: Layers as coarse as the model makes them.
-        own_layer: What is around the model is in a layer of its own, behind the last that trains.
+        prefix: Start of the names of the model's parameters in the wrapping module.
+        coarse: Whether the model joins its layers into a few large ones.
+        own_layer: Whether parameters of the wrapping module are in a layer of their own, which follows the last layer
+            of the model with trainable parameters.
+
+    Returns:
+        Function from the name of a parameter to its layer. Empty if the model does not know its layers.
     """
-    if not hasattr(model, 'group_matcher'):
+    get_matcher: Optional[Callable[..., Any]] = getattr(model, 'group_matcher', None)
+    if get_matcher is None:
         return {}
-    layer_map = group_parameters(model, model.group_matcher(coarse=coarse), reverse=True)
+    layer_map = group_parameters(model, get_matcher(coarse=coarse), reverse=True)
     last_layer = max(layer_map.values(), default=0)
     if own_layer:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -1,4 +1,4 @@
-"""Which of timm's models a checkpoint would fit, by the shapes of its tensors"""
+"""Find the timm models that a checkpoint fits, by the names and shapes of its tensors"""
 
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -16,12 +16,13 @@ Architecture = Tuple[str, Dict[str, Any]]
 
 
 class Family(NamedTuple):
-    """Models that are tried for files with certain keys, the most usual first.
+    """timm models of one architecture, which are tried for checkpoints of that architecture.
 
     Attributes:
-        marker: Pattern of a key, in any library's naming.
-        names: timm models, with arguments where shapes do not show them.
-        skip_init: Whether they can be built without initialisation, which takes most of the time of building a ViT.
+        marker: Regular expression that a key of such a checkpoint matches, whichever library wrote it.
+        names: timm models, the most common first. Arguments that the shapes do not show follow the name.
+        skip_init: Whether the models take `weight_init='skip'`. Initialisation takes most of the time of
+            building a ViT.
     """
 
     marker: str
@@ -62,20 +63,20 @@ FAMILIES = (
 
 
 def parse(description: str) -> Architecture:
-    """Name and arguments from 'name, key=value'."""
+    """Split 'name, key=value' into the name of a timm model and its arguments, which are integers."""
     name, *arguments = description.split(', ')
     return name, {key: int(value) for key, value in (argument.split('=') for argument in arguments)}
 
 
 def candidates(checkpoint: Checkpoint) -> List[str]:
-    """Models of the families that a file's keys look like, as 'name, key=value'."""
+    """timm models to try for a checkpoint, as 'name, key=value': those of the family that its keys look like."""
     keys = {key for _, tensors in state_dicts(checkpoint.tree) for key in tensors}
     family = next((f for f in FAMILIES if any(re.match(f.marker, key) for key in keys)), None)
     return [name for name in family.names if is_model(parse(name)[0])] if family else []
 
 
 def build_on_meta(description: str) -> nn.Module:
-    """A model without memory for its weights or a classifier."""
+    """Create a model from 'name, key=value', without a classifier and without memory for its weights."""
     name, kwargs = parse(description)
     if any(family.skip_init and description in family.names for family in FAMILIES):
         kwargs['weight_init'] = 'skip'
@@ -84,8 +85,17 @@ def build_on_meta(description: str) -> nn.Module:
 
 
 def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None) -> List[str]:
-    """Up to so many models that a file would fill, as 'name, key=value', the most usual first."""
-    found = []
+    """Find timm models whose backbone a checkpoint fills completely.
+
+    Args:
+        checkpoint: The checkpoint.
+        most: The search ends when this number of models is found.
+        checkpoint_key: As for `load_checkpoint`.
+
+    Returns:
+        Models as 'name, key=value', the most common first.
+    """
+    found: List[str] = []
     for description in candidates(checkpoint):
         target = create_target(build_on_meta(description))
         mappings = search(target, checkpoint.tree, checkpoint_key)

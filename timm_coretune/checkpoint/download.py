@@ -1,4 +1,7 @@
-"""A published file into a cache: resumed after a cut connection, checked for its size, complete or not there at all"""
+"""Download a published file into a cache
+
+A download continues after a lost connection. The file appears in the cache only once it is complete.
+"""
 
 import hashlib
 import http.client
@@ -9,53 +12,74 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import Dict, Optional
+from typing import IO, Optional, TypedDict
 
 import torch
 from filelock import FileLock
 
+from ..atomic import move_into_place
 from .sniff import sniff
 
 _logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5  # connections in a row that bring nothing new, until the download is given up
-TIMEOUT = 30  # seconds without a byte
-LOOPBACK = ('127.0.0.1', 'localhost', '::1')
-CHUNK = 2**20
+ATTEMPTS = 5  # a download is given up after so many connections in a row that brought nothing new
+TIMEOUT = 30  # a connection is given up after so many seconds without a byte
+LOOPBACK = ('127.0.0.1', 'localhost', '::1')  # names of this machine
+CHUNK = 2**20  # bytes that are read and written at once
+
+
+class PartState(TypedDict, total=False):
+    """What the server said about a file that is not complete yet. It is kept in a JSON file beside the part.
+
+    Attributes:
+        validator: Version of the file (its ETag or Last-Modified), None if the server names none.
+        total: Length of the whole file in bytes.
+    """
+
+    validator: Optional[str]
+    total: int
 
 
 def check_url(url: str) -> None:
-    """Weights travel encrypted, except on this machine.
+    """Accept https, and plain http on this machine only: weights could be changed on an unencrypted connection.
 
     Raises:
-        ValueError: Another scheme, or plain http to another machine.
+        ValueError: The URL has another scheme, or is plain http to another machine.
     """
     parts = urllib.parse.urlsplit(url)
     if parts.scheme == 'https' or (parts.scheme == 'http' and parts.hostname in LOOPBACK):
         return
-    raise ValueError(f'Expected an https:// URL, got {url!r}: others can be changed on the way.')
+    raise ValueError(f'Expected an https:// URL, got {url!r}. Without encryption the file can be changed on the way.')
 
 
 class _CheckedRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect must not lead to where the user could not have gone."""
+    """Follows a redirect only to a URL that `check_url` accepts."""
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: http.client.HTTPMessage,
+        newurl: str,
+    ) -> Optional[urllib.request.Request]:
         check_url(newurl)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def cache_folder() -> str:
-    """Beside the checkpoints of torch.hub and timm, so that TORCH_HOME moves all of them."""
+    """Folder of all downloads, beside the checkpoints of torch.hub and timm. TORCH_HOME moves all of them."""
     return os.path.join(torch.hub.get_dir(), 'checkpoints', 'timm_coretune')
 
 
 def download(url: str) -> str:
-    """Path of a URL's file in the cache, after downloading what is not there.
+    """Download a file, unless it is in the cache already, and return its path there.
 
-    Processes that ask for the same file wait for the one that downloads.
+    If several processes ask for the same file, one downloads it and the others wait.
 
     Raises:
-        ValueError: The URL is not allowed, there is no such file, or it does not arrive whole.
+        ValueError: The URL is not allowed, there is no such file, or the file does not arrive completely.
     """
     check_url(url)
     name = os.path.basename(urllib.parse.urlsplit(url).path) or 'checkpoint'
@@ -68,6 +92,7 @@ def download(url: str) -> str:
 
 
 def _download(url: str, path: str) -> None:
+    """Download into a part beside path, which a later run can continue, and move the complete file to path."""
     part = path + '.part'
     _logger.info(f'Downloading {url} to {path}')
     failures = 0
@@ -75,7 +100,7 @@ def _download(url: str, path: str) -> None:
         before = os.path.getsize(part) if os.path.exists(part) else 0
         try:
             expected = _fetch(url, part)
-        except (OSError, http.client.HTTPException) as e:  # of these, urllib.error.HTTPError is handled in _fetch
+        except (OSError, http.client.HTTPException) as e:  # but not HTTPError, which _fetch handles
             expected, problem = None, str(e) or type(e).__name__
         size = os.path.getsize(part) if os.path.exists(part) else 0
         if expected is not None and size == expected:
@@ -84,8 +109,10 @@ def _download(url: str, path: str) -> None:
             problem = f'{size} of {expected} bytes'
         failures = 0 if size > before else failures + 1
         if failures == ATTEMPTS or (expected is not None and size > expected):
-            raise ValueError(f'Expected the whole file from {url!r}, got {problem}. Try again: it goes on from there.')
-        _logger.info(f'Connection to {url} cut ({problem}), resuming')
+            raise ValueError(
+                f'Expected the whole file from {url!r}, got {problem}. Try again: the download continues there.'
+            )
+        _logger.info(f'Lost the connection to {url} ({problem}), continuing the download')
     try:
         sniff(part)
     except ValueError:
@@ -93,41 +120,46 @@ def _download(url: str, path: str) -> None:
         raise
     finally:
         Path(part + '.json').unlink(missing_ok=True)
-    os.replace(part, path)
+    move_into_place(part, path)
 
 
-def _fetch(url: str, part: str) -> Optional[int]:
-    """Append what is missing to the part, and return how long the file is to be.
+def _fetch(url: str, part: str) -> int:
+    """Append the missing bytes to the part, and return the length of the whole file.
 
-    The server is asked to go on only with the same version of the file, else it sends all of it.
+    The server is asked to continue the file only if its version is the same. Otherwise it sends the whole file again.
     """
     have = os.path.getsize(part) if os.path.exists(part) else 0
     state = _read_state(part)
     headers = {'User-Agent': 'timm_coretune', 'Accept-Encoding': 'identity'}
-    if have and state.get('validator'):
-        headers.update({'Range': f'bytes={have}-', 'If-Range': state['validator']})
+    known_version = state.get('validator')
+    if have and known_version:
+        headers.update({'Range': f'bytes={have}-', 'If-Range': known_version})
     opener = urllib.request.build_opener(_CheckedRedirects)
     try:
         response = opener.open(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
     except urllib.error.HTTPError as e:
         if e.code >= 500:
             raise OSError(f'HTTP {e.code} {e.reason}') from e
-        if e.code == 416:  # nothing lies where the part ends: it is not a part of this file
+        if e.code == 416:  # the server's file ends before the part does, so the part is not of this file
             os.remove(part)
-            raise OSError('HTTP 416, starting anew') from e
-        hint = {404: 'Check the URL.', 401: 'It needs a login.', 403: 'It needs a login.'}.get(e.code, '')
+            raise OSError('HTTP 416, starting again') from e
+        login = 'The file needs a login: download it by hand.'
+        hint = {404: 'Check the URL.', 401: login, 403: login}.get(e.code, '')
         raise ValueError(f'Expected a file at {url!r}, got HTTP {e.code} {e.reason}. {hint}'.strip()) from e
     with response:
         resumed = response.status == 206
         length = response.headers.get('Content-Length')
         if length is None:
-            raise ValueError(f'Expected {url!r} to tell the size of its file, it does not. Download it by hand.')
+            raise ValueError(
+                f'Expected the server to tell the size of {url!r} (Content-Length), it does not. '
+                'Download the file by hand and give its path.'
+            )
         total = int(length) + (have if resumed else 0)
         validator = response.headers.get('ETag') or response.headers.get('Last-Modified')
         if resumed and total != state.get('total'):
             raise ValueError(
                 f'Expected {state.get("total")} bytes from {url!r}, its server now says {total}. '
-                f'Remove {part!r} to start anew.'
+                f'Remove {part!r} to start again.'
             )
         Path(part + '.json').write_text(json.dumps({'validator': validator, 'total': total}))
         with open(part, 'ab' if resumed else 'wb') as f:
@@ -136,7 +168,8 @@ def _fetch(url: str, part: str) -> Optional[int]:
     return total
 
 
-def _read_state(part: str) -> Dict[str, object]:
+def _read_state(part: str) -> PartState:
+    """What is known of a part, empty if nothing is."""
     try:
         return json.loads(Path(part + '.json').read_text())
     except (OSError, ValueError):

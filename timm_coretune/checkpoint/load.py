@@ -1,35 +1,29 @@
-"""A checkpoint into a timm model: read, map, check that nothing is lost, and only then load"""
+"""Load, inspect or convert a self-supervised checkpoint
+
+All three find the files, read them, map their tensors onto a timm model, and check that no part of the backbone is
+missing. Only then is the model changed or a file written.
+"""
 
 import copy
 import dataclasses
 import logging
 import os
-from typing import Optional, Union
+from typing import Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
+from safetensors.torch import save_file
 
-from .plan import make_plan
+from ..atomic import write_whole
+from .architectures import build_on_meta, candidates, fitting_models
+from .plan import Plan, make_plan
 from .pretraining import write_data_config
 from .read import Checkpoint, read_files
-from .releases import RELEASES
 from .report import CheckpointReport
-from .source import resolve_source
+from .source import RELEASES, resolve_source
 from .target import create_target
 
 _logger = logging.getLogger(__name__)
-
-
-def open_checkpoint(source: Union[str, os.PathLike]) -> Checkpoint:
-    """Find and read what a user named, mapped into memory.
-
-    Raises:
-        ValueError: There is no checkpoint, or it cannot be read without trusting it.
-    """
-    source = os.fspath(source)
-    files = resolve_source(source)
-    config = {**files.config, 'release': source} if source in RELEASES else files.config
-    return read_files(source, files.paths, config)
 
 
 def load_checkpoint(
@@ -41,25 +35,28 @@ def load_checkpoint(
 ) -> CheckpointReport:
     """Load the backbone of any self-supervised checkpoint into a timm model.
 
-    The model is touched only after every tensor of its backbone was found in the file, with its shape and finite.
-    Projection heads, queues and other copies of the encoder are left out. Where the normalization of the pretraining
-    images is known, it is written to `model.pretrained_cfg`, where `timm.data.resolve_model_data_config` finds it.
+    The model is changed only after every tensor of its backbone was found in the file, in the right shape and with
+    finite values. Projection heads, queues and other copies of the encoder are left out. If the normalization of the
+    pretraining images is known, it is written to `model.pretrained_cfg`, where
+    `timm.data.resolve_model_data_config` finds it.
 
     Args:
-        model: A timm model, as created for the new labels.
+        model: A timm model, created for the new labels.
         source: A file or folder, `hf-hub:owner/name[@revision]`, an `https://` URL, or a short name like
             `mocov2_resnet50`.
-        load_classifier: Load the classifier too, where the file has one that fits. Otherwise it stays as initialised.
-        checkpoint_key: Which copy to take, where the file has more than one and not the default: a key of the file
-            (`student`), a prefix (`encoder_k`), or both (`state_dict/encoder_k`).
-        allow_partial: Load what fits, if that is more than half, where the file lacks a part of the backbone or has
-            one more, with a warning.
+        load_classifier: Load the classifier too, if the file has one that fits. Otherwise the classifier of the model
+            stays as it is.
+        checkpoint_key: Which copy of the encoder to take from a file that holds several: a key of the file
+            (`student`), a prefix (`encoder_k`), or both (`state_dict/encoder_k`). None takes the copy that the authors
+            of the method evaluate.
+        allow_partial: Accept a file that lacks a part of the backbone, or has a part that the model lacks. If it fills
+            more than half of the backbone, what fits is loaded with a warning.
 
     Returns:
-        What was loaded.
+        Report of what was loaded.
 
     Raises:
-        ValueError: The file cannot be read, lacks a part of the backbone, or holds one that the model has not.
+        ValueError: The file cannot be read, lacks a part of the backbone, or has a part that the model lacks.
     """
     checkpoint = open_checkpoint(source)
     if checkpoint.kind == 'npz':
@@ -80,23 +77,125 @@ def load_checkpoint(
     return report
 
 
-def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
-    """Let timm read a JAX archive into a copy of the model, and take what it filled there.
+def inspect_checkpoint(
+    source: Union[str, os.PathLike], model: Optional[nn.Module] = None, checkpoint_key: Optional[str] = None
+) -> CheckpointReport:
+    """Report what a checkpoint holds, without loading it into a model.
 
-    Such readers fill a model and report nothing, so the copy holds NaN before.
+    Args:
+        source: As for `load_checkpoint`.
+        model: Model to read the checkpoint for. None looks for a timm model that fits.
+        checkpoint_key: As for `load_checkpoint`.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, or fits no model.
     """
-    if not hasattr(model, 'load_pretrained'):
+    return _plan(open_checkpoint(source), model, checkpoint_key)[0].report
+
+
+def convert_checkpoint(
+    source: Union[str, os.PathLike],
+    destination: Union[str, os.PathLike],
+    model: Optional[nn.Module] = None,
+    checkpoint_key: Optional[str] = None,
+) -> CheckpointReport:
+    """Write the backbone of a checkpoint as a safetensors file with timm's names.
+
+    `timm.create_model(name, num_classes=0, checkpoint_path=destination)` loads the file. The report gives the name and
+    the arguments of the timm model as `architecture`.
+
+    Args:
+        source: As for `load_checkpoint`.
+        destination: File to write, ending in .safetensors.
+        model: Model to read the checkpoint for. None looks for a timm model that fits.
+        checkpoint_key: As for `load_checkpoint`.
+
+    Raises:
+        ValueError: The checkpoint cannot be read, it fits no model, or the destination has another ending.
+    """
+    destination = os.fspath(destination)
+    if not destination.endswith('.safetensors'):
+        raise ValueError(
+            f'Expected a destination that ends in .safetensors, got {destination!r}. timm tells the format of a file '
+            'by its ending.'
+        )
+    checkpoint = open_checkpoint(source)
+    plan, model = _plan(checkpoint, model, checkpoint_key)
+    target = create_target(model)
+    tensors = {}
+    for batch in checkpoint.batches(plan.tensors):
+        tensors.update({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in batch.items()})
+    # timm refuses a file without the step counters of BatchNorm, and a checkpoint may lack them
+    for name, shape in target.shapes.items():
+        if name.endswith('num_batches_tracked'):
+            tensors.setdefault(name, torch.zeros(shape, dtype=torch.long))
+    report = plan.report
+    metadata = {'format': 'pt', 'method': report.method, 'copy': report.copy, 'architecture': report.architecture}
+    # load_checkpoint reads the normalization back from the metadata of the new file
+    metadata.update({key: ' '.join(map(str, value)) for key, value in report.data_config.items()})
+    with write_whole(destination) as temporary:
+        save_file(tensors, temporary, metadata)
+    return report
+
+
+def open_checkpoint(source: Union[str, os.PathLike]) -> Checkpoint:
+    """Find the files of a checkpoint and read them, mapped into memory.
+
+    Raises:
+        ValueError: There is no checkpoint, or reading it would need to run code from it.
+    """
+    source = os.fspath(source)
+    files = resolve_source(source)
+    config = {**files.config, 'release': source} if source in RELEASES else files.config
+    return read_files(source, files.paths, config)
+
+
+def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
+    """Let timm read a JAX archive into a copy of the model, and return the tensors that it filled.
+
+    timm's readers of such archives do not report what they filled. All parameters of the copy are NaN beforehand, so
+    tensors that are still NaN afterwards were not in the archive.
+
+    Raises:
+        ValueError: timm cannot read JAX archives for this model, or this archive does not fit.
+    """
+    scratch = copy.deepcopy(model)
+    load_pretrained = getattr(scratch, 'load_pretrained', None)
+    if load_pretrained is None:
         raise ValueError(
             f'Expected a model for which timm reads JAX archives, {checkpoint.source!r} is one and '
             f'{type(model).__name__} has no reader. Take the PyTorch or safetensors file of the same weights.'
         )
-    scratch = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in scratch.parameters():
             parameter.fill_(float('nan'))
     try:
-        scratch.load_pretrained(checkpoint.files[0])
+        load_pretrained(checkpoint.files[0])
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as e:
         raise ValueError(f'Expected a JAX archive of a {type(model).__name__} in {checkpoint.source!r}: {e}') from e
     filled = {name: t for name, t in scratch.state_dict().items() if not t.is_floating_point() or not t.isnan().all()}
     return checkpoint._replace(tree=filled)
+
+
+def _plan(checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Optional[str]) -> Tuple[Plan, nn.Module]:
+    """Map a checkpoint onto a model, or onto the first timm model that fits if none is given. Returns both."""
+    if model is None:
+        if checkpoint.kind == 'npz':
+            raise ValueError(
+                f'Expected a model to read the JAX archive {checkpoint.source!r} for, got none. '
+                'Give the timm model (--model NAME).'
+            )
+        found = fitting_models(checkpoint, 1, checkpoint_key)
+        if not found:
+            tried = '; '.join(candidates(checkpoint)) or 'its keys look like no known family'
+            raise ValueError(
+                f'Expected a network that timm has in {checkpoint.source!r}, none of those tried fits ({tried}). '
+                'Give the model (--model NAME --model-kwargs KEY=VALUE ...) to see what is missing.'
+            )
+        architecture, model = found[0], build_on_meta(found[0])
+    else:
+        architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
+        if checkpoint.kind == 'npz':
+            checkpoint = read_npz(model, checkpoint)
+    plan = make_plan(create_target(model), checkpoint, checkpoint_key=checkpoint_key)
+    return plan._replace(report=dataclasses.replace(plan.report, architecture=architecture)), model

@@ -1,10 +1,11 @@
-"""Which tensors of a file are the backbone of a model: rules first, then a search over prefixes and names
+"""Find the backbone of a model among the tensors of a checkpoint
 
-Nothing is copied here and the model is not touched: a mapping is names of the model with tensors of the file.
+The known formats of `rules.py` are tried first, then all prefixes of the keys. The result, a mapping, has tensors of
+the file under the names that they have in the model. The model is not changed.
 """
 
 import re
-from typing import Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from timm.models import adapt_input_conv
@@ -16,25 +17,27 @@ from .target import Target
 
 Tensors = Dict[str, torch.Tensor]
 
-MIN_TENSORS = 8  # of a dictionary that may hold a backbone
-MIN_SHARE = 0.4  # of the model's tensors that a prefix must hold; libraries split some that timm fuses
+MIN_TENSORS = 8  # a dictionary with fewer tensors is not searched for a backbone
+# A prefix is tried if it has at least this share of the backbone's number of tensors. The share is low because other
+# libraries split or fuse some tensors of timm.
+MIN_SHARE = 0.4
 
 _WRAPPER = re.compile(rf'(^|(?<=\.))({"|".join(WRAPPERS)})\.')
 _BLOCK = re.compile(BLOCKS)
 
 
 class Mapping(NamedTuple):
-    """One reading of a file.
+    """One way to read a checkpoint for a model.
 
     Attributes:
-        container: Path of keys to the state dict.
-        prefix: What was taken off the keys.
-        rule: Row of the table that the state dict looks like.
-        names: How names inside the backbone were changed.
-        tensors: Tensors by their names in the model, with its shapes.
-        missing: Tensors of the backbone that are not among them.
-        wrong_shape: Of these, the file's shape of those it has.
-        left_over: Names of the file under the prefix that the model lacks.
+        container: Keys that lead to the state dict inside the file, joined by slashes.
+        prefix: Start of the keys of the backbone. The names of the model lack it.
+        rule: Row of RULES that the state dict matches.
+        names: How the names inside the backbone were changed, '' if they were not.
+        tensors: Tensors of the file by their names in the model, in the shapes of the model.
+        missing: Names of the backbone's tensors that the file does not fill.
+        wrong_shape: Shape in the file of each missing tensor that the file has in another shape.
+        left_over: Names under the prefix that the model does not have.
     """
 
     container: str
@@ -48,31 +51,40 @@ class Mapping(NamedTuple):
 
     @property
     def blocks(self) -> Tuple[str, ...]:
-        """Left-over parts of the network itself."""
+        """Names left over that belong to blocks of the network, not to a head: the file has another network."""
         return tuple(name for name in self.left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked'))
 
     @property
     def complete(self) -> bool:
+        """Whether the file fills the whole backbone, and the model has all blocks of the file."""
         return not self.missing and not self.blocks
 
     @property
     def label(self) -> str:
+        """Container and prefix as a user writes them for `checkpoint_key`."""
         return '/'.join(filter(None, (self.container, self.prefix.rstrip('.')))) or 'the whole file'
 
 
 def unwrap(tensors: Tensors) -> Tensors:
-    """Take the names of torch's wrappers out of the keys, wherever they stand."""
+    """Remove the names of torch's wrappers (`module.`, `_orig_mod.`, ...) from the keys, wherever they stand."""
     unwrapped = {_WRAPPER.sub('', key): tensor for key, tensor in tensors.items()}
     return unwrapped if len(unwrapped) == len(tensors) else tensors
 
 
-def state_dicts(tree: Dict[str, object]) -> List[Tuple[str, Tensors]]:
-    """State dicts in a file that are large enough, by their paths, with unwrapped keys."""
+def state_dicts(tree: Dict[str, Any]) -> List[Tuple[str, Tensors]]:
+    """Path and tensors of each state dict in a file that is large enough for a backbone, with unwrapped keys."""
     return [(path, unwrap(tensors)) for path, tensors in walk(tree) if len(tensors) >= MIN_TENSORS]
 
 
-def matches(rule: Rule, tree: Dict[str, object], container: str, keys: str) -> bool:
-    """Whether a state dict looks as a row says. Its keys are given a line each, for one search instead of hundreds."""
+def matches(rule: Rule, tree: Dict[str, Any], container: str, keys: str) -> bool:
+    """Whether a state dict has the format that a rule describes.
+
+    Args:
+        rule: Row of RULES.
+        tree: Contents of the whole file.
+        container: Path of the state dict inside the file.
+        keys: Keys of the state dict, one on each line, so that one search covers all of them.
+    """
     return (
         (not rule.beside or rule.beside in tree)
         and re.fullmatch(rule.container, container) is not None
@@ -81,11 +93,12 @@ def matches(rule: Rule, tree: Dict[str, object], container: str, keys: str) -> b
 
 
 def strip(tensors: Tensors, prefix: str) -> Tensors:
+    """Tensors whose keys start with a prefix, under their names without it."""
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _fit(target: Target, tensors: Tensors) -> Tuple[Tensors, Dict[str, Tuple[int, ...]]]:
-    """Tensors that the model has, with its shapes, and the shapes of those that do not fit."""
+    """Tensors that fit the model, in its shapes, and the shapes of those of the backbone that do not fit."""
     fitting, wrong_shape = {}, {}
     for name in tensors.keys() & target.shapes.keys():
         tensor = _in_shape(tensors[name], target.shapes[name], name.removesuffix('.weight') in target.first_conv)
@@ -97,9 +110,9 @@ def _fit(target: Target, tensors: Tensors) -> Tuple[Tensors, Dict[str, Tuple[int
 
 
 def _in_shape(tensor: torch.Tensor, shape: torch.Size, sees_input: bool) -> Optional[torch.Tensor]:
-    """A tensor in another shape of the same meaning, None where there is none."""
+    """Give a tensor the shape that the model has, or return None if that would change its meaning."""
     if tensor.is_meta and not hasattr(tensor, 'parts'):
-        return None  # a reader changed a tensor that stands for several, so its values are not known
+        return None  # timm's filter computed with a placeholder of `renames.fuse`, so the values are not known
     if tensor.shape == shape:
         return tensor
     if [n for n in tensor.shape if n != 1] == [n for n in shape if n != 1]:
@@ -110,49 +123,56 @@ def _in_shape(tensor: torch.Tensor, shape: torch.Size, sees_input: bool) -> Opti
 
 
 def _filtered(target: Target, tensors: Tensors) -> Optional[Tensors]:
-    """What timm's own reader of this architecture makes of the tensors, None where it cannot read them."""
+    """Apply timm's `checkpoint_filter_fn` of this architecture. None if there is no filter or it fails."""
+    if target.filter_fn is None:
+        return None
     try:
         return dict(target.filter_fn(dict(tensors), target.model))
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError):
-        return None  # these readers expect files of their architecture and check nothing
+        return None  # a filter expects a file of its architecture, and fails in many ways on other files
+
+
+def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
+    """Ways to name the tensors of a backbone, each with a description. The first one keeps their names."""
+    for rename in (None, *renames_for(tensors)):
+        renamed = apply_rename(rename, tensors) if rename else tensors
+        names = rename.name if rename else ''
+        yield names, renamed
+        filtered = _filtered(target, renamed)
+        if filtered is not None:
+            yield ', '.join(filter(None, (names, "timm's filter"))), filtered
 
 
 def read_names(target: Target, container: str, prefix: str, tensors: Tensors, rule: Rule) -> Mapping:
-    """The reading of the names under a prefix that fills most of the model."""
-    stripped = strip(tensors, prefix)
-    best = None
-    for rename in (None, *renames_for(stripped)):
-        renamed = apply_rename(rename, stripped) if rename else stripped
-        for filtered in (False, True) if target.filter_fn else (False,):
-            candidate = _filtered(target, renamed) if filtered else renamed
-            if candidate is None:
-                continue
-            fitting, wrong_shape = _fit(target, candidate)
-            names = ', '.join(filter(None, (rename.name if rename else '', "timm's filter" if filtered else '')))
-            mapping = Mapping(
-                container,
-                prefix,
-                rule,
-                names,
-                fitting,
-                tuple(sorted(target.backbone - fitting.keys())),
-                wrong_shape,
-                tuple(sorted(candidate.keys() - target.shapes.keys())),
-            )
-            if mapping.complete:
-                return mapping
-            if best is None or rank(mapping) > rank(best):
-                best = mapping
+    """Name the tensors under a prefix in the way that fills most of the model."""
+
+    def mapping(names: str, candidate: Tensors) -> Mapping:
+        fitting, wrong_shape = _fit(target, candidate)
+        return Mapping(
+            container,
+            prefix,
+            rule,
+            names,
+            fitting,
+            tuple(sorted(target.backbone - fitting.keys())),
+            wrong_shape,
+            tuple(sorted(candidate.keys() - target.shapes.keys())),
+        )
+
+    namings = _namings(target, strip(tensors, prefix))
+    best = mapping(*next(namings))
+    while not best.complete and (naming := next(namings, None)) is not None:
+        best = max(best, mapping(*naming), key=rank)
     return best
 
 
 def rank(mapping: Mapping) -> Tuple[int, int]:
-    """How much of the model a reading fills, and then how little of the network it leaves over."""
+    """Key to sort mappings by: more of the model filled is better, then fewer blocks left over."""
     return -len(mapping.missing), -len(mapping.blocks)
 
 
 def prefixes(target: Target, tensors: Tensors) -> List[str]:
-    """Dotted prefixes that hold enough tensors, short ones first."""
+    """Prefixes of the keys that end at a dot and have enough tensors for the backbone, short ones first."""
     counts: Dict[str, int] = {'': len(tensors)}
     for key in tensors:
         for dot in re.finditer(r'\.', key):
@@ -161,11 +181,20 @@ def prefixes(target: Target, tensors: Tensors) -> List[str]:
     return sorted((p for p, n in counts.items() if n >= MIN_SHARE * len(target.backbone)), key=lambda p: (len(p), p))
 
 
-def search(target: Target, tree: Dict[str, object], checkpoint_key: Optional[str] = None) -> List[Mapping]:
-    """Readings of a file, complete ones only if there are any, else the best.
+def search(target: Target, tree: Dict[str, Any], checkpoint_key: Optional[str] = None) -> List[Mapping]:
+    """Find the mappings of a file onto a model.
 
-    A row of the table that fits decides, except the last, which fits all files. Without one, all that differ are
-    returned.
+    If a rule matches the file and gives a complete mapping, this is the result. The last rule is not tried for this,
+    as it matches any file. Otherwise all prefixes are searched.
+
+    Args:
+        target: The tensors of the model.
+        tree: Contents of the file.
+        checkpoint_key: As for `load_checkpoint`. With a key no rule decides.
+
+    Returns:
+        The complete mappings that give the model different values. If none is complete, the one that fills most of the
+        model. Empty if no prefix has enough tensors.
     """
     dicts = [(path, tensors, '\n'.join(tensors)) for path, tensors in state_dicts(tree)]
     found: List[Mapping] = []
@@ -194,7 +223,7 @@ def search(target: Target, tree: Dict[str, object], checkpoint_key: Optional[str
 
 
 def _is_asked_for(checkpoint_key: str, path: str, prefix: str) -> bool:
-    """Whether a key names this container, this prefix, or both with a slash between them."""
+    """Whether a key of the user names this container, this prefix, or both joined by a slash."""
     key = _WRAPPER.sub('', checkpoint_key.strip('./') + '.').rstrip('.')
     prefix = prefix.rstrip('.')
     names = (path, prefix, f'{path}/{prefix}')
@@ -202,11 +231,12 @@ def _is_asked_for(checkpoint_key: str, path: str, prefix: str) -> bool:
 
 
 def _sources(tensor: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """Tensors of the file that a tensor is made of, see `renames.fuse`."""
     return getattr(tensor, 'parts', (tensor,))
 
 
 def _same(one: Mapping, other: Mapping) -> bool:
-    """Whether two readings give the model the same values, for some files hold a copy under two names."""
+    """Whether two mappings give the model the same values. Some files hold one copy under two names."""
     if one.tensors.keys() != other.tensors.keys():
         return False
     for name in one.tensors:

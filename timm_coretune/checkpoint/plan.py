@@ -1,4 +1,4 @@
-"""A reading of a checkpoint for a model, checked before the model is touched"""
+"""Plan which tensors of a checkpoint go into a model, and check them before the model is changed"""
 
 import math
 import re
@@ -16,7 +16,12 @@ from .target import Target
 
 
 class Plan(NamedTuple):
-    """A checked reading of a checkpoint."""
+    """What is to be loaded.
+
+    Attributes:
+        report: Report of the load.
+        tensors: Tensors of the file by their names in the model.
+    """
 
     report: CheckpointReport
     tensors: Dict[str, torch.Tensor]
@@ -29,10 +34,18 @@ def make_plan(
     checkpoint_key: Optional[str] = None,
     allow_partial: bool = False,
 ) -> Plan:
-    """Map a checkpoint onto a model and check the result, without touching the model.
+    """Map a checkpoint onto a model and check the result, without changing the model.
+
+    Args:
+        target: The tensors of the model.
+        checkpoint: The checkpoint.
+        load_classifier: As for `load_checkpoint`.
+        checkpoint_key: As for `load_checkpoint`.
+        allow_partial: As for `load_checkpoint`.
 
     Raises:
-        ValueError: It does not fit, or must not be loaded.
+        ValueError: The checkpoint does not fit the model, was made for another network, or has values that are not
+            finite.
     """
     mapping = _choose(target, checkpoint, checkpoint_key)
     problems = contradictions(mapping, target.model, checkpoint.config)
@@ -41,7 +54,7 @@ def make_plan(
     notes = tuple(unknowns(mapping, target.model, checkpoint.config))
     if problems:
         text = ' '.join(problems)
-        # a file that gives less than half of a network holds another one
+        # a file with less than half of the network has another network
         if not allow_partial or 2 * len(mapping.missing) > len(target.backbone):
             raise ValueError(text)
         notes = (text, *notes)
@@ -54,7 +67,7 @@ def make_plan(
 
 
 def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str]) -> Mapping:
-    """The one reading of a file that is meant."""
+    """Map a file onto a model, and refuse a file that could be read in no way or in several ways."""
     _refuse_known(checkpoint, target)
     mappings = search(target, checkpoint.tree, checkpoint_key)
     if not mappings:
@@ -78,6 +91,7 @@ def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str
 
 
 def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
+    """Refuse a file with a network of REFUSALS, unless the model has the tensor that tells it apart."""
     for _, tensors in state_dicts(checkpoint.tree):
         for refusal in REFUSALS:
             for key, tensor in tensors.items():
@@ -91,7 +105,7 @@ def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
 
 
 def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
-    """Why a reading is not complete, and which models it would complete."""
+    """Error message for a file that does not fit: what is missing, and which timm models the file would fit."""
     shapes = [f'{name} {shape} for {tuple(target.shapes[name])}' for name, shape in mapping.wrong_shape.items()]
     names = fitting_models(checkpoint, most=3)
     fix = (
@@ -105,26 +119,26 @@ def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
         f'{len(mapping.missing)} are missing ({few(mapping.missing)}), of these {len(shapes)} have another shape '
         f'({few(shapes)}); {len(mapping.blocks)} of the file have no place in the model ({few(mapping.blocks)}). '
         f'The model must be the architecture that was pretrained. {fix} '
-        'allow_partial (--allow-partial) loads what fits, if that is most of it.'
+        'allow_partial (--allow-partial) loads what fits, if that is most of the backbone.'
     )
 
 
 def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], target: Target) -> None:
-    """Refuse a dtype that is no weight, NaN and infinity.
+    """Refuse quantised weights and values that are not finite.
 
     Raises:
-        ValueError: There are such.
+        ValueError: A tensor has a dtype for quantised weights, or holds NaN or infinity.
     """
     for name, tensor in tensors.items():
         is_weight = tensor.is_floating_point() and tensor.element_size() > 1
         if target.dtypes[name].is_floating_point and not is_weight:
             raise ValueError(
                 f'Expected weights in {checkpoint.source!r}, {name} holds {tensor.dtype}. '
-                'Quantised checkpoints are not supported: take the one they were made from.'
+                'Quantised checkpoints are not supported: take the checkpoint from before the quantisation.'
             )
     bad: List[str] = []
     for batch in checkpoint.batches({k: v for k, v in tensors.items() if v.is_floating_point()}):
-        # a sum is finite only if all of its terms are; one that overflows is looked at again
+        # a finite sum has finite terms only; a sum that is not finite may have overflowed, so its terms are tested
         bad += [
             name
             for name, tensor in batch.items()
@@ -147,6 +161,7 @@ def _report(
     notes: Tuple[str, ...],
     checkpoint_key: Optional[str],
 ) -> CheckpointReport:
+    """Report what a mapping takes from the checkpoint and what it leaves there."""
     container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
     source = strip(container, mapping.prefix)
     storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
@@ -160,7 +175,10 @@ def _report(
         copy, why = mapping.label, 'asked for'
     if fresh:
         under = [key for key in under if not key.startswith(mapping.prefix + 'norm.')]
-        notes = (*notes, f'{few(fresh)} start fresh: timm normalizes after the pooling, the file before it')
+        notes = (
+            *notes,
+            f'{few(fresh)} start fresh: the model normalizes after the pooling, the pretrained network before it',
+        )
     return CheckpointReport(
         source=checkpoint.source,
         kind=checkpoint.kind,
@@ -170,7 +188,7 @@ def _report(
         copy=copy,
         why=why,
         names=mapping.names,
-        # BatchNorm's counters count where the file has them
+        # the step counters of BatchNorm are counted only if the file has them
         total=len(target.backbone | {name for name in tensors if name.endswith('num_batches_tracked')}),
         loaded=tuple(sorted(tensors)),
         classifier=has_classifier,

@@ -1,6 +1,6 @@
-"""What the shapes of a file do not show: heads of the attention, the activation, how images were normalized"""
+"""Facts of the pretraining that shapes do not show: number of attention heads, activation, image normalization"""
 
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,20 +14,22 @@ Configs = Dict[str, Any]
 
 
 def _section(config: Configs, *names: str) -> Dict[str, Any]:
-    """A dictionary inside the configs, empty where there is none."""
+    """The dictionary that a path of keys leads to inside the configs, empty if there is none."""
+    section: Any = config
     for name in names:
-        config = config.get(name)
-        if not isinstance(config, dict):
+        section = section.get(name)
+        if not isinstance(section, dict):
             return {}
-    return config
+    return section
 
 
 def _vision(config: Configs) -> Dict[str, Any]:
-    """What config.json says of the image tower."""
+    """The part of config.json about the image encoder. CLIP models have a section for it, others do not."""
     return _section(config, 'config.json', 'vision_config') or _section(config, 'config.json')
 
 
 def _num_heads(model: nn.Module) -> int:
+    """Number of attention heads of a ViT, 0 for other models."""
     block = next(iter(getattr(model, 'blocks', ())), None)
     return getattr(getattr(block, 'attn', None), 'num_heads', 0)
 
@@ -37,7 +39,10 @@ def _is_quick_gelu(model: nn.Module) -> bool:
 
 
 def contradictions(mapping: Mapping, model: nn.Module, config: Configs) -> List[str]:
-    """Why a model computes something else than the network that was trained, though all shapes agree."""
+    """Errors for a model that differs from the pretrained network although all shapes agree.
+
+    Such a model would load without complaint, but compute something else than the pretrained network.
+    """
     found = []
     heads = _num_heads(model)
     width = getattr(model, 'embed_dim', 0)
@@ -62,8 +67,8 @@ def contradictions(mapping: Mapping, model: nn.Module, config: Configs) -> List[
     return found
 
 
-def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Any:
-    """True, False, or None where neither the layout nor a config tells."""
+def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Optional[bool]:
+    """Whether the network was trained with QuickGELU, None if neither a config nor the format of the file tells."""
     activation = _vision(config).get('hidden_act')
     if activation:
         return activation == 'quick_gelu'
@@ -74,16 +79,16 @@ def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Any:
 
 
 def unknowns(mapping: Mapping, model: nn.Module, config: Configs) -> List[str]:
-    """What the user has to know, as neither the layout of the file nor a config tells it."""
+    """Notes about facts that neither the format of the file nor a config tells, so the user has to check them."""
     if 'CLIP' in mapping.rule.method and _trained_with_quick_gelu(mapping, config) is None:
         activation = 'QuickGELU' if _is_quick_gelu(model) else 'another activation'
-        return [f'the file does not tell whether it was trained with QuickGELU, as weights of OpenAI are; this model '
-                f'has {activation}']  # fmt: skip
+        return [f'the file does not tell whether it was trained with QuickGELU, as the weights of OpenAI were; '
+                f'this model has {activation}']  # fmt: skip
     return []
 
 
 def _numbers(value: Any) -> Tuple[float, ...]:
-    """A value for each channel, empty where there is none."""
+    """Numbers for the channels of the image from a list, or from text with spaces. Empty if they cannot be read."""
     try:
         return tuple(float(number) for number in (value.split() if isinstance(value, str) else value or ()))
     except (TypeError, ValueError):
@@ -91,9 +96,13 @@ def _numbers(value: Any) -> Tuple[float, ...]:
 
 
 def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
-    """Mean and std of the pretraining: what the checkpoint itself says, else the method's, else empty."""
+    """Mean and std of the pretraining images.
+
+    They are taken from the checkpoint or the configs beside it, else from the rule of the method. Both are empty if
+    they are not known.
+    """
     for section, names in (
-        (('metadata',), ('mean', 'std')),  # of safetensors, as numbers with spaces between
+        (('metadata',), ('mean', 'std')),  # of a safetensors file, numbers separated by spaces
         (('open_clip_config.json', 'preprocess_cfg'), ('mean', 'std')),
         (('preprocessor_config.json',), ('image_mean', 'image_std')),
         (('config.json', 'pretrained_cfg'), ('mean', 'std')),
@@ -107,7 +116,7 @@ def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...],
 
 
 def data_config(mapping: Mapping, model: nn.Module, file_tensors: Dict[str, torch.Tensor], config: Configs) -> Configs:
-    """Mean, std and input size of the pretraining, as far as they are known."""
+    """Mean, std and input size of the pretraining images, as far as they are known, under timm's names."""
     found: Configs = {}
     mean, std = normalization(mapping, config)
     if mean and len(mean) == getattr(model, 'pretrained_cfg', {}).get('input_size', (3,))[0]:
@@ -119,11 +128,14 @@ def data_config(mapping: Mapping, model: nn.Module, file_tensors: Dict[str, torc
 
 
 def trained_size(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> int:
-    """Side of the pretraining images from the number of position embeddings in the file, 0 where it does not tell."""
+    """Side of the pretraining images in pixels, from the number of position embeddings in the file.
+
+    Returns 0 if the file has none, or if they do not form a square.
+    """
     patch_size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
     names = ('pos_embed', 'positional_embedding', 'position_embeddings', 'position_embedding.weight')
     tokens = next((t.shape[-2] for key, t in file_tensors.items() if key.endswith(names) and t.ndim in (2, 3)), 0)
-    for extra in (1, 0, 2):  # a class token, none, or one for distillation beside it
+    for extra in (1, 0, 2):  # tokens beside the patches: class token; none; class and distillation token
         side = round((tokens - extra) ** 0.5) if tokens > extra else 0
         if patch_size and side and side * side == tokens - extra:
             return side * patch_size[0]
@@ -131,17 +143,25 @@ def trained_size(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> int
 
 
 def write_data_config(model: nn.Module, found: Configs) -> List[str]:
-    """Tell the model's input to `timm.data.resolve_model_data_config`, and return what the user should know."""
+    """Write the data config of the pretraining to the model, where `timm.data.resolve_model_data_config` finds it.
+
+    Args:
+        model: Model whose `pretrained_cfg` is replaced.
+        found: Result of `data_config`.
+
+    Returns:
+        Notes for the user.
+    """
     cfg = getattr(model, 'pretrained_cfg', None)
     if not isinstance(cfg, dict):
         return []
     notes = []
-    known = {key: found[key] for key in ('mean', 'std') if key in found}
+    known: Configs = {key: found[key] for key in ('mean', 'std') if key in found}
     old = tuple(cfg.get('mean') or IMAGENET_DEFAULT_MEAN)
     if known and tuple(known['mean']) != old:
         notes.append(f'images are to be normalized with mean {known["mean"]} and std {known["std"]}, not mean {old}')
     if not known and old != IMAGENET_DEFAULT_MEAN:
-        notes.append(f'the file does not tell how images were normalized, the mean {old} of the timm model is kept')
+        notes.append(f'the file does not tell how images were normalized: the mean {old} of the timm model is kept')
     if 'input_size' in found:
         built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
         if built and tuple(built) != found['input_size'][1:]:
@@ -151,5 +171,5 @@ def write_data_config(model: nn.Module, found: Configs) -> List[str]:
             )
         else:
             known['input_size'] = found['input_size']
-    model.pretrained_cfg = {**cfg, **known}
+    model.pretrained_cfg = {**cfg, **known}  # type: ignore[assignment]  # nn.Module types attributes as tensors
     return notes

@@ -1,7 +1,7 @@
-"""From files to nested dictionaries of tensors, without running or believing what is in them
+"""Read checkpoint files into nested dictionaries of tensors, without running code from them
 
-Pickles are read by torch's weights-only unpickler and there is no other way to read them here. Tensors stay on disk,
-mapped into memory, until they are used.
+Pickles are read only with torch's weights-only unpickler. What a file says about itself is checked. Tensors are mapped
+into memory and stay on disk until they are used.
 """
 
 import argparse
@@ -18,44 +18,48 @@ from safetensors import SafetensorError, safe_open
 
 from .sniff import refuse, sniff
 
-SMALL_BYTES = 2**19  # tensors below this are together a small part of a model, and not worth a mapping of their own
-BATCH_BYTES = 4 * 2**20  # tensors of this size together are read at once when a file is copied into a model
-MAX_DEPTH = 8  # of nested dictionaries; VISSL's are the deepest known, 4
+SMALL_BYTES = 2**19  # smaller tensors are not mapped again, see Checkpoint.batches: together they need little memory
+BATCH_BYTES = 4 * 2**20  # size of the batches of tensors that are copied into a model
+MAX_DEPTH = 8  # dictionaries that are nested deeper are not searched; the deepest known format, of VISSL, has depth 4
 
 
 def _allowed_globals() -> List[Any]:
-    """All that a pickle may name besides tensors: types that hold data and do nothing else when they are rebuilt."""
-    core = np._core if hasattr(getattr(np, '_core', None), 'multiarray') else np.core  # of numpy 2, of numpy 1
+    """Globals that a pickle may name besides tensors: types that only hold data. Rebuilding them runs no other code."""
+    numpy2_core: Any = getattr(np, '_core', None)
+    core: Any = numpy2_core if hasattr(numpy2_core, 'multiarray') else np.core  # the name in numpy 1
     scalars = (np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.int64, np.uint8, np.bool_)
     allowed: List[Any] = [
-        argparse.Namespace,  # arguments of the run, in files of DINO, MAE, SupContrast and many others
+        argparse.Namespace,  # DINO, MAE, SupContrast and many others save the arguments of the run
         np.dtype,
         np.ndarray,
         *{type(np.dtype(s)) for s in scalars},
     ]
-    # numpy 2 renamed its core, files of either age are read by either; pickled paths become pure ones
+    # numpy 2 renamed its core; both names are allowed, so numpy 1 and 2 read each other's files
     for name in ('numpy.core.multiarray', 'numpy._core.multiarray'):
         allowed.append((core.multiarray.scalar, f'{name}.scalar'))
         allowed.append((core.multiarray._reconstruct, f'{name}._reconstruct'))
+    # paths are rebuilt as pure paths, which cannot touch the file system
     for module in ('pathlib', 'pathlib._local'):
         allowed.append((pathlib.PurePosixPath, f'{module}.PosixPath'))
         allowed.append((pathlib.PureWindowsPath, f'{module}.WindowsPath'))
     return allowed
 
 
-Places = Dict[Tuple[int, int], Tuple[str, str]]
+Places = Dict[Tuple[int, int], Tuple[str, str]]  # (address, number of elements) -> (file, key)
 
 
 class Checkpoint(NamedTuple):
-    """What a source holds.
+    """The contents of a checkpoint.
 
     Attributes:
-        source: As the user named it.
-        kind: Format of the files.
-        files: Their paths.
+        source: The checkpoint as the user named it.
+        kind: Format of the files, as `sniff` names it.
+        files: Paths of the files.
         tree: Nested dictionaries with tensors at their leaves.
-        places: File and key of each tensor by its address and length, where it can be read again on its own.
-        config: What JSON files beside the weights and the file's own metadata tell of the network and its input.
+        places: File and key of each tensor of a safetensors file, by the address and number of its elements. With
+            them the tensor can be read again on its own.
+        config: Contents of the JSON files beside the weights, by file name. The metadata of a safetensors file is
+            under 'metadata', the short name of a published checkpoint under 'release'.
     """
 
     source: str
@@ -66,10 +70,10 @@ class Checkpoint(NamedTuple):
     config: Dict[str, Any]
 
     def batches(self, tensors: Dict[str, torch.Tensor]) -> Iterator[Dict[str, torch.Tensor]]:
-        """The same tensors a few at a time, each few through a fresh mapping of their files.
+        """Yield tensors in small batches, each read through a new memory mapping of the files.
 
-        Pages of a mapping stay in memory once they are read. Read through one mapping, the whole file would be in
-        memory beside the model.
+        Pages of a mapping stay in memory after they are read. If all tensors were read through one mapping, the whole
+        file would be in memory beside the model.
         """
         batch: Dict[str, torch.Tensor] = {}
         size = 0
@@ -83,6 +87,7 @@ class Checkpoint(NamedTuple):
             yield self._read_again(batch)
 
     def _read_again(self, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+        """Read tensors through a new mapping, and concatenate those that stand for several, see `renames.fuse`."""
         handles: Dict[str, Any] = {}
 
         def again(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,8 +107,8 @@ class Checkpoint(NamedTuple):
 
 
 def read_torch(path: str, kind: str) -> Any:
-    """Read a file of torch.save, with the weights-only unpickler and the allowed globals."""
-    if path.endswith('.safetensors'):  # torch goes by the name, and would not use its unpickler
+    """Read a file of torch.save with the weights-only unpickler."""
+    if path.endswith('.safetensors'):  # torch.load tells this format by the name and would not unpickle
         raise refuse(path, 'a file of torch.save with the name of another format', 'Rename it to .pth.')
     try:
         with torch.serialization.safe_globals(_allowed_globals()):
@@ -117,8 +122,8 @@ def read_torch(path: str, kind: str) -> Any:
             raise refuse(path, 'a pickle that is no file of torch.save', 'Is it another file of the release?') from e
         raise ValueError(
             f'Expected tensors and plain data in {path!r}, got a pickle that wants to import {", ".join(wanted)}. '
-            'Importing runs code of whoever wrote the file, so it was not read. Ask its publisher for safetensors, or, '
-            'on a machine where you trust the file, load it with torch.load(path, weights_only=False) and write its '
+            'Importing runs code of whoever wrote the file, so it was not read. Ask its publisher for safetensors. If '
+            'you trust the file, load it with torch.load(path, weights_only=False) and write its '
             'tensors with safetensors.torch.save_file.'
         ) from e
     except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, TypeError, IndexError,
@@ -127,11 +132,11 @@ def read_torch(path: str, kind: str) -> Any:
 
 
 def read_safetensors(path: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, str]]:
-    """Map a safetensors file, and read its metadata. The library checks the header against the file."""
+    """Map the tensors of a safetensors file and read its metadata. safetensors checks the header against the file."""
     try:
         with safe_open(path, 'pt') as f:
             metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (not a mapping)
+            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (f is no mapping)
     except (SafetensorError, RuntimeError, ValueError, KeyError, OSError, MemoryError, OverflowError) as e:
         raise refuse(path, f'a damaged safetensors file ({e})', 'Get it again.') from e
     return tensors, metadata
@@ -141,7 +146,7 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
     """Read one file, or the shards of one state dict.
 
     Raises:
-        ValueError: A file is no checkpoint, is damaged, or would have to be trusted.
+        ValueError: A file is no checkpoint, is damaged, or reading it would need to run code from it.
     """
     tree: Dict[str, Any] = {}
     places: Places = {}
@@ -164,7 +169,7 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
 
 
 def _check_sizes(path: str, tree: Dict[str, Any]) -> None:
-    """A tensor of a file cannot hold more than the file; one that says so repeats its memory."""
+    """Refuse a tensor that is larger than its file: it repeats bytes, and a copy of it could fill the memory."""
     size = Path(path).stat().st_size
     for container, tensors in walk(tree):
         for key, tensor in tensors.items():
@@ -177,13 +182,14 @@ def _check_sizes(path: str, tree: Dict[str, Any]) -> None:
 
 
 def _is_dense(value: Any) -> bool:
+    """Whether a value is a plain tensor: neither sparse nor quantised."""
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
 
 
 def walk(tree: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
-    """Each dictionary inside a file that holds tensors, with the path of keys to it, outer ones first."""
+    """Yield each dictionary inside a file that holds tensors, with the keys that lead to it. Outer ones come first."""
     queue = collections.deque([('', tree, 0)])
-    seen = set()  # a pickle can hold one dictionary in many places
+    seen = set()  # one dictionary can be in many places of a pickle, even inside itself
     while queue:
         path, node, depth = queue.popleft()
         if id(node) in seen or depth > MAX_DEPTH:

@@ -1,6 +1,7 @@
-"""Names inside a backbone: from those of other libraries to those of timm, as a table
+"""Rename the tensors of a backbone from the names of other libraries to those of timm
 
-Where timm's own `checkpoint_filter_fn` can read the original names, a row leads to those and the filter does the rest.
+Each row of a table describes the names of one library. If timm's `checkpoint_filter_fn` reads the original names of an
+architecture, the row leads to the original names and the filter does the rest.
 """
 
 import re
@@ -10,12 +11,12 @@ import torch
 
 
 class Rename(NamedTuple):
-    """One library's way of naming the parts of one architecture.
+    """How one library names the tensors of one architecture.
 
     Attributes:
-        name: Shown in the report.
-        marker: Pattern of a key that only such a state dict has.
-        steps: Patterns and what they become, all applied to each key in this order.
+        name: Name of the row, for the report.
+        marker: Regular expression for a key that only such a state dict has.
+        steps: Regular expressions with their replacements. All are applied to each key, in this order.
     """
 
     name: str
@@ -23,7 +24,7 @@ class Rename(NamedTuple):
     steps: Tuple[Tuple[str, str], ...]
 
 
-_HF_TRANSFORMER = (  # what transformers' ViT, DINOv2 and Swin have in common inside a block
+_HF_TRANSFORMER = (  # names inside a block that ViT, DINOv2 and Swin of the transformers library share
     (r'\.attention\.attention\.(query|key|value)\.', r'.attn.\1.'),
     (r'\.attention\.self\.(query|key|value)\.', r'.attn.\1.'),
     (r'\.attention\.output\.dense\.', '.attn.proj.'),
@@ -105,19 +106,23 @@ _SPLIT = re.compile(r'^(.*\.attn\.)query\.(weight|bias)$')
 
 
 def fuse(parts: Tuple[torch.Tensor, ...]) -> torch.Tensor:
-    """Stand for the concatenation of tensors, which is made only when it is copied into the model."""
+    """Create a placeholder for the concatenation of tensors.
+
+    The placeholder is a tensor without memory (on the meta device) that keeps the tensors as its attribute `parts`.
+    They are concatenated only when they are copied into the model, so the file is not copied into memory before.
+    """
     fused = torch.empty((sum(p.shape[0] for p in parts), *parts[0].shape[1:]), dtype=parts[0].dtype, device='meta')
-    fused.parts = parts
+    fused.parts = parts  # type: ignore[attr-defined]  # torch allows further attributes, its types do not list them
     return fused
 
 
 def apply_rename(rename: Rename, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Rename all keys, and join query, key and value as timm has them."""
+    """Rename all keys, and fuse query, key and value into the one tensor that timm has for them."""
     renamed = {}
     for key, value in tensors.items():
         for pattern, replacement in rename.steps:
             key = re.sub(pattern, replacement, key)
-        # timm's resizing of position embeddings expects a batch dimension, CLIP has none
+        # timm resizes position embeddings with a batch dimension, which those of CLIP lack
         renamed[key] = value[None] if key == 'pos_embed' and value.ndim == 2 else value
     for key in [k for k in renamed if _SPLIT.match(k)]:
         parts = [key, key.replace('.query.', '.key.'), key.replace('.query.', '.value.')]
@@ -127,6 +132,6 @@ def apply_rename(rename: Rename, tensors: Dict[str, torch.Tensor]) -> Dict[str, 
 
 
 def renames_for(tensors: Dict[str, torch.Tensor]) -> Tuple[Rename, ...]:
-    """The renames whose marker is among the keys."""
+    """Renames whose marker matches one of the keys."""
     keys = '\n'.join(tensors)
     return tuple(r for r in RENAMES if re.search(f'^({r.marker})', keys, re.MULTILINE))

@@ -1,21 +1,20 @@
-"""What was loaded from where, and what was not"""
+"""Report of what a checkpoint gave to a model, and what was left out"""
 
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Tuple
 
 
 def few(names: Iterable[str], most: int = 5) -> str:
-    """The first names and how many more there are."""
+    """The first few names as text, and how many more there are."""
     names = sorted(names)
     more = f' and {len(names) - most} more' if len(names) > most else ''
     return ', '.join(names[:most]) + more or 'none'
 
 
 def by_head(names: Iterable[str]) -> str:
-    """Names summed up by what they start with."""
-    counts = Counter(re.match(r'[^.]*', name).group() for name in names)
+    """Count names by their part before the first dot, as text."""
+    counts = Counter(name.partition('.')[0] for name in names)
     return ', '.join(f'{head} ({n})' for head, n in sorted(counts.items())) or 'none'
 
 
@@ -24,26 +23,27 @@ class CheckpointReport:
     """What a checkpoint gave to a model.
 
     Attributes:
-        source: What was loaded, as the user named it.
-        kind: Format of its files.
-        method: Who writes such files.
-        container: Path of keys to the state dict inside the file.
-        prefix: What the keys of the backbone start with there.
-        copy: Which of the file's encoders that is.
-        why: Why this one.
-        names: How names inside the backbone were changed, '' where they are timm's.
-        total: Tensors of the backbone.
-        loaded: Tensors of the model that got their value from the file.
-        classifier: Whether the classifier is among them.
-        renamed: Of these, those with another name in the file.
-        resized: Of these, those computed from the file's: position embeddings, input convolutions.
-        cast: Of these, those with another dtype in the file.
-        dropped: Heads, memories and other copies of the file that were left out.
-        missing: Tensors of the backbone that were not in the file, and norms that start fresh.
-        left_over: Tensors of the file beside the backbone that are no known head.
-        data_config: Mean, std and input size of the pretraining, as far as known.
-        notes: What the user should know.
-        architecture: timm model and arguments, where it was looked for.
+        source: The checkpoint as the user named it.
+        kind: Format of the files.
+        method: Pretraining method or library that writes such files.
+        container: Keys that lead to the state dict inside the file, joined by slashes.
+        prefix: Start of the keys of the backbone in the state dict.
+        copy: Copy of the encoder that was taken (query encoder, teacher, ...).
+        why: Why this copy was taken.
+        names: How the names inside the backbone were changed, '' if the file has timm's names.
+        total: Number of tensors of the backbone.
+        loaded: Names of the model's tensors that got their value from the file.
+        classifier: Whether the classifier was loaded too.
+        renamed: Names of the loaded tensors that have another name in the file.
+        resized: Names of the loaded tensors whose values were computed from those in the file, to fit another size:
+            position embeddings, patch embeddings and input convolutions.
+        cast: Names of the loaded tensors that have another dtype in the file.
+        dropped: Keys of heads, queues and other copies of the encoder that were left out.
+        missing: Names of the backbone's tensors that are not in the file, and of norms that keep their initial values.
+        left_over: Keys of the file that belong neither to the backbone nor to a known head.
+        data_config: Mean, std and input size of the pretraining images, as far as they are known.
+        notes: Notes for the user.
+        architecture: timm model and its arguments, '' if the report is of `load_checkpoint`.
     """
 
     source: str
@@ -69,12 +69,12 @@ class CheckpointReport:
 
     @property
     def matched(self) -> int:
-        """Tensors of the backbone that were filled."""
+        """Number of tensors of the backbone that the file fills."""
         return self.total - len([name for name in self.missing if not name.startswith('fc_norm.')])
 
     @property
     def place(self) -> str:
-        """Where in the file the backbone is."""
+        """Place of the backbone in the file: container and prefix."""
         return '/'.join(filter(None, (self.container, self.prefix))) or 'top'
 
     def line(self) -> str:
@@ -87,6 +87,7 @@ class CheckpointReport:
         )
 
     def __str__(self) -> str:
+        """The report with one fact on each line."""
         rows = (
             ('source', f'{self.source} ({self.kind})'),
             ('method', self.method),

@@ -1,7 +1,7 @@
-"""Where each method keeps the backbone in its files, as a table that is read from top to bottom
+"""Where the files of each pretraining method have the backbone, as a table that is read from top to bottom
 
-A new format is a new row here and a file layout in the tests. Wrappers (`module.`, `_orig_mod.`, ...) are taken out of
-all keys before a row sees them, and names inside the backbone are the business of `renames.py`.
+To add a format, add a row here and a file of that format to the tests. The names of wrappers (`module.`, `_orig_mod.`,
+...) are removed from all keys before a row is compared with them. Names inside the backbone are in `renames.py`.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -16,26 +16,28 @@ from timm.data.constants import (
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
 CLIP = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
-ONLINE = 'the encoder that gradients train, which the linear evaluation of its authors loads'
-TEACHER = 'the averaged weights, which the evaluation of its authors loads'
+ONLINE = 'the encoder that gradients train; the linear evaluation of the authors loads it'
+TEACHER = 'the weights averaged over training; the evaluation of the authors loads them'
 ONLY = 'the only copy'
 
 
 class Rule(NamedTuple):
-    """How one kind of file is told from others, and what is taken from it.
+    """How to recognize the files of a method, and which part of them is the backbone.
 
     Attributes:
-        method: Who writes such files, for the log and for errors.
-        signature: Pattern that one key of the state dict matches.
-        prefixes: What the keys of the backbone start with, tried in this order.
-        copy: Name of the copy that is taken.
-        why: Why this copy.
-        source: Where that was read.
-        container: Pattern of the path of keys to the state dict inside the file, '' is the file itself.
-        beside: Key that the file must have at its top.
-        normalization: Mean and std of the pretraining images, None where the file alone does not tell.
-        heads: Width and number of heads that shapes do not show, where they differ from timm's model of that width.
-        quick_gelu: Whether the network was trained with QuickGELU, None where the file alone does not tell.
+        method: Pretraining method or library that writes such files, for the log and for errors.
+        signature: Regular expression that a key of the state dict must match.
+        prefixes: Starts of the keys of the backbone, tried in this order.
+        copy: Name of the copy of the encoder that is taken.
+        why: Why this copy is taken.
+        source: Repository and files from which this row was written.
+        container: Regular expression for the keys that lead to the state dict inside the file, joined by slashes. ''
+            is the top of the file.
+        beside: Key that must be at the top of the file, '' if none is needed.
+        normalization: Mean and std of the pretraining images, None if the format does not determine them.
+        heads: Pairs of the width of a ViT and its number of attention heads. Shapes do not show the number, so only
+            widths are listed for which timm's ViT has another number.
+        quick_gelu: Whether the network was trained with QuickGELU, None if the format does not determine it.
     """
 
     method: str
@@ -52,7 +54,7 @@ class Rule(NamedTuple):
 
 
 # fmt: off
-RULES = (  # the most specific first; the last one fits any file, so the coverage of the model decides
+RULES = (  # the most specific first; the last one matches any file, which is then accepted if it fills the model
     Rule('MoCo v3', r'momentum_encoder\.(conv1|patch_embed)\.', ('base_encoder.',), 'base encoder', ONLINE,
          'facebookresearch/moco-v3 main_moco.py, main_lincls.py; heads: vits.py', 'state_dict', normalization=IMAGENET,
          heads=((384, 12),)),
@@ -80,12 +82,13 @@ RULES = (  # the most specific first; the last one fits any file, so the coverag
          'facebookresearch/dino main_dino.py, eval_linear.py', 'teacher', normalization=IMAGENET),
     Rule('EsViT', r'(head|head_dense|layers\.0)\.', ('',), 'teacher', TEACHER,
          'microsoft/esvit main_esvit.py, eval_linear.py', 'teacher', normalization=IMAGENET),
-    Rule('I-JEPA', r'blocks\.0\.', ('',), 'target encoder', 'the averaged encoder, which the paper evaluates',
+    Rule('I-JEPA', r'blocks\.0\.', ('',), 'target encoder',
+         'the weights averaged over training; the paper evaluates them',
          'facebookresearch/ijepa src/train.py; arXiv 2301.08243', 'target_encoder', normalization=IMAGENET),
-    Rule('PyContrast', r'encoder\.', ('encoder.',), 'query encoder', ONLINE + "; 'model_ema' is the key encoder here",
+    Rule('PyContrast', r'encoder\.', ('encoder.',), 'query encoder', ONLINE + " ('model_ema' is the key encoder)",
          'HobbitLong/PyContrast contrast_trainer.py, linear_trainer.py', 'model', 'model_ema', normalization=IMAGENET),
-    Rule('timm train.py', r'.', ('',), 'EMA', "the averaged weights, timm's default", 'timm.models.load_state_dict',
-         'state_dict_ema|model_ema', quick_gelu=None),
+    Rule('timm train.py', r'.', ('',), 'EMA', 'the weights averaged over training; timm loads them by default',
+         'timm.models.load_state_dict', 'state_dict_ema|model_ema', quick_gelu=None),
     Rule('LightlyTrain', r'teacher_embedding_model\.wrapped_model\._model\.',
          ('teacher_embedding_model.wrapped_model._model.',), 'teacher', TEACHER,
          'lightly-ai/lightly-train dino.py, timm.py'),
@@ -143,27 +146,28 @@ RULES = (  # the most specific first; the last one fits any file, so the coverag
 
 # fmt: on
 
-WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')  # of torch, anywhere in a key
+# Names that wrappers of torch (DDP, compile, FSDP, activation checkpointing) insert anywhere in a key
+WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_module')
 
-# What may be left over under the prefix without harm: heads, memories and buffers of the pretraining
+# Names that may be left over under the prefix without harm: heads, queues and buffers of the pretraining
 HEADS = (
     r'(fc|head|heads|head_dense|classifier|pooler|visual_projection|attnpool|pre_logits|lm_head|proj)(\.|$)'
     r'|(projector|projection_head|prediction_head|predictor|prototypes|neck|contrast|queue|momentum|decoder)'
     r'|(mask_token|masked_embed|logit_scale|logit_bias|norms\.|local_cls_norm|embeddings\.mask_token)'
     r'|.*(num_batches_tracked|relative_position_index|attn_mask|position_ids|rope_embed\.periods|bias_mask)$'
 )
-# What must not: a part of the network that the model does not have
+# Names that must not be left over: blocks of the network that the model does not have
 BLOCKS = r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages)\.'
 
 
 class Refusal(NamedTuple):
-    """A file that no timm model can take, though it may look as if one could.
+    """A kind of file that no timm model can load correctly, though it may look as if one could.
 
     Attributes:
-        what: What the file is.
-        key: Pattern of a key that such a file has.
-        why: Why it is refused, and what to do.
-        shape: Shape of that tensor, where the key alone does not tell.
+        what: What the file is, for the error.
+        key: Regular expression for a key that such a file has.
+        why: Why it is refused, and what to do instead.
+        shape: Shape that the tensor of this key must have too, empty if the key is enough to recognize the file.
     """
 
     what: str
@@ -175,15 +179,16 @@ class Refusal(NamedTuple):
 # fmt: off
 REFUSALS = (
     Refusal('an mmpretrain Swin', r'(.*\.)?stages\.0\.blocks\.0\.attn\.w_msa\.',
-            'Its patch merging orders channels as torch.nn.Unfold does, unlike timm, which shapes do not show. '
-            'Take the original Swin file of the same weights.'),
+            'Its patch merging orders channels as torch.nn.Unfold does, timm in another way. The shapes are the same, '
+            'so the weights would load but compute nonsense. Take the original Swin file of the same weights.'),
     Refusal('a MoCo v3 network with a convolutional stem', r'(.*\.)?base_encoder\.patch_embed\.proj\.0\.weight',
-            'timm has no such stem.'),
+            'timm has no ViT with such a stem. Take a MoCo v3 file of a plain ViT or a ResNet.'),
     Refusal('a SimCLR network converted from TensorFlow', r'net\.\d+\.(?!weight|bias)',
-            'Its network is built otherwise than a ResNet of timm.'),
-    Refusal('a CMC checkpoint', r'encoder1\.', 'Its two encoders see one and two colour channels, not an RGB image.'),
+            'It has other layers than a ResNet of timm. Take a ResNet that was pretrained in PyTorch.'),
+    Refusal('a CMC checkpoint', r'encoder1\.',
+            'Its two encoders see one and two colour channels. timm models see all three: take another checkpoint.'),
     Refusal('a ResNet with the stem for small images', r'(.*\.)?conv1\.weight',
-            "It has a 3x3 first convolution and no pooling after it, timm's ResNets have not. Train it in its own "
-            'library, or start from one that was pretrained on larger images.', (64, 3, 3, 3)),
+            'Its first convolution is 3x3 and no pooling follows. timm has no such ResNet. Fine-tune it in its own '
+            'library, or take a ResNet that was pretrained on larger images.', (64, 3, 3, 3)),
 )
 # fmt: on

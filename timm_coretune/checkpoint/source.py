@@ -1,4 +1,4 @@
-"""From what a user types to files on this machine: a file, a folder, a Hub id, a URL or a short name"""
+"""Find the files of a checkpoint from what a user names: a file, a folder, a Hub id, a URL or a short name"""
 
 import difflib
 import json
@@ -9,10 +9,10 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import huggingface_hub
 
 from .download import download
-from .releases import RELEASES
 from .sniff import sniff
 
-# Weights in a folder, the first that is there counts; an index names the shards of a state dict
+# Names of weights in a folder: the first one that is there is taken. An index lists the files (shards) that a state
+# dict is split into.
 WEIGHTS = (
     'model.safetensors', 'model.safetensors.index.json', 'open_clip_model.safetensors', 'pytorch_model.bin',
     'pytorch_model.bin.index.json', 'open_clip_pytorch_model.bin',
@@ -22,12 +22,85 @@ HUB_PREFIXES = ('hf-hub:', 'hf_hub:')
 CONFIGS = ('config.json', 'preprocessor_config.json', 'open_clip_config.json')
 
 
-class Files(NamedTuple):
-    """Where a checkpoint lies.
+class Release(NamedTuple):
+    """A well-known public checkpoint that has a short name.
 
     Attributes:
-        paths: Its files, more than one where the state dict is in shards.
-        config: What the JSON files beside it say, by file name.
+        url: URL of the file.
+        model: timm model that the checkpoint fits.
+        licence: Licence of the weights. It is the publisher's and binds whoever uses them; some forbid commercial use.
+        paper: arXiv number of the paper.
+        source: Repository and file in which the publisher states the URL and the licence.
+    """
+
+    url: str
+    model: str
+    licence: str
+    paper: str
+    source: str
+
+
+_FB = 'https://dl.fbaipublicfiles.com/'
+_NC = 'CC-BY-NC-4.0'
+_APACHE = 'Apache-2.0'
+
+RELEASES: Dict[str, Release] = {
+    'mocov1_resnet50': Release(_FB + 'moco/moco_checkpoints/moco_v1_200ep/moco_v1_200ep_pretrain.pth.tar',
+                               'resnet50', _NC, '1911.05722', 'facebookresearch/moco README.md'),
+    'mocov2_resnet50': Release(_FB + 'moco/moco_checkpoints/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar',
+                               'resnet50', _NC, '2003.04297', 'facebookresearch/moco README.md'),
+    'mocov2_resnet50_200ep': Release(_FB + 'moco/moco_checkpoints/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar',
+                                     'resnet50', _NC, '2003.04297', 'facebookresearch/moco README.md'),
+    'mocov3_resnet50': Release(_FB + 'moco-v3/r-50-1000ep/r-50-1000ep.pth.tar',
+                               'resnet50', _NC, '2104.02057', 'facebookresearch/moco-v3 CONFIG.md, README.md'),
+    'mocov3_vits16': Release(_FB + 'moco-v3/vit-s-300ep/vit-s-300ep.pth.tar', 'vit_small_patch16_224, num_heads=12',
+                             _NC, '2104.02057', 'facebookresearch/moco-v3 CONFIG.md, README.md'),
+    'mocov3_vitb16': Release(_FB + 'moco-v3/vit-b-300ep/vit-b-300ep.pth.tar', 'vit_base_patch16_224',
+                             _NC, '2104.02057', 'facebookresearch/moco-v3 CONFIG.md, README.md'),
+    'simsiam_resnet50': Release(_FB + 'simsiam/models/100ep/pretrain/checkpoint_0099.pth.tar',
+                                'resnet50', _NC, '2011.10566', 'facebookresearch/simsiam README.md'),
+    'swav_resnet50': Release(_FB + 'deepcluster/swav_800ep_pretrain.pth.tar',
+                             'resnet50', _NC, '2006.09882', 'facebookresearch/swav README.md, LICENSE'),
+    'deepclusterv2_resnet50': Release(_FB + 'deepcluster/deepclusterv2_800ep_pretrain.pth.tar',
+                                      'resnet50', _NC, '2006.09882', 'facebookresearch/swav README.md, LICENSE'),
+    'barlowtwins_resnet50': Release(
+        _FB + 'barlowtwins/epochs1000_bs2048_lr0.2_lambd0.0051_proj_8192_8192_8192_scale0.024/resnet50.pth',
+        'resnet50', _NC, '2103.03230', 'facebookresearch/barlowtwins README.md'),
+    'vicreg_resnet50': Release(_FB + 'vicreg/resnet50.pth',
+                               'resnet50', 'MIT', '2105.04906', 'facebookresearch/vicreg README.md'),
+    'dino_resnet50': Release(_FB + 'dino/dino_resnet50_pretrain/dino_resnet50_pretrain.pth',
+                             'resnet50', _APACHE, '2104.14294', 'facebookresearch/dino hubconf.py'),
+    'dino_vits16': Release(_FB + 'dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth',
+                           'vit_small_patch16_224', _APACHE, '2104.14294', 'facebookresearch/dino hubconf.py'),
+    'dino_vits8': Release(_FB + 'dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth',
+                          'vit_small_patch8_224', _APACHE, '2104.14294', 'facebookresearch/dino hubconf.py'),
+    'dino_vitb16': Release(_FB + 'dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth',
+                           'vit_base_patch16_224', _APACHE, '2104.14294', 'facebookresearch/dino hubconf.py'),
+    'dino_vitb8': Release(_FB + 'dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth',
+                          'vit_base_patch8_224', _APACHE, '2104.14294', 'facebookresearch/dino hubconf.py'),
+    'mae_vitb16': Release(_FB + 'mae/pretrain/mae_pretrain_vit_base.pth',
+                          'vit_base_patch16_224', _NC, '2111.06377', 'facebookresearch/mae README.md'),
+    'mae_vitl16': Release(_FB + 'mae/pretrain/mae_pretrain_vit_large.pth',
+                          'vit_large_patch16_224', _NC, '2111.06377', 'facebookresearch/mae README.md'),
+    'dinov2_vits14': Release(_FB + 'dinov2/dinov2_vits14/dinov2_vits14_pretrain.pth',
+                             'vit_small_patch14_dinov2', _APACHE, '2304.07193', 'facebookresearch/dinov2 README.md'),
+    'dinov2_vits14_reg': Release(_FB + 'dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth',
+                                 'vit_small_patch14_reg4_dinov2', _APACHE, '2309.16588',
+                                 'facebookresearch/dinov2 README.md'),
+    'dinov2_vitb14': Release(_FB + 'dinov2/dinov2_vitb14/dinov2_vitb14_pretrain.pth',
+                             'vit_base_patch14_dinov2', _APACHE, '2304.07193', 'facebookresearch/dinov2 README.md'),
+    'dinov2_vitb14_reg': Release(_FB + 'dinov2/dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth',
+                                 'vit_base_patch14_reg4_dinov2', _APACHE, '2309.16588',
+                                 'facebookresearch/dinov2 README.md'),
+}  # fmt: skip
+
+
+class Files(NamedTuple):
+    """The files of a checkpoint on this machine.
+
+    Attributes:
+        paths: Files of the weights; several if the state dict is split into shards.
+        config: Contents of the JSON files beside the weights, by file name.
     """
 
     paths: Tuple[str, ...]
@@ -35,13 +108,13 @@ class Files(NamedTuple):
 
 
 def resolve_source(source: str) -> Files:
-    """Find the files of a checkpoint, downloading what is not here.
+    """Find the files of a checkpoint, and download those that are not on this machine.
 
     Args:
-        source: Path of a file or folder, `hf-hub:owner/name[@revision]`, a URL, or a short name of `releases.py`.
+        source: Path of a file or folder, `hf-hub:owner/name[@revision]`, a URL, or a short name, a key of RELEASES.
 
     Raises:
-        ValueError: There is nothing, or more than one checkpoint.
+        ValueError: There is no checkpoint, or a folder holds more than one.
     """
     if os.path.isdir(source):
         return _from_folder(source)
@@ -59,25 +132,26 @@ def resolve_source(source: str) -> Files:
     names = ', '.join(difflib.get_close_matches(source, RELEASES, 3) or RELEASES)
     raise ValueError(
         f'Expected a checkpoint file or folder, found none at {source!r}. Check the path. A model of the Hub is '
-        f'hf-hub:owner/name, a published file its URL or short name ({names}).'
+        f'written hf-hub:owner/name, a published file as its URL or its short name ({names}).'
     )
 
 
 def hub_id_of(source: str) -> Optional[str]:
-    """owner/name[@revision] of what is on the Hub, None for anything else."""
+    """Return owner/name[@revision] if the source is on the Hub, else None."""
     return next((source[len(prefix) :] for prefix in HUB_PREFIXES if source.startswith(prefix)), None)
 
 
 def explain_hub_error(hub_id: str, error: Exception) -> str:
-    """What to tell of an error of the client of the Hub, or of the HTTP library below it."""
+    """Error message for an error of the Hub's client or of the HTTP library that it uses."""
     return (
         f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: '
-        f'{(str(error).strip() or "no message").splitlines()[0]}. Check its name and the connection; a private one '
-        'needs `hf auth login`.'
+        f'{(str(error).strip() or "no message").splitlines()[0]}. Check its name and the connection. A private '
+        'repository needs `hf auth login`.'
     )
 
 
 def _from_folder(folder: str) -> Files:
+    """Find the one checkpoint in a folder and the configs beside it."""
     names = set(os.listdir(folder))
     if '.metadata' in names or any(name.endswith('.distcp') for name in names):
         raise ValueError(
@@ -98,7 +172,7 @@ def _from_folder(folder: str) -> Files:
 
 
 def _shards(index: str) -> Tuple[str, ...]:
-    """The files that an index names, all of them inside its folder."""
+    """Paths of the files that an index lists. Files outside the folder of the index are refused."""
     folder = os.path.dirname(index) or '.'
     try:
         weight_map = json.loads(Path(index).read_text())['weight_map']
@@ -106,9 +180,9 @@ def _shards(index: str) -> Tuple[str, ...]:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"Expected an index with a 'weight_map' of tensors to files in {index!r}, got {e}.") from e
     if not names:
-        raise ValueError(f'Expected an index that names files in {index!r}, it names none.')
+        raise ValueError(f'Expected an index that lists files in {index!r}, it lists none. Get it again.')
     inside = [os.path.realpath(folder)]
-    if Path(inside[0]).parent.name == 'snapshots':  # the Hub's cache links its snapshots to blobs beside them
+    if Path(inside[0]).parent.name == 'snapshots':  # in the Hub's cache these are links to blobs
         inside.append(os.path.join(Path(inside[0]).parents[1], 'blobs'))
     paths: List[str] = []
     for name in names:
@@ -126,6 +200,7 @@ def _shards(index: str) -> Tuple[str, ...]:
 
 
 def _configs(folder: str) -> Dict[str, Any]:
+    """Contents of the JSON configs in a folder, by file name."""
     configs = {}
     for name in CONFIGS:
         path = Path(folder, name)
@@ -133,12 +208,12 @@ def _configs(folder: str) -> Dict[str, Any]:
             try:
                 configs[name] = json.loads(path.read_text())
             except (ValueError, RecursionError) as e:
-                raise ValueError(f'Expected JSON in {str(path)!r}, got {e}.') from e
+                raise ValueError(f'Expected JSON in {str(path)!r}, got {e}. Get the file again.') from e
     return configs
 
 
 def _snapshot(hub_id: str) -> str:
-    """Folder with one checkpoint of a Hub repository and its configs, taken from the cache where it is there."""
+    """Download one checkpoint of a Hub repository with its configs, or find it in the cache, and return its folder."""
     repo_id, _, revision = hub_id.partition('@')
     try:
         names = huggingface_hub.list_repo_files(repo_id, revision=revision or None)
@@ -149,7 +224,7 @@ def _snapshot(hub_id: str) -> str:
         if weights.endswith('.json'):
             wanted.append(weights.replace('model', 'model-*').replace('.index.json', ''))
         return huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=wanted)
-    except Exception as e:  # of the client and of the HTTP library below it, which changes with its version
+    except Exception as e:  # the HTTP library, and so its exceptions, depends on the version of the client
         try:
             return huggingface_hub.snapshot_download(repo_id, revision=revision or None, local_files_only=True)
         except Exception:

@@ -1,4 +1,4 @@
-"""What a file has to fill of a model"""
+"""Describe the tensors of a timm model that a checkpoint has to fill"""
 
 import sys
 from typing import Callable, Dict, FrozenSet, NamedTuple, Optional, Tuple
@@ -10,16 +10,18 @@ from ..timm_model import classifier_parameters
 
 
 class Target(NamedTuple):
-    """The tensors of a model, and how timm reads original files of its architecture.
+    """The tensors of a model, and how timm reads checkpoints in the original format of its architecture.
 
     Attributes:
-        shapes: Shape of each tensor of the model.
-        dtypes: Its dtype.
-        backbone: Tensors that the file must have.
-        classifier: Tensors of the classifier.
-        fresh: Norms that timm puts after the pooling instead of before it: a file trained otherwise lacks them.
-        filter_fn: timm's own reader of the original files of this architecture.
-        first_conv: Convolutions over the input's channels.
+        shapes: Shape of each tensor of the model, by its name.
+        dtypes: Dtype of each tensor of the model, by its name.
+        backbone: Names of the tensors that a checkpoint must have.
+        classifier: Names of the tensors of the classifier.
+        fresh: Names of the tensors of a norm after the pooling (`fc_norm`). A checkpoint that was pretrained with the
+            norm before the pooling lacks them, and they keep their initial values.
+        filter_fn: timm's `checkpoint_filter_fn` of this architecture, which renames the tensors of original
+            checkpoints. None if timm has none.
+        first_conv: Names of the convolutions that see the channels of the image.
         model: The model itself.
     """
 
@@ -28,19 +30,19 @@ class Target(NamedTuple):
     backbone: FrozenSet[str]
     classifier: FrozenSet[str]
     fresh: FrozenSet[str]
-    filter_fn: Optional[Callable]
+    filter_fn: Optional[Callable[[Dict[str, torch.Tensor], nn.Module], Dict[str, torch.Tensor]]]
     first_conv: Tuple[str, ...]
     model: nn.Module
 
 
 def create_target(model: nn.Module) -> Target:
-    """Describe a model for the search."""
+    """Describe the tensors of a model."""
     state = model.state_dict()
     shapes = {name: tensor.shape for name, tensor in state.items()}
     classifying = {id(p) for p in classifier_parameters(model)}
     classifier = frozenset(name for name, p in model.named_parameters() if id(p) in classifying)
     fresh = frozenset(name for name in shapes if name.startswith('fc_norm.'))
-    # BatchNorm's counters are not in files converted from elsewhere, and no forward pass uses them
+    # the step counters of BatchNorm are optional: converted checkpoints lack them, and no forward pass uses them
     counters = {name for name in shapes if name.endswith('num_batches_tracked')}
     modules = (sys.modules[cls.__module__] for cls in type(model).__mro__ if cls.__module__.startswith('timm.'))
     filter_fn = next((m.checkpoint_filter_fn for m in modules if hasattr(m, 'checkpoint_filter_fn')), None)
