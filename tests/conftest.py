@@ -1,5 +1,4 @@
 import csv
-import inspect
 import os
 import subprocess
 import sys
@@ -8,15 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from timm.data import create_loader
-
-ROOT = Path(__file__).parent.parent
-
-
-def skip_without_loader_option(flags):
-    """Older versions of timm lack an option of its loader."""
-    if '--train-img-sizes' in flags and 'input_size_choices' not in inspect.signature(create_loader).parameters:
-        pytest.skip('the installed timm has no training sizes that change')
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 EXAMPLES = sorted((ROOT / 'examples').glob('*.py'))
 

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 README = (ROOT / 'README.md').read_text()
 SHELL_COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]

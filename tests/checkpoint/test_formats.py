@@ -1,12 +1,11 @@
 """Each kind of file gives every tensor of its backbone, from the copy that should be taken"""
 
-from pathlib import Path
-
 import pytest
 import timm
 import torch
 from checkpoint_docs import page
 from checkpoint_formats import CASES, FORMATS, SMALL, create, weights
+from paths import ROOT
 from safetensors.torch import load_file, save_file
 
 from timm_coretune import convert_checkpoint, inspect_checkpoint, load_checkpoint
@@ -84,5 +83,5 @@ def test_every_row_of_the_table_has_a_file_that_it_reads():
 
 
 def test_the_page_of_the_docs_is_that_of_these_tests():
-    written = Path(__file__).parent.parent / 'docs' / 'checkpoints.md'
+    written = ROOT / 'docs' / 'checkpoints.md'
     assert written.read_text() == page(), 'python tests/checkpoint_docs.py > docs/checkpoints.md'

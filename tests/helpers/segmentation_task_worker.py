@@ -1,4 +1,4 @@
-"""One process of tests/test_segmentation_task.py: updates of every scenario in DistributedDataParallel over gloo
+"""One process of tests/segmentation/test_task.py: updates of every scenario in DistributedDataParallel over gloo
 
 Run as `segmentation_task_worker.py RANK DIRECTORY` for each rank; what it found is written to DIRECTORY.
 """

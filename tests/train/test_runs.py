@@ -17,7 +17,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import skip_without_loader_option
+from loader_options import skip_without_loader_option
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data.distributed_sampler import OrderedDistributedSampler

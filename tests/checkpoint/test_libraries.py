@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn as nn
 import torchvision
+from checkpoint_libraries import LIGHTLY
 from safetensors.torch import save_file
 
 from timm_coretune import load_checkpoint
@@ -67,18 +68,6 @@ def hugging_face(name):
 
 
 HF = ('ResNet-18', 'ResNet-50', 'ViT', 'DINOv2', 'DINOv2 with registers', 'ConvNeXt', 'Swin', 'CLIP', 'CLIP with GELU')
-LIGHTLY = ('SimCLR', 'MoCo', 'BYOL', 'SwAV', 'SimSiam', 'Barlow Twins', 'DINO')
-LIBRARIES = {  # for the table of the docs: copy and architectures of what is tested here
-    'Hugging Face ResNet': ('encoder', ('ResNet',)),
-    'Hugging Face ViT, ViT-MAE, DINOv2, DINOv2 with registers': ('encoder', ('ViT',)),
-    'Hugging Face ConvNeXt': ('encoder', ('ConvNeXt',)),
-    'Hugging Face Swin': ('encoder', ('Swin',)),
-    'Hugging Face CLIP': ('image tower', ('ViT',)),
-    **{f'lightly {m}': ('teacher' if m == 'DINO' else 'online encoder', ('ResNet',)) for m in LIGHTLY},
-    'open_clip': ('image tower', ('ViT',)),
-    'open_clip with a timm tower': ('image tower', ('ViT', 'ConvNeXt')),
-    'torchvision': ('encoder', ('ResNet',)),
-}
 
 
 @pytest.mark.parametrize('name', HF)

@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn as nn
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from paths import HELPERS, ROOT
 from PIL import Image
 from safetensors.torch import load_file
 from segmentation_train_worker import stay_in_eval
@@ -443,7 +443,7 @@ def test_a_run_interrupted_in_an_epoch_ends_with_the_bits_of_one_that_was_not(vo
 def test_two_processes_train_as_one_with_twice_the_batch_and_count_every_image_once(voc, tmp_path, monkeypatch):
     flags = ['--data-dir', voc, *FLAGS, '--coretune', '--epochs', 2, '--output', tmp_path]
     words = ['accelerate', 'launch', '--config_file', ROOT / 'configs' / 'cpu_2.yaml']
-    words += [ROOT / 'tests' / 'segmentation_train_worker.py', *flags, '--experiment', 'two', '-b', 2]
+    words += [HELPERS / 'segmentation_train_worker.py', *flags, '--experiment', 'two', '-b', 2]
     environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
     environment['PYTHONPATH'] = str(ROOT)
     finished = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=240)

@@ -4,7 +4,7 @@ python tests/checkpoint_docs.py > docs/checkpoints.md
 """
 
 from checkpoint_formats import FORMATS
-from test_checkpoint_libraries import LIBRARIES
+from checkpoint_libraries import LIBRARIES
 
 from timm_coretune.checkpoint.releases import RELEASES
 from timm_coretune.checkpoint.rules import ONLINE, ONLY, REFUSALS, RULES, TEACHER

@@ -1,6 +1,6 @@
 """Files as the code bases of self-supervised methods write them, around the tensors of real timm models
 
-Where a library installs from the registries, tests/test_checkpoint_libraries.py takes its own files instead. These here
+Where a library installs from the registries, tests/checkpoint/test_libraries.py takes its own files instead. These here
 follow the save calls and key lists of the sources that are named in the rows of timm_coretune/checkpoint/rules.py.
 """
 

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import yaml
-from conftest import ROOT
+from paths import HELPERS, ROOT
 from timm.data import resolve_data_config
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
@@ -17,7 +17,7 @@ from timm_coretune.train.cli.arguments import find_contradictions, parse_args
 from timm_coretune.train.cli.flags import PRESETS, create_parser
 
 PACKAGE = ROOT / 'timm_coretune'
-TIMM_OPTIONS = json.loads((ROOT / 'tests' / 'timm_train_flags.json').read_text())['options']
+TIMM_OPTIONS = json.loads((HELPERS / 'timm_train_flags.json').read_text())['options']
 PARSER = create_parser()
 ACTIONS = {name: action for action in PARSER._actions for name in action.option_strings or [action.dest]}
 TIMM_NAMES = {name for option in TIMM_OPTIONS for name in option['flags']}

@@ -13,10 +13,8 @@ import psutil
 import pytest
 import timm
 import torch
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / 'benchmarks'))
-from kill_resume import fingerprint, kill_all  # noqa: E402
+from kill_resume import fingerprint, kill_all
+from paths import HELPERS, ROOT
 
 ENVIRONMENT = {
     **os.environ,
@@ -66,7 +64,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(two_processes, read_csv
 
 def test_fsdp2_trains_as_ddp_and_leaves_plain_weights(two_processes, read_csv):
     output, flags = two_processes
-    worker = str(ROOT / 'tests' / 'fsdp_worker.py')
+    worker = str(HELPERS / 'fsdp_worker.py')
     run(launch_two(worker, *flags, '--experiment', 'sharded', '-b', '64'))
     assert losses(read_csv, output / 'sharded') == losses(read_csv, output / 'two')
     weights = [
@@ -80,7 +78,7 @@ def test_fsdp2_trains_as_ddp_and_leaves_plain_weights(two_processes, read_csv):
 
 
 def test_fsdp2_refuses_what_needs_whole_weights():
-    worker = str(ROOT / 'tests' / 'fsdp_worker.py')
+    worker = str(HELPERS / 'fsdp_worker.py')
     finished = subprocess.run(
         launch_two(worker, *SMALL_VIT, '--model-ema'), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
     )
@@ -92,7 +90,7 @@ def test_a_process_that_runs_out_of_batches_first_ends_the_epoch_for_all():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = str(s.getsockname()[1])
-    worker = str(ROOT / 'tests' / 'uneven_worker.py')
+    worker = str(HELPERS / 'uneven_worker.py')
     processes = [
         subprocess.Popen(
             [sys.executable, worker, str(rank), str(batches), port],

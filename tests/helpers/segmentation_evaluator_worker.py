@@ -1,6 +1,6 @@
-"""One process of tests/test_segmentation_evaluator.py: evaluates its share of the batches, then saves what it computed
+"""One process of tests/evaluation/test_segmentation.py: evaluates its share of the batches, then saves what it computed
 
-Run as `segmentation_worker.py RANK DIRECTORY`.
+Run as `segmentation_evaluator_worker.py RANK DIRECTORY`.
 """
 
 import sys

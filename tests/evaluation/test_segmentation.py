@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 from ranks import launch_ranks
-from segmentation_worker import IGNORED, NUM_CLASSES, batches
+from segmentation_evaluator_worker import IGNORED, NUM_CLASSES, batches
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from timm_coretune.evaluation.segmentation import SegmentationEvaluator
@@ -137,7 +137,7 @@ def test_reset_forgets_and_order_does_not_matter():
 
 def test_two_processes_count_as_one(tmp_path):
     evaluator, metrics = evaluate(batches())
-    for found in launch_ranks('segmentation_worker.py', 2, tmp_path):
+    for found in launch_ranks('segmentation_evaluator_worker.py', 2, tmp_path):
         assert found['metrics'] == pytest.approx(metrics, rel=1e-6)
         assert found['matrix'] == evaluator.matrix.tolist()
 

@@ -11,9 +11,9 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT
 from hub_server import TOKEN, HubServer, Repository, connect_client
 from huggingface_hub import ModelCard
+from paths import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -223,10 +223,7 @@ def test_what_is_no_segmentation_model_is_named(tmp_path):
 
 
 FIND = """
-from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.locate import find_model_files
-from timm_coretune.segmentation.sample import FashionScenes
-from timm_coretune.train import main
 for source in {sources}:
     try:
         config, weights = find_model_files(source)

@@ -13,7 +13,7 @@ import timm
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from conftest import ROOT
+from paths import ROOT
 from safetensors.torch import save_file
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import skip_without_loader_option
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loader_options import skip_without_loader_option
 from PIL import Image
 from safetensors.torch import save_file
 from timm.data import FastCollateMixup, ImageDataset, Mixup

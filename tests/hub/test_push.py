@@ -14,10 +14,10 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT
 from hub_server import TOKEN, HubServer, connect_client
 from huggingface_hub import ModelCard
 from packaging.version import Version
+from paths import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
