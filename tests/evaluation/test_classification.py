@@ -1,22 +1,22 @@
 """What is measured and said: metrics beyond top-k, the first lines of the log, trackers, validation, early stopping"""
 
 import csv
-import json
-import logging
 import math
 import struct
 import sys
+from functools import partial
 
 import pytest
+import runs
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from PIL import Image
-from safetensors.torch import save_file
+from runs import SMALL
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.task import ClassificationTask
+from tiny_data import write_folders
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.evaluation.classification import ClassificationEvaluator
@@ -25,7 +25,6 @@ from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import Datasets, create_datasets
 from timm_coretune.train.loop import LoopConfig
-from timm_coretune.train.main import run
 from timm_coretune.train.optimization import create_optimizer, create_schedule
 from timm_coretune.train.run.first_lines import log_contrast, log_data, log_optimization
 
@@ -132,40 +131,13 @@ def test_a_confusion_matrix_becomes_a_picture(tmp_path, predictions):
 
 
 @pytest.fixture
-def data(tmp_path):
+def data(tiny_images):
     """24 training and 9 validation images: 12, 9, 2 and 1 of each class, and 3, 3, 2 and 1."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for split, counts in (('train', (12, 9, 2, 1)), ('validation', (3, 3, 2, 1))):
-        label = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
-        tensors[f'{split}.label'] = label
-        tensors[f'{split}.image'] = torch.randint(256, (len(label), 16, 16, 3), generator=generator).byte()
-    path = tmp_path / 'data.safetensors'
-    save_file(tensors, path, metadata={'class_names': json.dumps(NAMES[:4])})
-    return path
+    return tiny_images((12, 9, 2, 1), (3, 3, 2, 1), names=NAMES[:4])
 
 
-FLAGS = (
-    *('--model', 'test_resnet', '--img-size', '32', '-b', '8', '--epochs', '2', '--workers', '0', '--lr', '0.05'),
-    *('--warmup-epochs', '0', '--device', 'cpu'),
-)
-
-
-def train(data, output, *flags):
-    """Results of a run in output/run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    line = ['--data-dir', str(data), '--output', str(output), '--experiment', 'run', *FLAGS, *map(str, flags)]
-    return run(parse_args(line), line)
-
-
-@pytest.fixture
-def messages(caplog):
-    caplog.set_level(logging.INFO, 'timm_coretune')
-
-    def messages(level='INFO'):
-        return [record.message for record in caplog.records if record.levelname == level]
-
-    return messages
+FLAGS = (*SMALL, '-b', '8', '--device', 'cpu')
+train = partial(runs.train, base=FLAGS)
 
 
 def test_the_log_counts_images_and_classes(data, messages):
@@ -257,7 +229,8 @@ def test_the_log_shows_the_first_middle_and_last_rate_of_every_group(messages):
 
 
 def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_path, read_csv):
-    (result,) = train(data, tmp_path, '--coretune', '--epochs', 1, '--metrics', 'confusion,per-class,ece')
+    flags = ['--coretune', '--epochs', 1, '--metrics', 'confusion,per-class,ece']
+    (result,) = runs.results_of(data, tmp_path, *flags, base=FLAGS)
     folder = tmp_path / 'run'
     (row,) = read_csv(folder / 'summary.csv')
     assert {key: float(row[f'eval_{key}']) for key in result['validation']} == pytest.approx(result['validation'])
@@ -267,7 +240,7 @@ def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_pa
     files = sorted(tmp_path.rglob('*'))
     for flag in (['--eval-only'], ['--epochs', 0]):
         flags = [*flag, '--initial-checkpoint', folder / 'model_best.safetensors', '--metrics', 'per-class,ece']
-        (again,) = train(data, tmp_path, *flags)
+        (again,) = runs.results_of(data, tmp_path, *flags, base=FLAGS)
         assert again['validation'] == pytest.approx(result['validation'], rel=1e-5)
     assert sorted(tmp_path.rglob('*')) == files
 
@@ -381,10 +354,7 @@ def test_a_data_set_of_torchvision_trains(tmp_path, messages, read_csv):
 
 
 def test_a_corrupt_image_is_passed_over_and_named(tmp_path, caplog, read_csv):
-    for split, name, number in ((s, n, i) for s in ('train', 'validation') for n in 'ab' for i in range(6)):
-        folder = tmp_path / 'data' / split / name
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.new('RGB', (16, 16), (40 * number, 0, 90)).save(folder / f'{number}.png')
+    write_folders(tmp_path / 'data', {f'{s}/{name}': 6 for s in ('train', 'validation') for name in 'ab'})
     corrupt = tmp_path / 'data' / 'train' / 'a' / '3.png'
     corrupt.write_bytes(corrupt.read_bytes()[:40])
     train(tmp_path / 'data', tmp_path, '-b', 4)

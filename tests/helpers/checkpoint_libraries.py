@@ -1,4 +1,4 @@
-"""Libraries whose own files tests/checkpoint/test_libraries.py loads: copy and architectures, for the table of the docs"""
+"""Libraries whose own files tests/checkpoint/test_libraries.py loads, for the table of the docs: copy, architectures"""
 
 LIGHTLY = ('SimCLR', 'MoCo', 'BYOL', 'SwAV', 'SimSiam', 'Barlow Twins', 'DINO')
 LIBRARIES = {

@@ -1,4 +1,4 @@
-"""One process of tests/train/test_processes.py: trains on as many batches as its second argument says, then prints the losses
+"""One process of tests/train/test_processes.py: trains on as many batches as its second argument says, prints losses
 
 Run as `uneven_worker.py RANK NUM_BATCHES PORT`.
 """

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shlex
 import signal
 import subprocess
@@ -14,7 +13,8 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import TOKEN, HubServer, connect_client
+from commands import in_two_processes
+from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from paths import ROOT
@@ -38,63 +38,8 @@ NAMES = ['ant', 'bee', 'cat']
 pytestmark = pytest.mark.usefixtures('one_thread')
 
 
-@pytest.fixture
-def server():
-    server = HubServer()
-    yield server
-    server.end()
-
-
-@pytest.fixture
-def hub(server, tmp_path, monkeypatch):
-    """The client of this process speaks to the server, with a token, and does not wait between attempts."""
-    connect_client(server, monkeypatch)
-    server.waits = []
-    monkeypatch.setattr(time, 'sleep', server.waits.append)
-    return server
-
-
-@pytest.fixture
-def environment(server, tmp_path):
-    """What a process needs to speak to the server."""
-    own = dict(HF_ENDPOINT=server.url, HF_HOME=str(tmp_path / 'home'), HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1')
-    return {**os.environ, **own, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-
-
-@pytest.fixture
-def model():
-    return timm.create_model('test_resnet', num_classes=3).eval()
-
-
-@pytest.fixture(scope='session')
-def run_folder(tmp_path_factory):
-    """A folder as a run leaves it, of 2 epochs."""
-    output = tmp_path_factory.mktemp('runs')
-    flags = ['--label-fraction', '0.05', '--epochs', '2', '--workers', '0', '--model-ema', '--coretune']
-    main([*flags, '--output', str(output), '--experiment', 'run'])
-    return output / 'run'
-
-
-def plain_timm(name, environment, image, path, more_code=''):
-    """Outputs of a model, in a fresh process that knows nothing of timm_coretune, and all it prints."""
-    torch.save(image, path / 'image.pt')
-    code = (
-        'import json, sys, timm, torch\n'
-        f'model = timm.create_model({name!r}, pretrained=True).eval()\n'
-        'assert "timm_coretune" not in sys.modules\n'
-        f'torch.save(model(torch.load({str(path / "image.pt")!r})), {str(path / "output.pt")!r})\n'
-        'cfg = timm.data.resolve_data_config({}, model=model)\n'
-        'print(json.dumps({**cfg, "label_names": model.pretrained_cfg.get("label_names")}))\n' + more_code
-    )
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    finished = subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    config, *printed = finished.stdout.splitlines()
-    return torch.load(path / 'output.pt'), json.loads(config), printed
-
-
 def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_card_runs(
-    hub, environment, tmp_path, model
+    hub, plain_timm, tmp_path, model
 ):
     url = push_to_hub(model, 'me/my-model', data_config=DATA_CONFIG, label_names=NAMES)
     assert url.startswith(f'{hub.url}/me/my-model/commit/')
@@ -103,7 +48,7 @@ def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_car
     Image.new('RGB', (60, 50), (200, 30, 30)).save(tmp_path / 'image.png')
     code = files['README.md'].decode().split('```python\n')[1].split('```')[0]
     image = torch.randn(2, 3, 48, 48)
-    output, config, printed = plain_timm('hf-hub:me/my-model', environment, image, tmp_path, code)
+    output, config, printed = plain_timm('hf-hub:me/my-model', image, code)
     assert torch.equal(output, model(image))
     assert config == {**json.loads(json.dumps(DATA_CONFIG)), 'label_names': NAMES}
     assert printed[0].split()[0] in NAMES
@@ -323,10 +268,11 @@ def train_flags(tmp_path, *flags):
     return [*quick, '--output', str(tmp_path), '--experiment', 'run', '--push-to-hub', 'me/tuned', *flags]
 
 
-def test_training_in_two_processes_ends_with_a_repository_that_plain_timm_loads(server, environment, tmp_path, launch):
-    words = ['accelerate', 'launch', '--config_file', str(ROOT / 'configs' / 'cpu_2.yaml'), str(ROOT / 'train.py')]
+def test_training_in_two_processes_ends_with_a_repository_that_plain_timm_loads(
+    server, environment, tmp_path, launch, plain_timm
+):
     flags = train_flags(tmp_path, '--device', 'cpu', '--hub-private', '--hub-revision', 'first')
-    finished = launch([*words, *flags], environment=environment)
+    finished = launch(in_two_processes(ROOT / 'train.py', *flags), environment=environment)
     assert finished.stderr.count('Pushed: ') == 1
     repository = server.repositories['me/tuned']
     assert repository.private
@@ -336,7 +282,7 @@ def test_training_in_two_processes_ends_with_a_repository_that_plain_timm_loads(
     assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / 'run').iterdir())
     assert yaml.safe_load(files['args.yaml'])['push_to_hub'] == 'me/tuned'
     image = torch.randn(2, 3, 32, 32)
-    output, config, _ = plain_timm('hf-hub:me/tuned@first', environment, image, tmp_path)
+    output, config, _ = plain_timm('hf-hub:me/tuned@first', image)
     tuned = timm.create_model('test_resnet', num_classes=10)
     tuned.load_state_dict(load_file(tmp_path / 'run' / 'model_best.safetensors'))
     assert torch.equal(output, tuned.eval()(image))

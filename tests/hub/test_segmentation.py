@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -11,10 +9,11 @@ import pytest
 import timm
 import torch
 import yaml
-from hub_server import TOKEN, HubServer, Repository, connect_client
+from hub_server import Repository
 from huggingface_hub import ModelCard
-from paths import ROOT
+from paths import SAMPLE
 from PIL import Image
+from runs import train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -23,9 +22,7 @@ from timm_coretune.hub import HubError, push_run
 from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.data.scenes import FashionScenes
 from timm_coretune.segmentation.locate import find_model_files
-from timm_coretune.train import main
 
-SAMPLE = str(ROOT / 'timm_coretune' / 'assets' / 'fashion_mnist_sample.safetensors')
 NAMES = ['sky', 'road', 'car']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -40,16 +37,6 @@ SUMMARY = (
     'epoch,train_loss,eval_loss,eval_pa,eval_mpa,eval_miou,eval_fwiou,lr\n'
     '0,2.5,0.9,81.5,61.25,51.5,71.5,0.1\n1,2.0,1.1,80.5,60.5,50.5,70.5,0.05\n'
 )
-
-
-@pytest.fixture
-def hub(monkeypatch):
-    """The client of this process speaks to the server, with a token, and does not wait between attempts."""
-    server = HubServer()
-    connect_client(server, monkeypatch)
-    monkeypatch.setattr(time, 'sleep', lambda _: None)
-    yield server
-    server.end()
 
 
 @pytest.fixture
@@ -84,16 +71,6 @@ def run_folder(tmp_path, backbone):
     return folder
 
 
-def in_fresh_process(code, server, path, **more):
-    """What Python code prints, in a process with a cache of its own that speaks to the server."""
-    own = dict(HF_ENDPOINT=server.url, HF_HOME=str(path / 'home'), HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1', **more)
-    environment = {**os.environ, **own, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': str(ROOT)}
-    command = [sys.executable, '-W', 'ignore', '-c', code]
-    finished = subprocess.run(command, env=environment, cwd=path, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr
-    return finished.stdout
-
-
 def test_a_run_is_pushed_whole_and_its_backbone_for_plain_timm(hub, run_folder, backbone, tmp_path):
     push_run(str(run_folder), 'me/street')
     files = hub.repositories['me/street'].files()
@@ -113,7 +90,7 @@ def test_a_run_is_pushed_whole_and_its_backbone_for_plain_timm(hub, run_folder, 
     backbone.load_state_dict(load_file(tmp_path / 'pushed.safetensors'), strict=True)
 
 
-def test_the_backbone_comes_back_with_the_same_features(hub, run_folder, backbone, tmp_path):
+def test_the_backbone_comes_back_with_the_same_features(hub, run_folder, backbone, run_python, tmp_path):
     push_run(str(run_folder), 'me/street')
     image = torch.randn(2, 3, 96, 96)
     torch.save(image, tmp_path / 'image.pt')
@@ -127,7 +104,7 @@ def test_the_backbone_comes_back_with_the_same_features(hub, run_folder, backbon
         'torch.save([model(torch.load("image.pt")) for model in models], "output.pt")\n'
         'print(json.dumps(timm.data.resolve_data_config({}, model=models[0])))\n'
     )
-    config = json.loads(in_fresh_process(code, hub, tmp_path))
+    config = json.loads(run_python(code))
     for features in torch.load(tmp_path / 'output.pt'):
         assert torch.equal(features, backbone(image))
     assert config == json.loads(json.dumps(DATA_CONFIG))
@@ -235,13 +212,16 @@ for source in {sources}:
 """
 
 
-def find_in_fresh_process(sources, hub, run_folder, path, **more):
+@pytest.fixture
+def find_anew(run_python, run_folder):
+    """What a fresh process finds in sources: whether the files are those of run_folder, or why there are none."""
     config, weights = (str(run_folder / name) for name in ('segmentation.json', 'model_best.safetensors'))
-    code = FIND.format(sources=sources, config=config, weights=weights)
-    return in_fresh_process(code, hub, path, **more).splitlines()
+    return lambda sources, **more: run_python(
+        FIND.format(sources=sources, config=config, weights=weights), **more
+    ).splitlines()
 
 
-def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub(hub, run_folder, tmp_path):
+def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub(hub, run_folder, find_anew):
     push_run(str(run_folder), 'me/street', revision='first')
     main = hub.repositories['me/street'].branches['main']
     config = (run_folder / 'segmentation.json').read_bytes()
@@ -250,7 +230,7 @@ def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub
     hub.repositories['me/half'].branches['main'].append(('3' * 40, 'half', {'segmentation.json': config}))
     hub.repositories['me/empty'] = Repository()
     sources = ['hf-hub:me/street@first', 'hf-hub:me/street', 'hf-hub:me/half', 'hf-hub:me/empty', 'hf-hub:me/none']
-    found, classifier, half, empty, absent = find_in_fresh_process(sources, hub, run_folder, tmp_path)
+    found, classifier, half, empty, absent = find_anew(sources)
     assert found == 'True True'
     assert "this is a classifier. Load it with timm.create_model('hf-hub:me/street', pretrained=True)" in classifier
     assert half.startswith('Expected segmentation.safetensors beside segmentation.json in hf-hub:me/half')
@@ -258,28 +238,28 @@ def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub
     assert absent.startswith('Expected a repository of the Hub in hf-hub:me/none, got RepositoryNotFoundError')
 
     sources = ['hf-hub:me/street@first', 'hf-hub:me/other']
-    again, other = find_in_fresh_process(sources, hub, run_folder, tmp_path, HF_HUB_OFFLINE='1')
+    again, other = find_anew(sources, HF_HUB_OFFLINE='1')
     assert again == 'True True'
     assert other.startswith('Expected a repository of the Hub in hf-hub:me/other, got LocalEntryNotFoundError')
     assert 'Check its name and the connection' in other
 
 
-def test_training_ends_with_a_repository_whose_card_and_command_predict_masks(hub, tmp_path):
+def test_training_ends_with_a_repository_whose_card_and_command_predict_masks(hub, run_python, tmp_path):
     flags = ['--label-fraction', '0.1', '--epochs', '1', '--coretune', '--push-to-hub', 'me/scenes', '--model-ema']
-    main(['--segmentation', *flags, '--output', str(tmp_path), '--experiment', 'run'])
+    folder = train(None, tmp_path, '--segmentation', *flags, base=())
     files = hub.repositories['me/scenes'].files()
     assert {'segmentation.json', 'segmentation.safetensors', 'segmentation.png', 'model.safetensors'} <= set(files)
     image, _ = FashionScenes(SAMPLE, 'validation').load(3)
     image = image.resize((70, 45))
     image.save(tmp_path / 'image.png')
-    expected = predict_image(load_segmentation_model(tmp_path / 'run'), image)
+    expected = predict_image(load_segmentation_model(folder), image)
     assert len(expected.unique()) > 1
     code = files['README.md'].decode().split('```python\n')[1].split('```')[0]
-    in_fresh_process(code, hub, tmp_path)
+    run_python(code)
     with Image.open(tmp_path / 'mask.png') as mask:
         assert torch.equal(torch.from_numpy(np.array(mask)), expected)
     words = ['predict', 'hf-hub:me/scenes', str(tmp_path / 'image.png'), '--output', str(tmp_path / 'masks')]
-    in_fresh_process(f'from timm_coretune.segmentation.__main__ import run; run({words})', hub, tmp_path)
+    run_python(f'from timm_coretune.segmentation.__main__ import run; run({words})')
     with Image.open(tmp_path / 'masks' / 'image.png') as mask:
         assert mask.mode == 'P'
         assert torch.equal(torch.from_numpy(np.array(mask)), expected)

@@ -1,17 +1,14 @@
 """The head alone in the first epochs, and a learning rate of its own"""
 
 import argparse
-import json
 
 import pytest
 import timm
 import torch
-from accelerate.state import AcceleratorState
-from safetensors.torch import save_file
+from runs import train
 from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
-from timm_coretune.train import main
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
 from timm_coretune.train.optimization import create_optimizer, create_schedule, resolve_lr
@@ -54,30 +51,25 @@ def checkpoints(folder, epochs):
     return tensors
 
 
-@pytest.fixture
-def run(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for split, count in (('train', 12), ('validation', 3)):
-        tensors[f'{split}.label'] = torch.arange(count) % 3
-        tensors[f'{split}.image'] = torch.randint(256, (count, 16, 16, 3), generator=generator).byte()
-    save_file(tensors, tmp_path / 'data.safetensors', metadata={'class_names': json.dumps(['a', 'b', 'c'])})
-
-    def run(*flags):
-        AcceleratorState._reset_state(reset_partial_state=True)
-        main([
-            *('--data-dir', str(tmp_path / 'data.safetensors'), '--img-size', '32', '-b', '4', '--workers', '0'),
-            *('--warmup-epochs', '0', '--output', str(tmp_path), '--experiment', 'run', '--device', 'cpu', *flags),
-        ])  # fmt: skip
-        return tmp_path / 'run'
-
-    return run
-
-
 @pytest.mark.parametrize('name', CLASSIFIERS)
-def test_only_the_head_changes_at_first_and_everything_afterwards(run, name):
-    flags = ['--model', name, '--lr', '0.1', '--epochs', '3', '--freeze-epochs', '2', '--coretune']
-    first, second, third = checkpoints(run(*flags, '--drop-path', '0.5', '--opt', 'sgd'), 3)
+def test_only_the_head_changes_at_first_and_everything_afterwards(tiny_images, tmp_path, name):
+    flags = [
+        '--model',
+        name,
+        '-b',
+        4,
+        '--lr',
+        0.1,
+        '--epochs',
+        3,
+        '--freeze-epochs',
+        2,
+        '--coretune',
+        '--device',
+        'cpu',
+    ]
+    folder = train(tiny_images((4, 4, 4), (1, 1, 1)), tmp_path, *flags, '--drop-path', 0.5, '--opt', 'sgd')
+    first, second, third = checkpoints(folder, 3)
 
     def changed(a, b):
         return {key for key in a if not torch.equal(a[key], b[key])}

@@ -1,40 +1,29 @@
 """train.py over several processes, and killed ones: same losses, same bits, and nothing waits for ever"""
 
-import os
 import random
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import psutil
 import pytest
 import timm
 import torch
+from commands import ONE_THREAD, environment_with, in_two_processes, run_command
 from kill_resume import fingerprint, kill_all
 from paths import HELPERS, ROOT
 
-ENVIRONMENT = {
-    **os.environ,
-    'OMP_NUM_THREADS': '1',
-    'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
-}
+ENVIRONMENT = environment_with(**ONE_THREAD)
 SMALL_VIT = (
     *('--coretune', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--img-size', '32', '--lr', '0.005'),
     *('--device', 'cpu', '--log-interval', '100'),
 )
 
 
-def run(words, timeout=240):
-    finished = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stderr
-
-
-def launch_two(*words):
-    return ['accelerate', 'launch', '--config_file', str(ROOT / 'configs' / 'cpu_2.yaml'), *words]
+def run(*words):
+    return run_command(words, ENVIRONMENT).stderr
 
 
 def losses(read_csv, folder):
@@ -47,14 +36,14 @@ def two_processes(tmp_path_factory):
     """A run of two processes, six updates of one batch each."""
     output = tmp_path_factory.mktemp('two')
     flags = (*SMALL_VIT, '--epochs', '6', '--label-fraction', '0.033', '--output', str(output))
-    log = run(launch_two(str(ROOT / 'train.py'), *flags, '--experiment', 'two', '-b', '64'))
+    log = run(*in_two_processes(ROOT / 'train.py', *flags, '--experiment', 'two', '-b', '64'))
     assert 'Training with 2 process(es) on cpu' in log
     return output, flags
 
 
 def test_two_processes_train_as_one_with_twice_the_batch(two_processes, read_csv):
     output, flags = two_processes
-    run([sys.executable, str(ROOT / 'train.py'), *flags, '--experiment', 'one', '-b', '128'])
+    run(sys.executable, ROOT / 'train.py', *flags, '--experiment', 'one', '-b', '128')
     one, two = losses(read_csv, output / 'one'), losses(read_csv, output / 'two')
     assert len(one) == len(two) == 6
     for a, b in zip(one, two, strict=True):
@@ -65,7 +54,7 @@ def test_two_processes_train_as_one_with_twice_the_batch(two_processes, read_csv
 def test_fsdp2_trains_as_ddp_and_leaves_plain_weights(two_processes, read_csv):
     output, flags = two_processes
     worker = str(HELPERS / 'fsdp_worker.py')
-    run(launch_two(worker, *flags, '--experiment', 'sharded', '-b', '64'))
+    run(*in_two_processes(worker, *flags, '--experiment', 'sharded', '-b', '64'))
     assert losses(read_csv, output / 'sharded') == losses(read_csv, output / 'two')
     weights = [
         timm.create_model(
@@ -79,9 +68,7 @@ def test_fsdp2_trains_as_ddp_and_leaves_plain_weights(two_processes, read_csv):
 
 def test_fsdp2_refuses_what_needs_whole_weights():
     worker = str(HELPERS / 'fsdp_worker.py')
-    finished = subprocess.run(
-        launch_two(worker, *SMALL_VIT, '--model-ema'), env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
+    finished = run_command(in_two_processes(worker, *SMALL_VIT, '--model-ema'), ENVIRONMENT, check=False)
     assert finished.returncode != 0
     assert '--model-ema needs whole weights on every process' in finished.stderr
 
@@ -124,8 +111,8 @@ def wait_for_states(folder, process, count):
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(processes, tmp_path):
     train = [str(ROOT / 'train.py'), *RECIPE, '--output', str(tmp_path)]
-    command = launch_two(*train) if processes == 2 else [sys.executable, *train]
-    run([*command, '--experiment', 'whole', '-j', '0'])
+    command = in_two_processes(*train) if processes == 2 else [sys.executable, *train]
+    run(*command, '--experiment', 'whole', '-j', '0')
     broken = [*command, '--experiment', 'broken', '--resume', 'auto', '-j', '2' if processes == 1 else '0']
     draws = random.Random(processes)
     for count in (1, 2, 3):
@@ -134,7 +121,7 @@ def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(process
         time.sleep(draws.uniform(0, 0.3))
         assert process.poll() is None, 'the run ended before it was killed'
         kill_all(process)
-    log = run(broken)
+    log = run(*broken)
     assert 'Continuing' in log
     assert fingerprint(str(tmp_path / 'broken')) == fingerprint(str(tmp_path / 'whole'))
 
@@ -142,7 +129,7 @@ def test_a_run_killed_three_times_ends_with_the_bits_of_one_that_was_not(process
 def test_a_terminated_launcher_leaves_no_process_behind(tmp_path):
     words = [str(ROOT / 'train.py'), *RECIPE, '--epochs', '1000', '--output', str(tmp_path), '--experiment', 'run']
     process = subprocess.Popen(
-        launch_two(*words), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        in_two_processes(*words), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     wait_for_states(tmp_path / 'run', process, 1)
     started = psutil.Process(process.pid).children(recursive=True)

@@ -1,7 +1,6 @@
 """train.py on the sample and on folders: arguments, data, results on disk, interruptions, errors"""
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -10,18 +9,21 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
+import runs
 import timm
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from loader_options import skip_without_loader_option
 from PIL import Image
+from runs import SMALL
 from safetensors.torch import save_file
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from timm.task import ClassificationTask
+from tiny_data import write_folders
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.train import Trainer, main
@@ -33,31 +35,13 @@ from timm_coretune.train.loop import LoopConfig
 
 
 @pytest.fixture
-def tiny(tmp_path):
+def tiny(tiny_images):
     """A data set of 3 classes whose images differ by color, 8 training and 4 validation images a class."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for split, count in (('train', 24), ('validation', 12)):
-        label = torch.arange(count) % 3
-        image = torch.randint(0, 60, (count, 16, 16, 3), generator=generator)
-        image[torch.arange(count), :, :, label] += 180
-        tensors[f'{split}.image'], tensors[f'{split}.label'] = image.to(torch.uint8), label
-    path = tmp_path / 'tiny.safetensors'
-    save_file(tensors, path, metadata={'class_names': json.dumps(['red', 'green', 'blue'])})
-    return path
+    return tiny_images((8, 8, 8), (4, 4, 4), names=['red', 'green', 'blue'], noise=60, tint=180)
 
 
-def train(tmp_path, *flags):
-    """A run in this process, in tmp_path/run."""
-    AcceleratorState._reset_state(reset_partial_state=True)  # a run is configured once in a process
-    main(['--output', str(tmp_path), '--experiment', 'run', *(str(flag) for flag in flags)])
-    return tmp_path / 'run'
-
-
-TINY_FLAGS = (
-    *('--model', 'test_resnet', '--img-size', '32', '-b', '12', '--epochs', '2', '--workers', '0'),
-    *('--lr', '0.1', '--warmup-epochs', '0', '--smoothing', '0', '--color-jitter', '0'),
-)
+FLAGS = (*SMALL, '-b', '12', '--lr', '0.1', '--smoothing', '0', '--color-jitter', '0')
+train = partial(runs.train, base=FLAGS)
 
 
 # arguments
@@ -142,26 +126,19 @@ def test_a_safetensors_file_of_something_else_is_an_error(tmp_path, tensors, mes
         ReaderSafetensors(str(tmp_path / 'data.safetensors'), 'train')
 
 
-def make_folders(root, classes, splits=('train', 'validation'), count=4):
-    for split in splits:
-        for index, name in enumerate(classes):
-            (root / split / name).mkdir(parents=True)
-            for number in range(count):
-                Image.new('RGB', (16, 16), (80 * index, 40 * number, 0)).save(root / split / name / f'{number}.png')
-    return root
-
-
 def test_folders_of_images_are_counted_and_trained_on(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    data = make_folders(tmp_path / 'data', ('ant', 'bee', 'cat'))
-    folder = train(tmp_path, '--data-dir', data, '--coretune', *TINY_FLAGS, '--epochs', 1)
+    data = write_folders(
+        tmp_path / 'data', {f'{s}/{c}': 4 for s in ('train', 'validation') for c in ('ant', 'bee', 'cat')}
+    )
+    folder = train(data, tmp_path, '--coretune', '--epochs', 1)
     model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
     assert model.fc.weight.isfinite().all()
 
 
 def test_classes_that_differ_between_the_splits_are_named(tmp_path):
-    data = make_folders(tmp_path / 'data', ('ant', 'bee'), splits=('train',))
-    make_folders(tmp_path / 'data', ('ant', 'cow'), splits=('validation',))
+    counts = dict.fromkeys(('train/ant', 'train/bee', 'validation/ant', 'validation/cow'), 4)
+    data = write_folders(tmp_path / 'data', counts)
     with pytest.raises(ValueError, match='in one only: bee, cow'):
         create_datasets(parse_args(['--data-dir', str(data)]).args)
 
@@ -185,14 +162,14 @@ def test_bad_input_stops_the_run_with_the_likely_fix(tmp_path, monkeypatch, flag
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'notes.txt').write_text('no checkpoint')
     with pytest.raises(ValueError, match=message):
-        train(tmp_path, *flags)
+        train(None, tmp_path, *flags, base=())
 
 
 # runs
 
 
 def test_a_run_learns_and_leaves_plain_timm_weights(tmp_path, tiny, read_csv):
-    folder = train(tmp_path, '--data-dir', tiny, '--coretune', *TINY_FLAGS, '--epochs', 8, '--lr', 0.02)
+    folder = train(tiny, tmp_path, '--coretune', '--epochs', 8, '--lr', 0.02)
     rows = read_csv(folder / 'summary.csv')
     assert len(rows) == 8
     assert float(rows[-1]['train_task']) < float(rows[0]['train_task'])
@@ -219,14 +196,14 @@ def _umask():
 
 
 def test_the_same_seed_gives_the_same_run(tmp_path, tiny, read_csv):
-    runs = [train(tmp_path / name, '--data-dir', tiny, '--coretune', *TINY_FLAGS) for name in 'ab']
+    runs = [train(tiny, tmp_path / name, '--coretune') for name in 'ab']
     a, b = (read_csv(folder / 'summary.csv') for folder in runs)
     assert a == b
 
 
 def test_accumulated_batches_and_ema_and_mixup_and_compile_run_together(tmp_path, tiny, read_csv):
     folder = train(
-        tmp_path, '--data-dir', tiny, '--coretune', *TINY_FLAGS, '-b', 6, '--grad-accum-steps', 3, '--model-ema',
+        tiny, tmp_path, '--coretune', '-b', 6, '--grad-accum-steps', 3, '--model-ema',
         '--model-ema-decay', 0.5, '--mixup', 0.2, '--clip-grad', 1, '--sched-on-updates', '--torchcompile', 'eager',
         '--recovery-interval', 1, '--amp', '--amp-dtype', 'bfloat16',
     )  # fmt: skip
@@ -259,7 +236,7 @@ NAFLEX = (
 )
 def test_the_options_of_timm_train_together_with_ours(tmp_path, tiny, flags, read_csv):
     skip_without_loader_option(flags)
-    folder = train(tmp_path, '--data-dir', tiny, *TINY_FLAGS, *flags)
+    folder = train(tiny, tmp_path, *flags)
     rows = read_csv(folder / 'summary.csv')
     assert len(rows) == 2
     assert all(math.isfinite(float(row['train_loss'])) for row in rows)
@@ -275,7 +252,7 @@ def test_distillation_is_that_of_timm(tmp_path, tiny, kind, read_csv, monkeypatc
         lambda *args, **kwargs: create_model(*args, **{**kwargs, 'pretrained': False}),
     )
     flags = ['--kd-model-name', 'test_efficientnet', '--kd-distill-type', kind, '--distill-loss-weight', '0.5']
-    folder = train(tmp_path, '--data-dir', tiny, *TINY_FLAGS, *flags)
+    folder = train(tiny, tmp_path, *flags)
     (first, _) = read_csv(folder / 'summary.csv')
     assert {'train_loss', 'train_kd' if 'train_kd' in first else 'train_distill', 'train_task'} <= first.keys()
 
@@ -348,7 +325,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_its_step_and_the_last_fin
 
 
 def test_ctrl_c_leaves_a_whole_checkpoint_and_prints_the_command_that_continues(tmp_path, tiny, read_csv):
-    flags = ['--data-dir', str(tiny), *TINY_FLAGS, '--coretune', '--output', str(tmp_path), '--experiment', 'run']
+    flags = ['--data-dir', str(tiny), *FLAGS, '--coretune', '--output', str(tmp_path), '--experiment', 'run']
     command = [sys.executable, '-m', 'timm_coretune.train', *flags, '--epochs', '5000']
     # a shell that starts tests in the background has them ignore the signal, and what they start too
     process = subprocess.Popen(

@@ -1,7 +1,6 @@
 """Order and augmentation of training images: from seed and place alone, whatever loads them and wherever it starts"""
 
 import itertools
-import json
 import random
 from collections import Counter
 from types import SimpleNamespace
@@ -13,10 +12,9 @@ from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loader_options import skip_without_loader_option
-from PIL import Image
-from safetensors.torch import save_file
 from timm.data import FastCollateMixup, ImageDataset, Mixup
 from timm.task import ClassificationTask
+from tiny_data import write_folders
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset, RandomSampler
 
 from timm_coretune.train import Trainer
@@ -31,16 +29,9 @@ from timm_coretune.train.loop import LoopConfig
 
 
 @pytest.fixture(scope='module')
-def images(tmp_path_factory):
+def images(tiny_images):
     """26 training and 4 validation images of 2 classes, all different."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for split, count in (('train', 26), ('validation', 4)):
-        tensors[f'{split}.image'] = torch.randint(256, (count, 12, 12, 3), generator=generator).byte()
-        tensors[f'{split}.label'] = torch.arange(count) % 2
-    path = tmp_path_factory.mktemp('data') / 'images.safetensors'
-    save_file(tensors, path, metadata={'class_names': json.dumps(['even', 'odd'])})
-    return path
+    return tiny_images((13, 13), (2, 2), size=12, names=['even', 'odd'])
 
 
 def create_loaders(images, *flags):
@@ -374,11 +365,8 @@ def test_an_image_without_company_expects_nothing(counts):
 # labels, and a part of them
 
 
-def fraction_of(tmp_path, counts, fraction, seed=42):
-    path = tmp_path / 'counts.safetensors'
-    label = torch.tensor([i for i, count in enumerate(counts) for _ in range(count)])
-    image = torch.zeros(len(label), 4, 4, dtype=torch.uint8)
-    save_file({'train.image': image, 'train.label': label}, path)
+def fraction_of(tiny_images, counts, fraction, seed=42):
+    path = tiny_images(counts, size=4, in_turn=False)
     args = parse_args(['--data-dir', str(path), '--val-split=', '--label-fraction', str(fraction), '--seed', str(seed)])
     return create_datasets(args.args).train
 
@@ -393,33 +381,25 @@ def fraction_of(tmp_path, counts, fraction, seed=42):
     ],
     ids=['half', 'at-least-one', 'rounded', 'all'],
 )
-def test_a_label_fraction_takes_the_same_share_of_each_class(tmp_path, counts, fraction, expected):
-    labels = get_labels(fraction_of(tmp_path, counts, fraction))
+def test_a_label_fraction_takes_the_same_share_of_each_class(tiny_images, counts, fraction, expected):
+    labels = get_labels(fraction_of(tiny_images, counts, fraction))
     assert [Counter(labels)[label] for label in range(len(counts))] == expected
 
 
-def test_a_label_fraction_is_drawn_by_seed_and_image(tmp_path):
-    a, b, c = (fraction_of(tmp_path, [30, 30], 0.5, seed).indices for seed in (1, 1, 2))
+def test_a_label_fraction_is_drawn_by_seed_and_image(tiny_images):
+    a, b, c = (fraction_of(tiny_images, [30, 30], 0.5, seed).indices for seed in (1, 1, 2))
     assert a == b != c
     assert a == sorted(set(a))
     assert [index - 30 for index in a if index >= 30] != [index for index in a if index < 30]
-    part = fraction_of(tmp_path, [30, 30], 0.5, 1)
+    part = fraction_of(tiny_images, [30, 30], 0.5, 1)
     assert [part[i][1] for i in range(len(part))] == get_labels(part)
 
 
-def test_a_part_hands_its_transform_to_the_whole(tmp_path):
-    part = fraction_of(tmp_path, [4, 4], 0.5)
+def test_a_part_hands_its_transform_to_the_whole(tiny_images):
+    part = fraction_of(tiny_images, [4, 4], 0.5)
     part.transform = lambda image: image.size
     assert part.transform is part.dataset.transform
     assert part[0] == ((4, 4), 0)
-
-
-def make_folders(root):
-    for label, name in enumerate(('b', 'a', 'c')):
-        (root / name).mkdir(parents=True)
-        for number in range(label + 1):
-            Image.new('RGB', (4, 4)).save(root / name / f'{number}.png')
-    return str(root)
 
 
 class _Stream(IterableDataset):
@@ -430,7 +410,7 @@ class _Stream(IterableDataset):
 
 
 def test_labels_are_known_without_reading_an_image(tmp_path, images):
-    folders = ImageDataset(make_folders(tmp_path / 'folders'))
+    folders = ImageDataset(str(write_folders(tmp_path / 'folders', {'b': 1, 'a': 2, 'c': 3}, size=4)))
     assert get_labels(folders) == [0, 0, 1, 2, 2, 2]  # a, b, c
     assert get_labels(LabelledSubset(folders, [5, 0, 2])) == [2, 0, 1]
     assert get_labels(create_datasets(parse_args(['--data-dir', str(images)]).args).train) == [0, 1] * 13
@@ -443,7 +423,9 @@ def test_labels_that_cannot_be_told_are_none(tmp_path):
     assert get_labels(_Stream()) is None
     assert get_labels(SimpleNamespace()) is None
     assert get_labels(SimpleNamespace(targets=['dog', 'cat'])) is None
-    folders = ImageDataset(make_folders(tmp_path / 'folders'), target_transform=lambda target: 0)
+    folders = ImageDataset(
+        str(write_folders(tmp_path / 'folders', {'b': 1, 'a': 2, 'c': 3}, size=4)), target_transform=lambda target: 0
+    )
     assert get_labels(folders) is None
     assert get_labels(LabelledSubset(folders, [0])) is None
 

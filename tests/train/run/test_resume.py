@@ -1,66 +1,36 @@
 """States of a run: the newest intact one, damage, folders, full disks, and going on as if nothing had happened"""
 
 import argparse
-import json
 import logging
 import os
 import subprocess
 import sys
 import textwrap
+from functools import partial
 
 import pytest
+import runs
 import timm
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from commands import environment_with, run_command
 from paths import ROOT
-from safetensors.torch import save_file
+from runs import SMALL, copy_of, stop_at
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
-from timm_coretune.train import Trainer, main
 from timm_coretune.train.run.folder import find_newest_state, progress_of, read_state, take_folder
 from timm_coretune.train.run.resume import RunState, resume
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
+def data(tiny_images):
     """12 training and 6 validation images of 3 classes."""
-    generator = torch.Generator().manual_seed(0)
-    tensors = {}
-    for split, count in (('train', 12), ('validation', 6)):
-        label = torch.arange(count) % 3
-        image = torch.randint(0, 120, (count, 16, 16, 3), generator=generator)
-        image[torch.arange(count), :, :, label] += 60
-        tensors[f'{split}.image'], tensors[f'{split}.label'] = image.byte(), label
-    path = tmp_path_factory.mktemp('data') / 'data.safetensors'
-    save_file(tensors, path, metadata={'class_names': json.dumps(['red', 'green', 'blue'])})
-    return path
+    return tiny_images((4, 4, 4), (2, 2, 2), names=['red', 'green', 'blue'], noise=120, tint=60)
 
 
-FLAGS = (
-    *('--model', 'test_resnet', '--img-size', '32', '-b', '4', '--epochs', '4', '--workers', '0', '--lr', '0.05'),
-    *('--warmup-epochs', '0', '--coretune', '--device', 'cpu'),
-)
-
-
-def train(data, output, *flags):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    main(['--data-dir', str(data), '--output', str(output), '--experiment', 'run', *FLAGS, *map(str, flags)])
-    return output / 'run'
-
-
-def stop_at(monkeypatch, name, count):
-    """Press Ctrl-C in the call of a method of Trainer with that index."""
-    original, calls = getattr(Trainer, name), []
-
-    def stopping(self, *args, **kwargs):
-        calls.append(0)
-        if len(calls) > count:
-            raise KeyboardInterrupt
-        return original(self, *args, **kwargs)
-
-    monkeypatch.setattr(Trainer, name, stopping)
+FLAGS = (*SMALL, '-b', '4', '--epochs', '4', '--coretune', '--device', 'cpu')
+train = partial(runs.train, base=FLAGS)
 
 
 # which state
@@ -274,11 +244,10 @@ FULL_DISK = """
 
 
 def test_a_full_disk_leaves_the_state_before_and_says_where_it_is(tmp_path, data, read_csv, straight):
-    command = [sys.executable, '-c', textwrap.dedent(FULL_DISK)]
     # the loss falls in every epoch, so that weights are due each time
     flags = [*FLAGS, '--data-dir', str(data), '--output', str(tmp_path), '--eval-metric', 'loss', '--lr', '0.001']
-    env = {**os.environ, 'PYTHONPATH': str(ROOT)}
-    finished = subprocess.run([*command, *flags], capture_output=True, text=True, env=env, timeout=120)
+    command = [sys.executable, '-c', textwrap.dedent(FULL_DISK), *flags]
+    finished = run_command(command, environment_with(PYTHONPATH=str(ROOT)), check=False)
     said = dict(
         line.split(': ', 1) for line in finished.stdout.splitlines() if line[:7] in ('weights', 'state: ', 'summary')
     )
@@ -295,8 +264,7 @@ def test_a_full_disk_leaves_the_state_before_and_says_where_it_is(tmp_path, data
     assert [row['epoch'] for row in read_csv(tmp_path / 'summary' / 'summary.csv')] == ['0', '1']
     # once there is room, the run goes on as if nothing had happened
     expected = straight('--eval-metric', 'loss', '--lr', 0.001)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    main([*flags, '--experiment', 'state', '--resume', 'auto'])
+    train(data, tmp_path, *flags, '--experiment', 'state', '--resume', 'auto')
     assert outcome(tmp_path / 'state') == outcome(expected)
 
 
@@ -360,14 +328,6 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, data, monkeyp
 def test_the_plateau_is_one_in_the_run_that_is_compared(straight, read_csv):
     rows = read_csv(straight(*CONFIGURATIONS['ema-plateau-accumulation']) / 'summary.csv')
     assert len({row['lr'] for row in rows}) > 1
-
-
-def copy_of(folder, tmp_path):
-    target = tmp_path / 'run'
-    target.mkdir()
-    for path in folder.iterdir():
-        (target / path.name).write_bytes(path.read_bytes())
-    return target
 
 
 def test_a_continued_run_with_another_rate_says_so_and_uses_it(tmp_path, data, straight, caplog, read_csv):
@@ -452,7 +412,6 @@ def test_a_state_of_timm_goes_on_with_the_next_epoch(tmp_path, data, caplog, rea
     )  # fmt: skip
     saver.save_checkpoint(2, metric=50.0)
     flags = [flag for flag in FLAGS if flag != '--coretune']
-    command = ['--data-dir', str(data), '--output', str(tmp_path), '--experiment', 'run', *flags]
-    main([*command, '--resume', str(tmp_path / 'timm' / 'last.pth.tar')])
+    train(data, tmp_path, '--resume', tmp_path / 'timm' / 'last.pth.tar', base=flags)
     assert 'with epoch 3, batch 0' in caplog.text
     assert [row['epoch'] for row in read_csv(tmp_path / 'run' / 'summary.csv')] == ['3']

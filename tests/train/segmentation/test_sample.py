@@ -2,21 +2,19 @@
 
 import csv
 import json
-import logging
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
+import runs
 import timm
 import torch
 import torch.nn as nn
-from accelerate.state import AcceleratorState
-from paths import HELPERS, ROOT
+from commands import environment_with, in_two_processes, run_command
+from paths import HELPERS, ROOT, SAMPLE
 from PIL import Image
+from runs import SMALL, rows_of, stop_at
 from safetensors.torch import load_file
 from segmentation_train_worker import stay_in_eval
 from sklearn.metrics import confusion_matrix
@@ -25,16 +23,13 @@ import timm_coretune
 from timm_coretune.segmentation import predict_image
 from timm_coretune.segmentation.__main__ import run as run_segmentation
 from timm_coretune.segmentation.data.scenes import FashionScenes, write_voc
-from timm_coretune.train import Trainer, main
-from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.main import run
+from timm_coretune.train import Trainer
 
-SAMPLE = str(ROOT / 'timm_coretune' / 'assets' / 'fashion_mnist_sample.safetensors')
 FIGURES = ('loss', 'pa', 'mpa', 'miou', 'fwiou')
 SIZE = 64
 FLAGS = (
-    *('--segmentation', '--model', 'test_resnet', '--model-kwargs', 'output_stride=8', '--img-size', str(SIZE)),
-    *('-b', '4', '--epochs', '1', '--workers', '0', '--lr', '0.05', '--warmup-epochs', '0', '--device', 'cpu'),
+    *(*SMALL, '--segmentation', '--model-kwargs', 'output_stride=8', '--img-size', str(SIZE), '-b', '4'),
+    *('--epochs', '1', '--device', 'cpu'),
 )
 FILES = {
     *('args.yaml', 'checkpoint-0.pth.tar', 'confusion.csv', 'confusion.png', 'curves.png', 'last.pth.tar'),
@@ -52,12 +47,7 @@ def voc(tmp_path_factory):
     return folder
 
 
-def train(data, output, *flags):
-    """A run in this process, in output/run."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    words = ['--data-dir', data, '--output', output, '--experiment', 'run', *FLAGS, *flags]
-    main([str(word) for word in words])
-    return output / 'run'
+train = partial(runs.train, base=FLAGS)
 
 
 @pytest.fixture(scope='module')
@@ -67,8 +57,7 @@ def tuned(voc, tmp_path_factory):
 
 
 def last_row(folder):
-    with open(folder / 'summary.csv', newline='') as f:
-        return {name: float(value) for name, value in list(csv.DictReader(f))[-1].items()}
+    return {name: float(value) for name, value in rows_of(folder / 'summary.csv')[-1].items()}
 
 
 def read_counts(folder):
@@ -85,12 +74,6 @@ def valid_pixels(data, split):
         place = ((np.arange(SIZE) + 0.5) * len(mask) / SIZE).astype(int)
         counts += np.bincount(mask[place][:, place].flatten(), minlength=256)[:11]
     return counts
-
-
-@pytest.fixture
-def messages(caplog):
-    caplog.set_level(logging.INFO, 'timm_coretune')
-    return lambda: [record.message for record in caplog.records]
 
 
 @pytest.fixture
@@ -169,9 +152,8 @@ def test_the_bare_command_leaves_a_model_with_the_figures_of_scikit_learn(launch
 
 
 def test_the_figures_of_a_run_are_those_of_its_weights(voc, tuned, tmp_path):
-    flags = ['--eval-only', '--initial-checkpoint', str(tuned / 'model_best.safetensors'), '--output', str(tmp_path)]
-    line = ['--data-dir', str(voc), *FLAGS, *flags]
-    (result,) = run(parse_args(line), line)
+    flags = ['--eval-only', '--initial-checkpoint', tuned / 'model_best.safetensors']
+    (result,) = runs.results_of(voc, tmp_path, *flags, base=FLAGS)
     assert result['validation'] == pytest.approx({name: last_row(tuned)[f'eval_{name}'] for name in FIGURES}, rel=1e-6)
     assert not list(tmp_path.iterdir())
 
@@ -415,16 +397,8 @@ def straight(voc, tmp_path_factory):
 
 
 def test_a_run_interrupted_in_an_epoch_ends_with_the_bits_of_one_that_was_not(voc, tmp_path, monkeypatch, straight):
-    original, calls = Trainer._step, []
-
-    def step(self, *args):
-        calls.append(0)
-        if len(calls) > 6:  # two updates into the second epoch
-            raise KeyboardInterrupt
-        return original(self, *args)
-
     with monkeypatch.context() as context:
-        context.setattr(Trainer, '_step', step)
+        stop_at(context, '_step', 6)  # two updates into the second epoch
         folder = train(voc, tmp_path, *LONG, '--workers', 1)
     assert (folder / 'recovery-1-1.pth.tar').exists()
     assert (folder / 'summary.csv').read_bytes() != (straight / 'summary.csv').read_bytes()
@@ -442,12 +416,8 @@ def test_a_run_interrupted_in_an_epoch_ends_with_the_bits_of_one_that_was_not(vo
 
 def test_two_processes_train_as_one_with_twice_the_batch_and_count_every_image_once(voc, tmp_path, monkeypatch):
     flags = ['--data-dir', voc, *FLAGS, '--coretune', '--epochs', 2, '--output', tmp_path]
-    words = ['accelerate', 'launch', '--config_file', ROOT / 'configs' / 'cpu_2.yaml']
-    words += [HELPERS / 'segmentation_train_worker.py', *flags, '--experiment', 'two', '-b', 2]
-    environment = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
-    environment['PYTHONPATH'] = str(ROOT)
-    finished = subprocess.run(list(map(str, words)), env=environment, capture_output=True, text=True, timeout=240)
-    assert finished.returncode == 0, finished.stdout + finished.stderr
+    words = in_two_processes(HELPERS / 'segmentation_train_worker.py', *flags, '--experiment', 'two', '-b', 2)
+    finished = run_command(words, environment_with(PYTHONPATH=str(ROOT)))
     assert 'Training with 2 process(es) on cpu' in finished.stderr
     for kind in (nn.BatchNorm2d, nn.Dropout):
         monkeypatch.setattr(kind, 'train', stay_in_eval)
