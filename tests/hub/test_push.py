@@ -1,23 +1,16 @@
 """Pushes by the real client to a Hub on loopback: what arrives, what comes back, and what every failure leaves"""
 
 import json
-import logging
 import shlex
-import signal
-import subprocess
-import sys
 import time
 
 import huggingface_hub
 import pytest
 import timm
 import torch
-import yaml
-from commands import in_two_processes
 from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from packaging.version import Version
-from paths import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -25,14 +18,12 @@ from safetensors.torch import load_file
 from timm_coretune import export_model, push_to_hub
 from timm_coretune.hub import HubError, push_run
 from timm_coretune.hub.__main__ import run as run_cli
-from timm_coretune.hub.card import CardFacts, create_card
-from timm_coretune.train import main
-from timm_coretune.train.cli.arguments import parse_args
 
 DATA_CONFIG = dict(
     input_size=(3, 48, 48), interpolation='bilinear', mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), crop_pct=0.8,
     crop_mode='center',
 )  # fmt: skip
+
 NAMES = ['ant', 'bee', 'cat']
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -162,7 +153,6 @@ def test_private_makes_a_private_repository_and_never_publishes_in_a_public_one(
 
 # failures
 
-
 FOR_GOOD = [
     ('create', 401, 'does not know the token', 'wrong-token'),
     ('create', 403, r'may not write to me/my-model \(403\)', 'no-right-to-create'),
@@ -258,113 +248,3 @@ def test_a_folder_without_a_run_is_refused(hub, tmp_path, capsys):
         run_cli(['push', str(tmp_path), 'me/my-model'])
     assert ended.value.code == 2
     assert hub.requests == []
-
-
-# train.py
-
-
-def train_flags(tmp_path, *flags):
-    quick = ('--label-fraction', '0.05', '--epochs', '1', '--workers', '0')
-    return [*quick, '--output', str(tmp_path), '--experiment', 'run', '--push-to-hub', 'me/tuned', *flags]
-
-
-def test_training_in_two_processes_ends_with_a_repository_that_plain_timm_loads(
-    server, environment, tmp_path, launch, plain_timm
-):
-    flags = train_flags(tmp_path, '--device', 'cpu', '--hub-private', '--hub-revision', 'first')
-    finished = launch(in_two_processes(ROOT / 'train.py', *flags), environment=environment)
-    assert finished.stderr.count('Pushed: ') == 1
-    repository = server.repositories['me/tuned']
-    assert repository.private
-    assert [len(commits) for commits in repository.branches.values()] == [1, 2]
-    files = repository.files('first')
-    assert TOKEN not in finished.stderr + finished.stdout
-    assert not any(TOKEN.encode() in path.read_bytes() for path in (tmp_path / 'run').iterdir())
-    assert yaml.safe_load(files['args.yaml'])['push_to_hub'] == 'me/tuned'
-    image = torch.randn(2, 3, 32, 32)
-    output, config, _ = plain_timm('hf-hub:me/tuned@first', image)
-    tuned = timm.create_model('test_resnet', num_classes=10)
-    tuned.load_state_dict(load_file(tmp_path / 'run' / 'model_best.safetensors'))
-    assert torch.equal(output, tuned.eval()(image))
-    assert config['label_names'][0] == 'T-shirt/top'
-
-
-def test_training_that_was_not_pushed_ends_with_3_and_its_command_pushes_later(
-    hub, environment, tmp_path, caplog, monkeypatch
-):
-    monkeypatch.delenv('HF_TOKEN')
-    monkeypatch.setattr(huggingface_hub.constants, 'HF_TOKEN_PATH', str(tmp_path / 'none'))
-    caplog.set_level(logging.INFO)
-    with pytest.raises(SystemExit) as ended:
-        main(train_flags(tmp_path))
-    assert ended.value.code == 3
-    assert 'There is no token to push to the Hub with' in caplog.text.split('Train: 0')[0]
-    message = caplog.records[-1].getMessage()
-    assert message.startswith('Trained, but not pushed: there is no token for the Hub.')
-    assert f'Everything is in {tmp_path / "run"}.' in message
-    assert hub.repositories == {}
-
-    # killed in the middle of the upload, then tried again
-    monkeypatch.setenv('HF_TOKEN', TOKEN)
-    words = shlex.split(message.split('Try again with:\n')[1])
-    hub.fail('upload', 'hang')
-    command = [sys.executable, *words[1:]]
-    with subprocess.Popen(command, env=environment, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        assert hub.hanging.wait(timeout=60)
-        process.send_signal(signal.SIGKILL)
-    assert len(hub.repositories['me/tuned'].branches['main']) == 1
-    run_cli(words[3:])
-    weights = hub.repositories['me/tuned'].files()['model.safetensors']
-    assert weights == (tmp_path / 'run' / 'model_best.safetensors').read_bytes()
-
-
-@pytest.mark.parametrize(
-    'flags, message',
-    [
-        (['--push-to-hub', 'model'], 'OWNER/NAME'),
-        (['--push-to-hub', 'me/a b'], 'OWNER/NAME'),
-        (['--push-to-hub', 'me/model', '--eval-only'], 'not with --eval-only'),
-        (['--hub-private'], 'need --push-to-hub'),
-        (['--hub-revision', 'b'], 'need --push-to-hub'),
-    ],
-)
-def test_flags_that_cannot_lead_to_a_push_are_refused_before_training(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        parse_args(flags)
-    assert message in capsys.readouterr().err
-
-
-# the card, and other formats
-
-
-def test_a_card_tells_only_what_is_known(model, tmp_path):
-    export_model(model, str(tmp_path))
-    config = json.loads((tmp_path / 'config.json').read_text())
-    card = create_card('me/my-model', config, CardFacts())
-    assert card.data.license is None
-    assert card.data.base_model is None
-    assert card.data.eval_results is None
-    assert 'Figures' not in card.text
-    assert 'not stated' in card.text
-    facts = CardFacts(dataset='owner/data', base_model='timm/resnet50.a1_in1k', license='mit', metrics={'top1': 91.25})
-    card = create_card('me/my-model', config, facts)
-    assert (card.data.base_model, card.data.datasets) == ('timm/resnet50.a1_in1k', ['owner/data'])
-    assert card.data.eval_results[0].metric_value == 91.25
-
-
-@pytest.mark.parametrize('format', ['torch.export', 'onnx'])
-def test_a_tuned_model_goes_where_timm_models_go(run_folder, tmp_path, format):
-    weights = str(run_folder / 'model_best.safetensors')
-    model = timm.create_model('test_resnet', num_classes=10, checkpoint_path=weights).eval()
-    image = torch.randn(2, 3, 32, 32)
-    if format == 'onnx':
-        pytest.importorskip('onnxscript')
-        reference = pytest.importorskip('onnx.reference')
-        logging.getLogger('onnxscript').setLevel(logging.ERROR)
-        torch.onnx.export(model, (image,), str(tmp_path / 'model.onnx'), dynamo=True, input_names=['image'])
-        (output,) = reference.ReferenceEvaluator(str(tmp_path / 'model.onnx')).run(None, {'image': image.numpy()})
-        output = torch.from_numpy(output)
-    else:
-        torch.export.save(torch.export.export(model, (image,)), tmp_path / 'model.pt2')
-        output = torch.export.load(tmp_path / 'model.pt2').module()(image)
-    torch.testing.assert_close(output, model(image), rtol=1e-4, atol=1e-4)

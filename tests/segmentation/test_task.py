@@ -1,4 +1,4 @@
-"""Core-tuning of pixels: its losses are those of loops over pixels and anchors, wherever a step is taken"""
+"""SegmentationTask: losses against loops over pixels and anchors, state, freezing, optimizer, several processes"""
 
 import copy
 import math
@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from ranks import launch_ranks
 from reference import layer_of
-from segmentation_reference import IGNORED, Draws, Pixels, dense_cross_entropy, pixel_objective
+from segmentation_reference import IGNORED, Draws, Pixels, pixel_objective
 from segmentation_task_worker import SCENARIOS, WORLD_SIZE, all_images, make_task, step
 from timm.optim import create_optimizer_v2
 
@@ -19,11 +19,11 @@ from timm_coretune import CoreTuningLoss
 from timm_coretune.distributed import GlobalBatch
 from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation import SegmentationModel, SegmentationTask, create_segmentation_model
-from timm_coretune.segmentation.dense import DenseCrossEntropy, check_masks
 from timm_coretune.timm_model import get_classifiers
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
 
 NUM_CLASSES = 5
+
 A = 6  # anchors of an image
 
 
@@ -92,62 +92,7 @@ def scalars(result):
     return {name: value.item() for name, value in result.items() if value.ndim == 0}
 
 
-# The loss of all pixels
-
-
-@pytest.mark.parametrize('label_smoothing', [0.0, 0.1])
-@pytest.mark.parametrize('ignored', [0.0, 0.4])
-def test_dense_cross_entropy_is_the_mean_over_the_pixels_that_count(label_smoothing, ignored):
-    output = torch.randn(3, NUM_CLASSES, 5, 7, dtype=torch.float64) * 3
-    target = torch.randint(NUM_CLASSES, (3, 5, 7))
-    target[torch.rand(target.shape) < ignored] = IGNORED
-    found = DenseCrossEntropy(IGNORED, label_smoothing)(output, target)
-    assert found.dtype == torch.float64
-    assert found.item() == pytest.approx(dense_cross_entropy(output, target, label_smoothing), rel=1e-12)
-
-
-def test_dense_cross_entropy_of_half_precision_is_computed_in_float32():
-    output, target = torch.randn(2, NUM_CLASSES, 4, 4).bfloat16() * 4, torch.randint(NUM_CLASSES, (2, 4, 4))
-    found = DenseCrossEntropy()(output, target)
-    assert found.dtype == torch.float32
-    assert found.item() == pytest.approx(dense_cross_entropy(output, target), rel=1e-6)
-
-
-@pytest.mark.parametrize('label_smoothing', [0.0, 0.1])
-def test_dense_cross_entropy_of_ignored_pixels_is_zero_with_zero_gradients(label_smoothing):
-    output = torch.randn(2, NUM_CLASSES, 3, 3, requires_grad=True)
-    loss = DenseCrossEntropy(IGNORED, label_smoothing)(output, torch.full((2, 3, 3), IGNORED))
-    loss.backward()
-    assert loss.item() == 0
-    assert torch.equal(output.grad, torch.zeros_like(output))
-
-
-@pytest.mark.parametrize(
-    ('target', 'told'),
-    [
-        (torch.zeros(2, 8, 9, dtype=torch.int64), r'int64 \(2, 8, 8\).*int64 \(2, 8, 9\)'),
-        (torch.zeros(3, 8, 8, dtype=torch.int64), r'\(3, 8, 8\)'),
-        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), r'\(2, 1, 8, 8\)'),
-        (torch.zeros(2, 8, 8, dtype=torch.uint8), r'uint8'),
-        (torch.zeros(2, 8, 8), r'float32'),
-        (torch.full((2, 8, 8), 5), r'\[0, 4\], or 255 .* got 5'),
-        (torch.full((2, 8, 8), -1), r'got -1'),
-        (torch.full((2, 8, 8), 256), r'got 256'),
-    ],
-    ids=['width', 'batch size', 'channel', 'uint8', 'float', 'class', 'negative', 'beyond'],
-)
-def test_masks_that_do_not_fit_are_refused(target, told):
-    images = torch.zeros(2, 3, 8, 8)
-    check_masks(torch.full((2, 8, 8), 4), images, 5, IGNORED)
-    check_masks(torch.full((2, 8, 8), IGNORED), images, 5, IGNORED)
-    with pytest.raises(ValueError, match=told):
-        check_masks(target, images, 5, IGNORED)
-    with pytest.raises(ValueError, match=told):
-        create_task()(images.double(), target)
-
-
 # The losses of a step
-
 
 CASES = {
     'as published': {},
@@ -161,6 +106,7 @@ CASES = {
     'fpn': {'head': 'fpn'},
     'vit': {'backbone': 'test_vit'},
 }
+
 BATCHES = {
     'three images': lambda: blobs(2, 3, (32, 32)),
     'one image': lambda: blobs(3, 1, (32, 32)),
