@@ -8,6 +8,11 @@ from runs import rows_of
 from tiny_data import write_images
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a CUDA device')
+
+
 @pytest.fixture(autouse=True)
 def _fresh_process():
     """What a new process starts with: the same seed, and an accelerate that was not configured by another test."""

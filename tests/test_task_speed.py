@@ -187,7 +187,7 @@ def test_a_copy_that_waits_would_be_noticed(criterion, direction):
     assert direction in ' '.join(blocking_copies(criterion).found)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.gpu
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
 def test_a_step_on_a_cuda_device_never_synchronises(name):
     device = torch.device('cuda')

@@ -373,6 +373,7 @@ print((memory()['VmHWM'] - before) / size)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='the peak is read from /proc')
 def test_loading_safetensors_adds_less_than_a_third_of_the_model_to_memory(tmp_path):
     model = timm.create_model('vit_base_patch16_224', num_classes=0)

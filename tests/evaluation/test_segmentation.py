@@ -135,6 +135,7 @@ def test_reset_forgets_and_order_does_not_matter():
     assert evaluator.compute() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_two_processes_count_as_one(tmp_path):
     evaluator, metrics = evaluate(batches())
     for found in launch_ranks('segmentation_evaluator_worker.py', 2, tmp_path):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from reference import (
+    generator,
     layer_of,
     objective,
 )
@@ -22,10 +23,6 @@ DEGENERATE_LABELS = {
     'two images of two classes': [0, 1],
     'all different': [0, 1, 2, 3, 4, 5],
 }
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def make_criterion(seed: int = 0, projection_dim: int = 5, double: bool = True, **kwargs) -> CoreTuningLoss:

@@ -187,6 +187,10 @@ def objective(
 # Batches to compare on
 
 
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def random_label(seed: int, batch_size: int, num_classes: int, imbalance: float = 0.0) -> torch.Tensor:
     """Class indices (B,) int64, class c with a frequency in proportion to (1 + c) ** -imbalance."""
     generator = torch.Generator().manual_seed(seed)

@@ -10,11 +10,12 @@ from timm_coretune.train.main import run
 
 SMALL = (
     *('--model', 'test_resnet', '--img-size', '32', '--workers', '0', '--epochs', '2', '--warmup-epochs', '0'),
-    *('--lr', '0.05'),
+    *('-b', '8', '--lr', '0.05'),
 )
+ON_CPU = (*SMALL, '--device', 'cpu')
 
 
-def results_of(data, output, *flags, base=SMALL):
+def results_of(data, output, *flags, base=ON_CPU):
     """What a run returns that writes to output/run, with the flags of base unless others follow.
 
     Without data it takes the sample.
@@ -25,7 +26,7 @@ def results_of(data, output, *flags, base=SMALL):
     return run(parse_args(words), words)
 
 
-def train(data, output, *flags, base=SMALL):
+def train(data, output, *flags, base=ON_CPU):
     """The folder output/run of a run, see results_of."""
     results_of(data, output, *flags, base=base)
     return output / 'run'

@@ -6,15 +6,15 @@ from functools import partial
 import numpy as np
 import runs
 from PIL import Image
-from runs import SMALL, rows_of
+from runs import ON_CPU, rows_of
 
 FIGURES = ('loss', 'pa', 'mpa', 'miou', 'fwiou')
 
 SIZE = 64
 
 FLAGS = (
-    *(*SMALL, '--segmentation', '--model-kwargs', 'output_stride=8', '--img-size', str(SIZE), '-b', '4'),
-    *('--epochs', '1', '--device', 'cpu'),
+    *(*ON_CPU, '--segmentation', '--model-kwargs', 'output_stride=8', '--img-size', str(SIZE), '-b', '4'),
+    *('--epochs', '1'),
 )
 
 FILES = {

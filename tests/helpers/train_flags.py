@@ -20,7 +20,10 @@ TIMM_NAMES = {name for option in TIMM_OPTIONS for name in option['flags']}
 
 OWN_ACTIONS = [a for a in PARSER._actions if a.dest != 'help' and not TIMM_NAMES & {*a.option_strings, a.dest}]
 
-TREES = {path.name: ast.parse(path.read_text()) for path in (PACKAGE / 'train').glob('*.py')}
+TREES = {  # sources of the package, by their path in train/
+    path.relative_to(PACKAGE / 'train').as_posix(): ast.parse(path.read_text())
+    for path in (PACKAGE / 'train').rglob('*.py')
+}
 
 
 def preset(name):

@@ -90,6 +90,7 @@ def test_a_run_is_pushed_whole_and_its_backbone_for_plain_timm(hub, run_folder, 
     backbone.load_state_dict(load_file(tmp_path / 'pushed.safetensors'), strict=True)
 
 
+@pytest.mark.slow
 def test_the_backbone_comes_back_with_the_same_features(hub, run_folder, backbone, run_python, tmp_path):
     push_run(str(run_folder), 'me/street')
     image = torch.randn(2, 3, 96, 96)
@@ -221,6 +222,7 @@ def find_anew(run_python, run_folder):
     ).splitlines()
 
 
+@pytest.mark.slow
 def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub(hub, run_folder, find_anew):
     push_run(str(run_folder), 'me/street', revision='first')
     main = hub.repositories['me/street'].branches['main']
@@ -244,6 +246,7 @@ def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub
     assert 'Check its name and the connection' in other
 
 
+@pytest.mark.slow
 def test_training_ends_with_a_repository_whose_card_and_command_predict_masks(hub, run_python, tmp_path):
     flags = ['--label-fraction', '0.1', '--epochs', '1', '--coretune', '--push-to-hub', 'me/scenes', '--model-ema']
     folder = train(None, tmp_path, '--segmentation', *flags, base=())

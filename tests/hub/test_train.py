@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 
 from timm_coretune.hub.__main__ import run as run_cli
 from timm_coretune.train import main
-from timm_coretune.train.cli.arguments import parse_args
 
-pytestmark = pytest.mark.usefixtures('one_thread')
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures('one_thread')]
 
 
 def train_flags(tmp_path, *flags):
@@ -76,19 +75,3 @@ def test_training_that_was_not_pushed_ends_with_3_and_its_command_pushes_later(
     run_cli(words[3:])
     weights = hub.repositories['me/tuned'].files()['model.safetensors']
     assert weights == (tmp_path / 'run' / 'model_best.safetensors').read_bytes()
-
-
-@pytest.mark.parametrize(
-    'flags, message',
-    [
-        (['--push-to-hub', 'model'], 'OWNER/NAME'),
-        (['--push-to-hub', 'me/a b'], 'OWNER/NAME'),
-        (['--push-to-hub', 'me/model', '--eval-only'], 'not with --eval-only'),
-        (['--hub-private'], 'need --push-to-hub'),
-        (['--hub-revision', 'b'], 'need --push-to-hub'),
-    ],
-)
-def test_flags_that_cannot_lead_to_a_push_are_refused_before_training(capsys, flags, message):
-    with pytest.raises(SystemExit):
-        parse_args(flags)
-    assert message in capsys.readouterr().err

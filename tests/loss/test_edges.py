@@ -10,12 +10,12 @@ from losses import (
     WIDTH,
     assert_finite_and_bounded_gradient,
     assert_losses_agree,
-    generator,
     losses_and_reference,
     make_classifier,
     make_criterion,
 )
 from reference import (
+    generator,
     random_features,
     random_label,
     random_soft_target,

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from losses import generator
 from pytorch_metric_learning.losses import SupConLoss
 from reference import (
     array,
     classes,
     focal_contrast,
+    generator,
     random_features,
     random_label,
     random_soft_target,

@@ -1,5 +1,3 @@
-""""""
-
 import pytest
 from segmentation_models import tuned
 

@@ -19,6 +19,7 @@ from timm_coretune import CoreTuningLoss
 from timm_coretune.distributed import GlobalBatch
 from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation import SegmentationModel, SegmentationTask, create_segmentation_model
+from timm_coretune.segmentation.dense import check_masks
 from timm_coretune.timm_model import get_classifiers
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
 
@@ -212,6 +213,7 @@ def test_a_step_in_bfloat16_autocast_is_finite_and_close_to_one_in_float32():
     assert all(p.grad.isfinite().all() for p in task.trainable_module.parameters() if p.requires_grad)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_one_graph_with_the_same_losses():
     images, target = blobs(2, 2, (33, 40))
     task = create_task('deeplabv3')
@@ -333,6 +335,30 @@ def test_layer_decay_and_no_weight_decay_reach_the_backbone_by_its_names():
     assert decay['model.backbone.blocks.0.mlp.fc1.weight'] == decay['model.classifier.weight'] == 0.05
 
 
+@pytest.mark.parametrize(
+    ('target', 'told'),
+    [
+        (torch.zeros(2, 8, 9, dtype=torch.int64), r'int64 \(2, 8, 8\).*int64 \(2, 8, 9\)'),
+        (torch.zeros(3, 8, 8, dtype=torch.int64), r'\(3, 8, 8\)'),
+        (torch.zeros(2, 1, 8, 8, dtype=torch.int64), r'\(2, 1, 8, 8\)'),
+        (torch.zeros(2, 8, 8, dtype=torch.uint8), r'uint8'),
+        (torch.zeros(2, 8, 8), r'float32'),
+        (torch.full((2, 8, 8), 5), r'\[0, 4\], or 255 .* got 5'),
+        (torch.full((2, 8, 8), -1), r'got -1'),
+        (torch.full((2, 8, 8), 256), r'got 256'),
+    ],
+    ids=['width', 'batch size', 'channel', 'uint8', 'float', 'class', 'negative', 'beyond'],
+)
+def test_masks_that_do_not_fit_are_refused(target, told):
+    images = torch.zeros(2, 3, 8, 8)
+    check_masks(torch.full((2, 8, 8), 4), images, 5, IGNORED)
+    check_masks(torch.full((2, 8, 8), IGNORED), images, 5, IGNORED)
+    with pytest.raises(ValueError, match=told):
+        check_masks(target, images, 5, IGNORED)
+    with pytest.raises(ValueError, match=told):
+        create_task()(images.double(), target)
+
+
 @pytest.mark.parametrize('kwargs', [{'anchors_per_image': 0}, {'contrast_weight': -1.0}], ids=str)
 def test_arguments_out_of_range_are_refused(kwargs):
     with pytest.raises(ValueError, match=next(iter(kwargs))):
@@ -355,6 +381,7 @@ def found(tmp_path_factory):
     return lambda name: [rank[name] for rank in ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason='torch was built without gloo')
 @pytest.mark.parametrize('name', SCENARIOS)
 def test_two_processes_train_as_one_with_the_whole_batch(name, found):

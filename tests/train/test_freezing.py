@@ -54,7 +54,7 @@ def checkpoints(folder, epochs):
 @pytest.mark.parametrize('name', CLASSIFIERS)
 def test_only_the_head_changes_at_first_and_everything_afterwards(tiny_images, tmp_path, name):
     flags = ['--model', name, '-b', 4, '--lr', 0.1, '--epochs', 3, '--freeze-epochs', 2, '--drop-path', 0.5]
-    flags += ['--coretune', '--opt', 'sgd', '--device', 'cpu']
+    flags += ['--coretune', '--opt', 'sgd']
     folder = train(tiny_images((4, 4, 4), (1, 1, 1)), tmp_path, *flags)
     first, second, third = checkpoints(folder, 3)
 

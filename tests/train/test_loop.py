@@ -52,12 +52,6 @@ def test_neighbouring_outputs_are_averaged_in_validation():
     assert metrics['top5'] == 25 * sum(rank < 5 for rank in ranks)
 
 
-@pytest.fixture
-def tiny(tiny_images):
-    """A data set of 3 classes whose images differ by color, 8 training and 4 validation images a class."""
-    return tiny_images((8, 8, 8), (4, 4, 4), names=['red', 'green', 'blue'], noise=60, tint=180)
-
-
 def test_gradients_of_accumulated_batches_are_averaged_with_a_short_last_group(tiny):
     args = parse_args(['--data-dir', str(tiny)]).args
     dataset = create_datasets(args).train

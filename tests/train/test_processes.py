@@ -15,6 +15,8 @@ from commands import ONE_THREAD, environment_with, in_two_processes, run_command
 from kill_resume import fingerprint, kill_all
 from paths import HELPERS, ROOT
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = environment_with(**ONE_THREAD)
 SMALL_VIT = (
     *('--coretune', '--model', 'test_vit', '--model-kwargs', 'img_size=32', '--img-size', '32', '--lr', '0.005'),

@@ -21,13 +21,6 @@ from timm_coretune.train import main
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import create_datasets
 
-
-@pytest.fixture
-def tiny(tiny_images):
-    """A data set of 3 classes whose images differ by color, 8 training and 4 validation images a class."""
-    return tiny_images((8, 8, 8), (4, 4, 4), names=['red', 'green', 'blue'], noise=60, tint=180)
-
-
 FLAGS = (*SMALL, '-b', '12', '--lr', '0.1', '--smoothing', '0', '--color-jitter', '0')
 
 train = partial(runs.train, base=FLAGS)
@@ -150,6 +143,7 @@ def test_distillation_is_that_of_timm(tmp_path, tiny, kind, read_csv, monkeypatc
     assert {'train_loss', 'train_kd' if 'train_kd' in first else 'train_distill', 'train_task'} <= first.keys()
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_whole_checkpoint_and_prints_the_command_that_continues(tmp_path, tiny, read_csv):
     flags = ['--data-dir', str(tiny), *FLAGS, '--coretune', '--output', str(tmp_path), '--experiment', 'run']
     command = [sys.executable, '-m', 'timm_coretune.train', *flags, '--epochs', '5000']

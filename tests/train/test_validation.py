@@ -1,29 +1,14 @@
 """Validation in a run and alone, and the end of a run that gets no better"""
 
 import csv
-from functools import partial
 
 import pytest
-import runs
-from runs import SMALL
-
-NAMES = ['ant', 'bee', 'cat', 'dog', 'elk']
-
-
-@pytest.fixture
-def data(tiny_images):
-    """24 training and 9 validation images: 12, 9, 2 and 1 of each class, and 3, 3, 2 and 1."""
-    return tiny_images((12, 9, 2, 1), (3, 3, 2, 1), names=NAMES[:4])
-
-
-FLAGS = (*SMALL, '-b', '8', '--device', 'cpu')
-
-train = partial(runs.train, base=FLAGS)
+from runs import results_of, train
 
 
 def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_path, read_csv):
     flags = ['--coretune', '--epochs', 1, '--metrics', 'confusion,per-class,ece']
-    (result,) = runs.results_of(data, tmp_path, *flags, base=FLAGS)
+    (result,) = results_of(data, tmp_path, *flags)
     folder = tmp_path / 'run'
     (row,) = read_csv(folder / 'summary.csv')
     assert {key: float(row[f'eval_{key}']) for key in result['validation']} == pytest.approx(result['validation'])
@@ -33,7 +18,7 @@ def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_pa
     files = sorted(tmp_path.rglob('*'))
     for flag in (['--eval-only'], ['--epochs', 0]):
         flags = [*flag, '--initial-checkpoint', folder / 'model_best.safetensors', '--metrics', 'per-class,ece']
-        (again,) = runs.results_of(data, tmp_path, *flags, base=FLAGS)
+        (again,) = results_of(data, tmp_path, *flags)
         assert again['validation'] == pytest.approx(result['validation'], rel=1e-5)
     assert sorted(tmp_path.rglob('*')) == files
 

@@ -1,16 +1,15 @@
 """Transforms of images with masks, and the made scenes."""
 
 import hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from paths import SAMPLE
 from PIL import Image
 from safetensors.numpy import save_file
 from torchvision import tv_tensors
 
-import timm_coretune
 from timm_coretune.segmentation.data.dataset import open_dataset
 from timm_coretune.segmentation.data.scenes import FashionScenes, write_voc
 from timm_coretune.segmentation.data.transforms import (
@@ -20,7 +19,6 @@ from timm_coretune.segmentation.data.transforms import (
     restore,
 )
 
-GARMENTS = str(Path(timm_coretune.__file__).parent / 'assets' / 'fashion_mnist_sample.safetensors')
 ZERO, ONE = (0.0,) * 3, (1.0,) * 3
 SIZES = [(1, 1), (1, 50), (50, 1), (7, 31), (33, 32), (100, 64)]
 
@@ -139,18 +137,18 @@ def digest_of(pair):
 
 
 def test_a_scene_hangs_on_split_and_index_alone():
-    train, again = FashionScenes(GARMENTS, 'train'), FashionScenes(GARMENTS, 'training', num_scenes=9)
+    train, again = FashionScenes(SAMPLE, 'train'), FashionScenes(SAMPLE, 'training', num_scenes=9)
     np.random.seed(1)  # noqa: NPY002, which must not matter
     wanted = [digest_of(train.load(index)) for index in range(5)]
     np.random.seed(2)  # noqa: NPY002
     assert [digest_of(again.load(index)) for index in (4, 3, 2, 1, 0)] == wanted[::-1]
     assert len(set(wanted)) == 5
-    assert digest_of(FashionScenes(GARMENTS, 'validation').load(0)) != wanted[0]
-    assert (len(train), len(again), len(FashionScenes(GARMENTS, 'val'))) == (480, 9, 120)
+    assert digest_of(FashionScenes(SAMPLE, 'validation').load(0)) != wanted[0]
+    assert (len(train), len(again), len(FashionScenes(SAMPLE, 'val'))) == (480, 9, 120)
 
 
 def test_scenes_are_balanced_and_their_masks_valid():
-    dataset = open_dataset('', GARMENTS, 'train')
+    dataset = open_dataset('', SAMPLE, 'train')
     assert (dataset.num_classes, len(dataset.class_names), dataset.class_names[0]) == (11, 11, 'background')
     scenes_with, pixels = np.zeros(256), np.zeros(256)
     for image, mask in dataset:
@@ -167,7 +165,7 @@ def test_scenes_are_balanced_and_their_masks_valid():
 
 
 def test_regions_of_a_scene_never_touch_without_an_ignored_pixel():
-    source = FashionScenes(GARMENTS, 'train')
+    source = FashionScenes(SAMPLE, 'train')
     for index in range(10):
         mask = np.asarray(source.load(index)[1]).tolist()
         for row in range(96):
@@ -205,7 +203,7 @@ def test_what_holds_no_garments_is_refused(tmp_path):
 
 def test_written_scenes_are_a_voc_folder(tmp_path):
     for split in ('train', 'validation'):
-        source = FashionScenes(GARMENTS, split, num_scenes=3)
+        source = FashionScenes(SAMPLE, split, num_scenes=3)
         write_voc(source, str(tmp_path / 'scenes'), split)
         dataset = open_dataset('', str(tmp_path / 'scenes'), split)
         assert dataset.class_names == source.class_names

@@ -1,9 +1,9 @@
 """What contradicts is named with its flags"""
 
 import ast
+import shlex
 
 import pytest
-from paths import ROOT
 from train_flags import PARSER, TREES
 
 from timm_coretune.train.cli.arguments import find_contradictions, parse_args
@@ -86,7 +86,9 @@ CONTRADICTIONS = [
     ('--freeze-epochs -1', '--freeze-epochs: 0 or more'),
     ('--patience 0', '--patience: 1 or more'),
     ('--push-to-hub name', '--push-to-hub: OWNER/NAME'),
-    ('--push-to-hub me/name --eval-only', '--push-to-hub pushes what was trained'),
+    ("--push-to-hub 'me/a b'", '--push-to-hub: OWNER/NAME'),
+    ('--push-to-hub me/name --eval-only', '--push-to-hub pushes what was trained: not with --eval-only'),
+    ('--hub-revision b', '--hub-private and --hub-revision need --push-to-hub'),
     ('--hub-private', '--hub-private and --hub-revision need --push-to-hub'),
     ('--eval-only --val-split=', '--eval-only needs a --val-split'),
     ('--epochs 0 --val-split=', '--eval-only needs a --val-split'),
@@ -107,7 +109,7 @@ def no_launcher(monkeypatch):
 @pytest.mark.parametrize('line, message', CONTRADICTIONS, ids=[line for line, _ in CONTRADICTIONS])
 def test_a_contradiction_is_named_with_its_flags(capsys, no_launcher, line, message):
     with pytest.raises(SystemExit) as stopped:
-        parse_args(line.split())
+        parse_args(shlex.split(line))
     assert stopped.value.code == 2
     assert f'train.py: error: {message}' in capsys.readouterr().err
 
@@ -115,10 +117,10 @@ def test_a_contradiction_is_named_with_its_flags(capsys, no_launcher, line, mess
 def test_every_contradiction_has_a_command_line_above(no_launcher):
     found = set()
     for line, _ in CONTRADICTIONS:
-        args = PARSER.parse_args(line.split())
+        args = PARSER.parse_args(shlex.split(line))
         args.eval_only = args.eval_only or args.epochs == 0
         found |= {sentence.partition(' from ')[0] for sentence in find_contradictions(args)}  # one with any choices
-    (table,) = [n for n in ast.walk(TREES['arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
+    (table,) = [n for n in ast.walk(TREES['cli/arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
     assert len(found) == len(table.keys)
 
 
@@ -140,18 +142,9 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
     ids=['resnet50', 'augmix', 'coretune', 'torchscript', 'segmentation'],
 )
 def test_flags_that_go_together_are_taken(line):
-    parse_args(line.split())
+    parse_args(shlex.split(line))
 
 
 def test_a_launched_process_may_have_a_local_rank(monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
     assert parse_args(['--local_rank', '1']).args.local_rank == 1
-
-
-def table(heading):
-    """Rows of the table under a heading of docs/flags.md."""
-    text = (ROOT / 'docs' / 'flags.md').read_text().partition(f'\n## {heading}\n')[2].partition('\n## ')[0]
-    rows = [[cell.strip() for cell in line.strip('|').split(' | ')] for line in text.splitlines() if line[:1] == '|']
-    assert len(rows) > 2
-    assert len({len(row) for row in rows}) == 1
-    return rows[2:]

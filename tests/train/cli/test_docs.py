@@ -41,7 +41,7 @@ def test_the_flags_that_differ_are_those_of_timm_with_a_line_each():
 
 
 def test_a_flag_of_timm_that_may_be_refused_stands_among_those_that_differ():
-    (conditions,) = [n for n in ast.walk(TREES['arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
+    (conditions,) = [n for n in ast.walk(TREES['cli/arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
     sentences = [''.join(p.value for p in ast.walk(key) if isinstance(p, ast.Constant)) for key in conditions.keys]
     # what comes after the semicolon is what to use instead
     refused = set().union(*(flags_in(sentence.partition(';')[0]) for sentence in sentences)) & TIMM_NAMES

@@ -2,21 +2,15 @@
 
 import logging
 import struct
-from functools import partial
 
 import pytest
-import runs
 import timm
 import torch
-from runs import SMALL
+from runs import train
 from tiny_data import write_folders
 
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import create_datasets
-
-FLAGS = (*SMALL, '-b', '8', '--device', 'cpu')
-
-train = partial(runs.train, base=FLAGS)
 
 
 def write_idx(path, values):

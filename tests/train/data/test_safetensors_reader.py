@@ -8,12 +8,6 @@ from safetensors.torch import save_file
 from timm_coretune.train.data.safetensors_reader import ReaderSafetensors
 
 
-@pytest.fixture
-def tiny(tiny_images):
-    """A data set of 3 classes whose images differ by color, 8 training and 4 validation images a class."""
-    return tiny_images((8, 8, 8), (4, 4, 4), names=['red', 'green', 'blue'], noise=60, tint=180)
-
-
 def test_the_reader_hands_over_the_pixels_it_was_given(tiny):
     from safetensors.torch import load_file
 

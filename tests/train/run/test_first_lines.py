@@ -13,14 +13,6 @@ from timm_coretune.train.data.datasets import Datasets, create_datasets
 from timm_coretune.train.optimization import create_optimizer, create_schedule
 from timm_coretune.train.run.first_lines import log_contrast, log_data, log_optimization
 
-NAMES = ['ant', 'bee', 'cat', 'dog', 'elk']
-
-
-@pytest.fixture
-def data(tiny_images):
-    """24 training and 9 validation images: 12, 9, 2 and 1 of each class, and 3, 3, 2 and 1."""
-    return tiny_images((12, 9, 2, 1), (3, 3, 2, 1), names=NAMES[:4])
-
 
 def test_the_log_counts_images_and_classes(data, messages):
     log_data(create_datasets(parse_args(['--data-dir', str(data)]).args))

@@ -4,30 +4,12 @@ import argparse
 import os
 import subprocess
 import sys
-from functools import partial
 
 import pytest
-import runs
-import timm
 import torch
-from accelerate import Accelerator
-from runs import SMALL
-from timm.task import ClassificationTask
+from runs import train
 
 from timm_coretune.train.run.folder import find_newest_state, progress_of, read_state, take_folder
-from timm_coretune.train.run.resume import RunState, resume
-
-
-@pytest.fixture(scope='module')
-def data(tiny_images):
-    """12 training and 6 validation images of 3 classes."""
-    return tiny_images((4, 4, 4), (2, 2, 2), names=['red', 'green', 'blue'], noise=120, tint=60)
-
-
-FLAGS = (*SMALL, '-b', '4', '--epochs', '4', '--coretune', '--device', 'cpu')
-
-train = partial(runs.train, base=FLAGS)
-
 
 # which state
 
@@ -114,7 +96,7 @@ def test_a_state_that_would_run_code_is_refused_and_runs_none(tmp_path, data, ca
     path, trace = tmp_path / 'run' / 'last.pth.tar', tmp_path / 'trace'
     torch.save({'state_dict': {}, 'epoch': 1, 'extra': _Foreign(str(trace))}, path)
     with pytest.raises(ValueError, match=f'Expected a state of train.py in {str(path)!r}'):
-        train(data, tmp_path, '--resume', path)
+        train(data, tmp_path, '--coretune', '--resume', path)
     assert find_newest_state(str(tmp_path / 'run')) is None
     assert not trace.exists()
     torch.load(path, weights_only=False)['extra'].close()
@@ -208,15 +190,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path, take):
     (tmp_path / 'file').write_text('')
     with pytest.raises(ValueError, match=r"Expected to write the run into '.*file/run'.*Choose another .* --output"):
         take(folder_args(tmp_path / 'file'))
-
-
-def resumed(state, no_resume_opt):
-    torch.manual_seed(1)
-    task = ClassificationTask(
-        timm.create_model('test_resnet', num_classes=3), torch.nn.CrossEntropyLoss(), verbose=False
-    )
-    optimizer = timm.optim.create_optimizer_v2(task.get_trainable_module(), opt='momentum', lr=0.7, weight_decay=0.3)
-    args = argparse.Namespace(no_resume_opt=no_resume_opt, start_epoch=None)
-    run_state = RunState(Accelerator(cpu=True))
-    resume(args, str(state), task, optimizer, run_state)
-    return args, task, optimizer, run_state

@@ -1,31 +1,15 @@
 """What a run shows while it trains: pictures of batches, and trackers"""
 
-from functools import partial
-
 import pytest
-import runs
 from PIL import Image
-from runs import SMALL
+from runs import train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-NAMES = ['ant', 'bee', 'cat', 'dog', 'elk']
 
 
 def test_a_tracker_that_is_not_installed_stops_the_run(data, tmp_path, monkeypatch):
     monkeypatch.setattr('accelerate.tracking.get_available_trackers', lambda: [])
     with pytest.raises(ValueError, match='--log-with wandb: not installed'):
         train(data, tmp_path, '--log-wandb')
-
-
-@pytest.fixture
-def data(tiny_images):
-    """24 training and 9 validation images: 12, 9, 2 and 1 of each class, and 3, 3, 2 and 1."""
-    return tiny_images((12, 9, 2, 1), (3, 3, 2, 1), names=NAMES[:4])
-
-
-FLAGS = (*SMALL, '-b', '8', '--device', 'cpu')
-
-train = partial(runs.train, base=FLAGS)
 
 
 # runs

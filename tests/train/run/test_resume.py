@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from commands import environment_with, run_command
 from paths import ROOT
-from runs import SMALL, copy_of, stop_at
+from runs import ON_CPU, copy_of, stop_at
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
@@ -28,7 +28,7 @@ def data(tiny_images):
     return tiny_images((4, 4, 4), (2, 2, 2), names=['red', 'green', 'blue'], noise=120, tint=60)
 
 
-FLAGS = (*SMALL, '-b', '4', '--epochs', '4', '--coretune', '--device', 'cpu')
+FLAGS = (*ON_CPU, '-b', '4', '--epochs', '4', '--coretune')
 
 train = partial(runs.train, base=FLAGS)
 
@@ -62,6 +62,7 @@ FULL_DISK = """
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before_and_says_where_it_is(tmp_path, data, read_csv, straight):
     # the loss falls in every epoch, so that weights are due each time
     flags = [*FLAGS, '--data-dir', str(data), '--output', str(tmp_path), '--eval-metric', 'loss', '--lr', '0.001']

@@ -1,5 +1,3 @@
-""""""
-
 import pytest
 import torch
 import torch.nn as nn
@@ -10,7 +8,7 @@ from timm_coretune.segmentation.data.scenes import FashionScenes, write_voc
 from timm_coretune.train import Trainer
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def voc(tmp_path_factory):
     """8 scenes to train on and 3 to validate on, in the layout of VOC."""
     folder = tmp_path_factory.mktemp('voc')
@@ -19,7 +17,7 @@ def voc(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope='module')
+@pytest.fixture(scope='session')
 def tuned(voc, tmp_path_factory):
     """The folder of a Core-tuning of one epoch."""
     return train(voc, tmp_path_factory.mktemp('tuned'), '--coretune')

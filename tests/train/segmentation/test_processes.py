@@ -9,6 +9,8 @@ from runs import stop_at
 from segmentation_runs import FLAGS, last_row, read_counts, train, valid_pixels
 from segmentation_train_worker import stay_in_eval
 
+pytestmark = pytest.mark.slow
+
 # interruptions
 
 LONG = (

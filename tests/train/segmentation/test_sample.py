@@ -37,6 +37,7 @@ def figures_of(pixels, predicted, loss):
     }
 
 
+@pytest.mark.slow
 def test_the_bare_command_leaves_a_model_with_the_figures_of_scikit_learn(launch, tmp_path, read_csv):
     flags = ['--segmentation', '--coretune', '--epochs', '1', '--label-fraction', '0.1', '--experiment', 'run']
     finished = launch(['accelerate', 'launch', '--cpu', str(ROOT / 'train.py'), *flags])
