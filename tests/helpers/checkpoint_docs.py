@@ -1,6 +1,6 @@
 """The table of docs/checkpoints.md, from the cases that the tests run
 
-python tests/checkpoint_docs.py > docs/checkpoints.md
+python tests/helpers/checkpoint_docs.py > docs/checkpoints.md
 """
 
 from checkpoint_formats import FORMATS

@@ -4,11 +4,7 @@ import copy
 
 import pytest
 import torch
-from reference import (
-    generator,
-    layer_of,
-    objective,
-)
+from reference import generator, layer_of, objective
 
 from timm_coretune import CoreTuningLoss
 from timm_coretune.mining import hard_label

@@ -3,9 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from timm_coretune.segmentation import (
-    create_segmentation_model,
-)
+from timm_coretune.segmentation import create_segmentation_model
 
 NUM_CLASSES = 4
 

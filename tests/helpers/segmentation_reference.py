@@ -8,17 +8,7 @@ from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
-from reference import (
-    Affine,
-    affine,
-    array,
-    cross_entropy,
-    focal_contrast,
-    log_softmax,
-    mine,
-    mixtures,
-    soft_target,
-)
+from reference import Affine, affine, array, cross_entropy, focal_contrast, log_softmax, mine, mixtures, soft_target
 
 from timm_coretune.segmentation.anchors import draw_noise
 

@@ -7,11 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from losses import WIDTH, assert_losses_agree, losses_and_reference, make_classifier, make_criterion
-from reference import (
-    random_features,
-    random_label,
-    random_soft_target,
-)
+from reference import random_features, random_label, random_soft_target
 
 from timm_coretune import CoreTuningLoss, FocalSupConLoss
 

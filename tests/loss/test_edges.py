@@ -14,12 +14,7 @@ from losses import (
     make_classifier,
     make_criterion,
 )
-from reference import (
-    generator,
-    random_features,
-    random_label,
-    random_soft_target,
-)
+from reference import generator, random_features, random_label, random_soft_target
 
 from timm_coretune import CoreTuningLoss
 

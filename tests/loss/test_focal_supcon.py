@@ -8,15 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import SupConLoss
-from reference import (
-    array,
-    classes,
-    focal_contrast,
-    generator,
-    random_features,
-    random_label,
-    random_soft_target,
-)
+from reference import array, classes, focal_contrast, generator, random_features, random_label, random_soft_target
 
 from timm_coretune import FocalSupConLoss
 from timm_coretune.mining import normalize

@@ -1,9 +1,7 @@
 import pytest
 from segmentation_models import tuned
 
-from timm_coretune.segmentation import (
-    export_segmentation_model,
-)
+from timm_coretune.segmentation import export_segmentation_model
 
 
 @pytest.fixture

@@ -8,10 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from segmentation_models import tuned
 
-from timm_coretune.segmentation import (
-    export_segmentation_model,
-    load_segmentation_model,
-)
+from timm_coretune.segmentation import export_segmentation_model, load_segmentation_model
 
 LOAD = """
 import sys, torch

@@ -11,10 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from segmentation_models import NUM_CLASSES, create, tuned
 
-from timm_coretune.segmentation import (
-    SegmentationTask,
-    create_segmentation_model,
-)
+from timm_coretune.segmentation import SegmentationTask, create_segmentation_model
 from timm_coretune.segmentation.decoder import _BatchNormOfOne
 
 PYRAMID = [4, 8, 16, 32]

@@ -6,10 +6,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from timm_coretune.segmentation import (
-    load_segmentation_model,
-    predict_image,
-)
+from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.__main__ import run as run_command
 from timm_coretune.segmentation.data import scenes as sample
 from timm_coretune.segmentation.data.masks import read_mask
