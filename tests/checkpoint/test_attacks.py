@@ -15,18 +15,11 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny_checkpoints import tiny, weights
 
 from timm_coretune import load_checkpoint
 
 SECONDS = 5
-
-
-def weights():
-    return {k: torch.rand_like(v) if v.is_floating_point() else v for k, v in tiny().state_dict().items()}
-
-
-def tiny(num_classes=0):
-    return timm.create_model('test_resnet', num_classes=num_classes)
 
 
 class Evil:

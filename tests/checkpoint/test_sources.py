@@ -11,24 +11,13 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from tiny_checkpoints import tiny, weights
 
 import timm_coretune.checkpoint.download as download_module
 from timm_coretune import load_checkpoint
 from timm_coretune.checkpoint.download import check_url
 from timm_coretune.checkpoint.releases import RELEASES
 from timm_coretune.checkpoint.rules import RULES
-
-
-def tiny():
-    return timm.create_model('test_resnet', num_classes=0)
-
-
-def weights(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        k: torch.rand(v.shape, generator=generator) if v.is_floating_point() else v
-        for k, v in tiny().state_dict().items()
-    }
 
 
 def moco(state_dict):

@@ -14,7 +14,7 @@ import runs
 import timm
 import torch
 import yaml
-from loader_options import skip_without_loader_option
+from loading import skip_without_loader_option
 from runs import SMALL
 
 from timm_coretune.train import main

@@ -13,12 +13,6 @@ from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import LabelledSubset, create_datasets, get_labels
 
 
-@pytest.fixture(scope='module')
-def images(tiny_images):
-    """26 training and 4 validation images of 2 classes, all different."""
-    return tiny_images((13, 13), (2, 2), size=12, names=['even', 'odd'])
-
-
 def fraction_of(tiny_images, counts, fraction, seed=42):
     path = tiny_images(counts, size=4, in_turn=False)
     args = parse_args(['--data-dir', str(path), '--val-split=', '--label-fraction', str(fraction), '--seed', str(seed)])

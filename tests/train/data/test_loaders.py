@@ -1,13 +1,12 @@
 """timm's loaders: the same augmentation whatever loads the images and wherever it starts, and mixup that ends"""
 
-import random
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from loader_options import skip_without_loader_option
+from loading import global_states, skip_without_loader_option
 from timm.data import FastCollateMixup, Mixup
 from timm.task import ClassificationTask
 
@@ -18,12 +17,6 @@ from timm_coretune.train.data.datasets import create_datasets
 from timm_coretune.train.data.loaders import LoaderFactory
 from timm_coretune.train.data.resumable import SeededCollate
 from timm_coretune.train.loop import LoopConfig
-
-
-@pytest.fixture(scope='module')
-def images(tiny_images):
-    """26 training and 4 validation images of 2 classes, all different."""
-    return tiny_images((13, 13), (2, 2), size=12, names=['even', 'odd'])
 
 
 def create_loaders(images, *flags):
@@ -99,10 +92,6 @@ def test_the_prefetcher_changes_images_by_rounding_alone(images):
     for (x, s), (y, t) in zip(fetched, plain, strict=True):
         assert torch.equal(s, t)
         torch.testing.assert_close(x, y, rtol=0, atol=1e-6)
-
-
-def global_states():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
 @pytest.mark.parametrize('flags', [[], ON_CPU], ids=['prefetcher', 'no-prefetcher'])

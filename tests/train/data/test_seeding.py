@@ -5,6 +5,7 @@ import random
 
 import numpy as np
 import torch
+from loading import global_states
 
 from timm_coretune.train.data.seeding import make_key, seeded
 
@@ -22,10 +23,6 @@ def test_keys_are_distinct_and_depend_on_every_number_and_its_place():
 
 
 # timm's loaders
-
-
-def global_states():
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # noqa: NPY002
 
 
 def test_generators_are_put_back_after_a_block_that_draws():
