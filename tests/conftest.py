@@ -1,22 +1,16 @@
-import csv
-import inspect
-import os
-import subprocess
-import sys
-from pathlib import Path
+import logging
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from timm.data import create_loader
+from commands import run_command
+from runs import rows_of
+from tiny_data import write_images
 
-ROOT = Path(__file__).parent.parent
 
-
-def skip_without_loader_option(flags):
-    """Older versions of timm lack an option of its loader."""
-    if '--train-img-sizes' in flags and 'input_size_choices' not in inspect.signature(create_loader).parameters:
-        pytest.skip('the installed timm has no training sizes that change')
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a CUDA device')
 
 
 @pytest.fixture(autouse=True)
@@ -38,22 +32,31 @@ def one_thread():
 
 @pytest.fixture
 def launch(tmp_path):
-    """Run the words of a shell command in a folder of its own, as a user of this environment would."""
-
-    def run(words, check=True, environment=None, **kwargs):
-        # the commands of this environment, and no more than its threads
-        env = {**(environment or os.environ), 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
-        finished = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300, **kwargs)
-        assert not check or finished.returncode == 0, finished.stdout + finished.stderr
-        return finished
-
-    return run
+    """Run the words of a command in a folder of its own, as a user of this environment would."""
+    return lambda words, **kwargs: run_command(words, cwd=tmp_path, **kwargs)
 
 
 @pytest.fixture
 def read_csv():
-    def read(path):
-        with open(path, newline='') as f:
-            return list(csv.DictReader(f))
+    return rows_of
 
-    return read
+
+@pytest.fixture(scope='session')
+def tiny_images(tmp_path_factory):
+    """The path of a data set that write_images makes with these arguments; not to be changed."""
+    paths = {}
+
+    def path_of(*args, **kwargs):
+        key = repr((args, sorted(kwargs.items())))
+        if key not in paths:
+            paths[key] = write_images(tmp_path_factory.mktemp('images') / 'images.safetensors', *args, **kwargs)
+        return paths[key]
+
+    return path_of
+
+
+@pytest.fixture
+def messages(caplog):
+    """What the package logged at a level so far."""
+    caplog.set_level(logging.INFO, 'timm_coretune')
+    return lambda level='INFO': [record.message for record in caplog.records if record.levelname == level]

@@ -10,6 +10,7 @@ from reference import (
     array,
     classes,
     focal_contrast,
+    generator,
     layer_of,
     mine,
     objective,
@@ -22,10 +23,6 @@ from timm_coretune import CoreTuningLoss, CoreTuningTask, FocalSupConLoss, mine_
 from timm_coretune.mining import normalize
 
 TEMPERATURE = 0.2
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def agrees(actual, expected, tolerance: float = 1e-6) -> bool:

@@ -69,6 +69,7 @@ NOT_GATHERED = [name for name, s in SCENARIOS.items() if not s.loss_kwargs.get('
 NEGATIVE_CONTROLS = [name for name, s in SCENARIOS.items() if not s.sum_over_ranks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', GATHERED)
 def test_the_averaged_gradient_is_that_of_one_process_with_the_global_batch(name, found):
     scenario, ranks = SCENARIOS[name], found(name)
@@ -78,6 +79,7 @@ def test_the_averaged_gradient_is_that_of_one_process_with_the_global_batch(name
     assert mean_losses(ranks) == pytest.approx(expected['losses'], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', GATHERED)
 def test_the_mean_loss_of_the_ranks_is_the_loss_of_the_reference_on_the_global_batch(name, found):
     scenario = SCENARIOS[name]
@@ -104,6 +106,7 @@ def test_the_mean_loss_of_the_ranks_is_the_loss_of_the_reference_on_the_global_b
     assert mean_losses(found(name)) == pytest.approx(expected, rel=1e-10, abs=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NOT_GATHERED)
 def test_without_gathering_the_gradient_is_the_mean_of_those_of_the_local_losses(name, found):
     scenario, ranks = SCENARIOS[name], found(name)
@@ -123,6 +126,7 @@ def test_without_gathering_the_gradient_is_the_mean_of_those_of_the_local_losses
         assert rank['losses'] == pytest.approx(alone['losses'], rel=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NEGATIVE_CONTROLS)
 def test_a_backward_that_forgets_the_other_ranks_is_noticed(name, found):
     scenario, ranks = SCENARIOS[name], found(name)
@@ -131,11 +135,13 @@ def test_a_backward_that_forgets_the_other_ranks_is_noticed(name, found):
     assert mean_losses(ranks) == pytest.approx(expected['losses'], rel=1e-12)  # the forward is right
 
 
+@pytest.mark.slow
 def test_gathering_makes_a_difference(found):
     gathered, alone = found('equal batches'), found('not gathered')
     assert relative_error(gathered[0]['gradients'], alone[0]['gradients']) > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', SCENARIOS)
 def test_generators_of_all_ranks_stay_in_step(name, found):
     states = [rank['generator'] for rank in found(name)]

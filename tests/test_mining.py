@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import classes, mine, random_features, random_label, random_soft_target, similarity
+from reference import classes, generator, mine, random_features, random_label, random_soft_target, similarity
 from scipy.stats import chi2
 
 from timm_coretune import mine_hard_pairs
@@ -12,10 +12,6 @@ from timm_coretune.mining import HardPairs, normalize, select_hard_pairs
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtype_ids = [str(dtype).removeprefix('torch.') for dtype in DTYPES]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def assert_hard_pairs_are_those_of_the_reference(

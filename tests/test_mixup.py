@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import (
     array,
+    generator,
     mine,
     mixtures,
     random_features,
@@ -23,10 +24,6 @@ from timm_coretune.mining import hard_label
 from timm_coretune.mixup import HardMixtures, Mixture, MixupDraws, sample_beta
 
 NUM_CLASSES = 6
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def mixup_and_its_draws(batch_size: int, seed: int = 0, **kwargs) -> tuple[HardPairMixup, MixupDraws]:

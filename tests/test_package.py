@@ -6,7 +6,7 @@ import sys
 import zipfile
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 EXAMPLES = sorted((ROOT / 'examples').glob('*.py'))
 
@@ -33,6 +33,7 @@ def test_there_is_an_example_of_every_kind():
     assert [path.name for path in EXAMPLES] == ['plain_loop.py', 'timm_loop.py', 'tune_and_export.py']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('example', EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs_as_it_is(example, launch, tmp_path):
     printed = launch([sys.executable, '-W', 'ignore', str(example)]).stdout

@@ -5,7 +5,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
+from paths import ROOT
 
 README = (ROOT / 'README.md').read_text()
 SHELL_COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', README, re.DOTALL) for line in block.splitlines()]
@@ -26,6 +26,7 @@ def test_commands_are_those_that_are_run_here_or_by_ci():
     assert '\npytest\n' in ci
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('extra', [[], ['--model', 'resnet50']], ids=['as-written', 'resnet50'])
 def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv):
     words = shlex.split('accelerate launch train.py --coretune'.replace('train.py', str(ROOT / 'train.py')))
@@ -44,6 +45,7 @@ def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv
         assert (tmp_path / 'run' / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('block', PYTHON_BLOCKS, ids=['segmentation', 'plain-pytorch-loop', 'timm-loop', 'notebook'])
 def test_a_loop_runs_as_copied(block, launch):
     # a fresh interpreter, where nothing else has imported a part of timm

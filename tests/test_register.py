@@ -189,6 +189,7 @@ def loaded_modules(statement):
     return set(json.loads(result.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 def test_importing_the_package_loads_nothing_heavy_that_timm_does_not_load():
     heavy = {'matplotlib', 'sklearn', 'transformers', 'accelerate', 'datasets', 'wandb', 'pandas', 'scipy'}
     loaded = loaded_modules('import timm_coretune')

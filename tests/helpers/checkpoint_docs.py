@@ -1,0 +1,73 @@
+"""The table of docs/checkpoints.md, from the cases that the tests run
+
+python tests/helpers/checkpoint_docs.py > docs/checkpoints.md
+"""
+
+from checkpoint_formats import FORMATS
+from checkpoint_libraries import LIBRARIES
+
+from timm_coretune.checkpoint.rules import ONLINE, ONLY, REFUSALS, RULES, TEACHER
+from timm_coretune.checkpoint.source import RELEASES
+
+FAMILIES = {'resnet': 'ResNet', 'wide_resnet': 'ResNet', 'vit': 'ViT', 'convnext': 'ConvNeXt', 'swin': 'Swin'}
+COLUMNS = ('ResNet', 'ViT', 'ConvNeXt', 'Swin')
+
+HEAD = """# Checkpoints
+
+`load_checkpoint(model, source)`, `train.py --pretrained-path SOURCE` and
+`python -m timm_coretune.checkpoint inspect SOURCE` take a file (safetensors, `.pth`, `.pth.tar`, `.pt`, `.ckpt`,
+`.bin`, and `.npz` where timm reads it), a folder (of shards, or of Hugging Face), `hf-hub:owner/name[@revision]`, an
+`https://` URL, or a short name. Pickles are never run: a file that needs more than tensors and plain data is refused,
+with what it wanted to import.
+
+All of the backbone must be found, and no block of the file may be left over. Otherwise the model stays as it was, and
+the error names the timm models that would fit. `python -m timm_coretune.checkpoint convert SOURCE FILE.safetensors`
+writes the backbone for plain `timm.create_model(name, num_classes=0, checkpoint_path='FILE.safetensors')`.
+
+This page is written by `tests/checkpoint_docs.py` from the cases of the tests, and a test holds it to them.
+
+## Formats
+
+- layout: every tensor of a file with the keys of the published code equals the one it was made from
+- outputs: the timm model computes what the module of that library computes, to 1e-5
+- online: the encoder that gradients train, which the linear evaluation of its authors loads
+- averaged: the weights averaged over training, which the evaluation of its authors loads
+
+"""
+WHY = {ONLINE: 'online', TEACHER: 'averaged', ONLY: 'the only one'}
+
+
+def family(architecture):
+    return next(column for start, column in FAMILIES.items() if architecture.startswith(start))
+
+
+def rows():
+    """Name of the format, copy, why, and the architectures of each way of testing."""
+    table = {}
+    for fmt in FORMATS:
+        why = next((rule.why for rule in RULES if rule.method == fmt.method), 'the only one that fits')
+        table[fmt.name] = (fmt.copy, WHY.get(why, why), dict.fromkeys(map(family, fmt.architectures), 'layout'))
+    for name, (copy, architectures) in LIBRARIES.items():
+        why = {'teacher': 'averaged', 'online encoder': 'online'}.get(copy, 'the only one')
+        table[name] = (copy, why, dict.fromkeys(architectures, 'outputs'))
+    return table
+
+
+def page():
+    lines = [f'| format | copy | why | {" | ".join(COLUMNS)} |', f'|{"---|" * (3 + len(COLUMNS))}']
+    for name, (copy, why, tested) in rows().items():
+        cells = (tested.get(column, '') for column in COLUMNS)
+        lines.append(f'| {name} | {copy} | {why} | {" | ".join(cells)} |')
+    lines += ['', '## Refused', '', '| file | why |', '|---|---|']
+    lines += [f'| {refusal.what} | {refusal.why} |' for refusal in REFUSALS]
+    lines += ['', '## Short names', '', "The licence is the publisher's and binds whoever uses the weights.", '']
+    lines += ['| name | timm model | licence | paper | stated in |', '|---|---|---|---|---|']
+    lines += [
+        f'| [{name}]({r.url}) | {r.model} | {r.licence} | [{r.paper}](https://arxiv.org/abs/{r.paper}) | {r.source} |'
+        for name, r in RELEASES.items()
+    ]
+    return HEAD + '\n'.join(lines) + '\n'
+
+
+if __name__ == '__main__':
+    print(page(), end='')

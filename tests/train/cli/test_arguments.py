@@ -1,0 +1,178 @@
+"""The command line: names that are none, and what wins: a flag, a configuration, a preset, the sample or timm"""
+
+import os
+
+import pytest
+import yaml
+from train_flags import ACTIONS, PACKAGE, PARSER, preset
+
+from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.cli.flags import PRESETS
+
+
+def test_defaults_fill_in_the_sample_and_its_checkpoint():
+    parsed = parse_args([])
+    assert parsed.args.model == 'test_resnet'
+    assert os.path.isfile(parsed.args.data_dir)
+    assert os.path.isfile(parsed.args.pretrained_path)
+    assert '--data-dir DIR --model NAME --pretrained-path FILE' in parsed.assumed
+    assert yaml.safe_load(parsed.text) == vars(parsed.args)
+
+
+def test_flags_win_over_yaml_and_yaml_over_the_sample_recipe(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('lr: 0.3\nbatch_size: 7\n')
+    args = parse_args(['-c', str(config), '-b', '9']).args
+    assert (args.lr, args.batch_size, args.img_size) == (0.3, 9, 32)
+
+
+def test_a_named_model_keeps_neither_the_sample_checkpoint_nor_a_size_it_cannot_take():
+    args = parse_args(['--model', 'resnet50']).args
+    assert (args.model, args.pretrained_path, args.img_size) == ('resnet50', None, 32)
+    assert parse_args(['--model', 'vit_tiny_patch16_224']).args.img_size is None
+
+
+def test_own_data_gets_the_defaults_of_timm(tmp_path):
+    parsed = parse_args(['--data-dir', str(tmp_path)])
+    assert parsed.assumed is None
+    assert (parsed.args.model, parsed.args.epochs, parsed.args.batch_size) == ('resnet50', 300, 128)
+    assert parse_args([str(tmp_path)]).args.data_dir == str(tmp_path)
+
+
+# names that are none
+
+
+@pytest.mark.parametrize(
+    'flag, nearest',
+    [
+        ('--wieght-decay', '--weight-decay'),
+        ('--core-tune', '--coretune'),
+        ('--batchsize=4', '--batch-size'),
+        ('--label-fractions', '--label-fraction'),
+    ],
+)
+def test_an_unknown_flag_names_the_nearest(capsys, flag, nearest):
+    with pytest.raises(SystemExit):
+        parse_args([flag])
+    assert f'unrecognized arguments: {flag} (nearest: {nearest})' in capsys.readouterr().err
+
+
+def test_a_flag_like_nothing_is_refused_without_a_guess(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--qqqqqqqq'])
+    assert 'unrecognized arguments: --qqqqqqqq\n' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('batch-size: 4\n', 'has keys that are no options: batch-size (nearest: batch_size)'),
+        ('lr: 1\nlearning_rate: 2\nwarmup_epoch: 1\n', 'no options: learning_rate, warmup_epoch'),
+        ('preset: resnet\n', "argument --preset: 'resnet' in the config, choose from cnn, vit"),
+        ('no_such_key: 1\n', 'keys that are no options: no_such_key'),
+        ('a: [\n', 'cannot read'),
+    ],
+    ids=['dash', 'two', 'preset', 'unknown-key', 'no-yaml'],
+)
+def test_a_config_that_is_none_is_refused(tmp_path, capsys, text, message):
+    (tmp_path / 'config.yaml').write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(['-c', str(tmp_path / 'config.yaml')])
+    assert message in capsys.readouterr().err
+
+
+# what wins
+
+
+def test_flag_wins_over_yaml_over_preset_over_sample_over_default(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('epochs: 7\npreset: vit\n')
+    levels = [
+        (['--epochs', '3', '-c', str(config)], 3),
+        (['-c', str(config)], 7),
+        (['--preset', 'vit'], 100),
+        ([], 15),
+        (['--data-dir', str(tmp_path)], 300),
+    ]
+    assert [parse_args(line).args.epochs for line, _ in levels] == [epochs for _, epochs in levels]
+    assert parse_args(['-c', str(config)]).args.layer_decay == preset('vit')['layer_decay']
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_a_preset_sets_known_options_to_values_they_take(name):
+    values = preset(name)
+    line = []
+    for key, value in values.items():
+        action = ACTIONS[f'--{key.replace("_", "-")}']
+        assert action.dest == key
+        line += [action.option_strings[0]]
+        line += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+    spelled = vars(parse_args(['--data-dir', '.', *line]).args)
+    args = vars(parse_args(['--data-dir', '.', '--preset', name]).args)
+    assert args == {**spelled, 'preset': name}
+    assert {key: args[key] for key in values} == values
+
+
+@pytest.mark.parametrize(
+    'line, lr',
+    [
+        ([], 0.05),
+        (['--preset', 'vit'], None),
+        (['--lr-base', '0.01'], None),
+        (['--lr-base', '0.01', '--lr', '0.2'], 0.2),
+    ],
+    ids=['sample', 'preset', 'lr-base', 'lr'],
+)
+def test_the_rate_of_the_sample_recipe_gives_way_to_a_base_rate_that_was_asked_for(line, lr):
+    assert parse_args(line).args.lr == lr
+
+
+SEGMENTATION_RECIPE = yaml.safe_load((PACKAGE / 'assets' / 'sample_segmentation.yaml').read_text())
+
+
+def test_segmentation_alone_takes_the_recipe_of_the_scenes():
+    parsed = parse_args(['--segmentation'])
+    paths = {key: str(PACKAGE / 'assets' / SEGMENTATION_RECIPE[key]) for key in ('data_dir', 'pretrained_path')}
+    taken = {key: getattr(parsed.args, key) for key in SEGMENTATION_RECIPE}
+    assert taken == {**SEGMENTATION_RECIPE, **paths}
+    assert (parsed.args.epochs, parsed.args.eval_metric) == (8, 'miou')
+    assert 'scenes made of the bundled Fashion-MNIST sample with its recipe' in parsed.assumed
+
+
+def test_segmentation_with_a_named_model_leaves_out_what_fits_that_of_the_recipe_alone():
+    args = parse_args(['--segmentation', '--model', 'resnet50']).args
+    assert (args.model, args.pretrained_path, args.model_kwargs) == ('resnet50', None, {})
+    assert (args.epochs, args.img_size, args.data_dir[-12:]) == (8, 96, '.safetensors')
+
+
+@pytest.mark.parametrize(
+    'line, metric',
+    [
+        (['--segmentation', '--eval-metric', 'pa'], 'pa'),
+        (['--segmentation', '--data-dir', '.'], 'miou'),
+        (['--segmentation', '-c', 'metric.yaml'], 'loss'),
+        (['-c', 'task.yaml', '--eval-metric', 'fwiou'], 'fwiou'),
+        (['--data-dir', '.'], 'top1'),
+    ],
+)
+def test_the_metric_of_pixels_is_a_default_like_others(tmp_path, monkeypatch, line, metric):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'metric.yaml').write_text('eval_metric: loss\n')
+    (tmp_path / 'task.yaml').write_text('segmentation: true\n')
+    assert parse_args(line).args.eval_metric == metric
+
+
+def test_segmentation_in_a_config_works_as_the_flag_does(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text('segmentation: true\nepochs: 3\n')
+    flags = vars(parse_args(['--segmentation', '--epochs', '3']).args)
+    assert vars(parse_args(['-c', str(config)]).args) == {**flags, 'config': str(config)}
+
+
+def test_help_names_every_flag_and_says_something_of_each(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(['--help'])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert [a.dest for a in PARSER._actions if not (a.help or '').strip()] == []
+    assert [name for name in ACTIONS if name not in text] == []

@@ -1,0 +1,150 @@
+"""What contradicts is named with its flags"""
+
+import ast
+import shlex
+
+import pytest
+from train_flags import PARSER, TREES
+
+from timm_coretune.train.cli.arguments import find_contradictions, parse_args
+
+CONTRADICTIONS = [
+    ('--coretune --torchscript', '--torchscript: the Core-tuning step cannot be scripted'),
+    ('--coretune --jsd-loss --aug-splits 2', '--jsd-loss, --bce-loss: with --coretune'),
+    ('--coretune --bce-loss', '--jsd-loss, --bce-loss: with --coretune'),
+    ('--coretune --kd-model-name resnet18', '--kd-model-name: distillation and --coretune'),
+    ('--drop-connect 0.1', "--drop-connect: timm's own script reads it nowhere; use --drop-path"),
+    ('--local_rank 1', '--local_rank: processes are started by accelerate launch'),
+    ('--local-rank 1', '--local_rank: processes are started by accelerate launch'),
+    ('--device cuda:1', '--device: cpu or cuda'),
+    ('--device gpu', '--device: cpu or cuda'),
+    ('--amp --model-dtype bfloat16', '--amp needs --model-dtype float32'),
+    ('--torchscript --torchcompile', '--torchscript: not with --torchcompile'),
+    ('--torchscript --sync-bn', '--torchscript: not with --torchcompile, --sync-bn'),
+    ('--torchscript --freeze-epochs 1', '--torchscript: not with --torchcompile'),
+    ('--torchscript --head-lr-scale 2', '--torchscript: not with --torchcompile'),
+    ('--aug-splits 1', '--aug-splits: a split of 1 makes no sense'),
+    ('--jsd-loss', '--jsd-loss needs --aug-splits'),
+    ('--split-bn', '--split-bn needs --aug-splits of 2 or more, or --resplit'),
+    ('--split-bn --resplit --sync-bn', '--split-bn and --sync-bn exclude each other'),
+    ('--aug-splits 2 --mixup 0.2', '--aug-splits: not with pixel mixup or --no-prefetcher'),
+    ('--aug-splits 2 --no-prefetcher', '--aug-splits: not with pixel mixup or --no-prefetcher'),
+    ('--aug-splits 2 --cutmix-minmax 0.2 0.8', '--aug-splits: not with pixel mixup or --no-prefetcher'),
+    ('--naflex-loader --train-img-sizes 32', '--naflex-loader and --train-img-sizes are alternatives'),
+    ('--naflex-loader --use-multi-epochs-loader', '--naflex-loader: not with --use-multi-epochs-loader'),
+    ('--naflex-loader --aug-splits 2', '--naflex-loader: not with --use-multi-epochs-loader'),
+    ('--naflex-loader --aug-repeats 3', '--naflex-loader: not with --use-multi-epochs-loader'),
+    ('--naflex-loader --class-balance', '--naflex-loader: not with --use-multi-epochs-loader'),
+    ('--naflex-patch-size-probs 0.5 0.5', '--naflex-patch-size-probs must be as many'),
+    ('--naflex-patch-sizes 8 16 --naflex-patch-size-probs 1', '--naflex-patch-size-probs must be as many'),
+    ('--train-img-sizes 32 48 --train-batch-sizes 8', '--train-batch-sizes and --train-size-probs must be as many'),
+    ('--train-size-probs 0.5', '--train-batch-sizes and --train-size-probs must be as many'),
+    ('--train-img-sizes 32 --use-multi-epochs-loader', '--train-img-sizes: not with'),
+    ('--train-img-sizes 32 --aug-splits 2', '--train-img-sizes: not with'),
+    ('--train-img-sizes 32 --class-balance', '--train-img-sizes: not with'),
+    ('--class-balance --aug-repeats 3', '--class-balance and --aug-repeats both order the images'),
+    ('--class-balance -b 3', '--class-balance needs a --batch-size of 4 or more'),
+    ('--segmentation --mixup 0.2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --cutmix 1', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --cutmix-minmax 0.2 0.8', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --aug-splits 2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --aug-repeats 3', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --epoch-repeats 2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --class-balance', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --naflex-loader', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --train-img-sizes 32', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --use-multi-epochs-loader', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --tta 2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
+    ('--segmentation --aa rand-m5', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --reprob 0.2', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --grayscale-prob 0.1', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --gaussian-blur-prob 0.1', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --color-jitter-prob 0', '--segmentation: --aa, --reprob, --grayscale-prob'),
+    ('--segmentation --bce-loss', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --kd-model-name resnet18', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --torchscript', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --split-bn --resplit', '--segmentation: not with --jsd-loss, --bce-loss'),
+    ('--segmentation --gp avg', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --drop 0.1', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --head-init-scale 0', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --head-init-bias 0', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --crop-pct 0.9', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --train-crop-mode rkrc', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --train-num-samples 0', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --val-num-samples 9', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --dataset-trust-remote-code', '--segmentation: no part in it have --gp, --drop'),
+    ('--segmentation --interpolation lanczos', '--segmentation: --interpolation and --train-interpolation'),
+    ('--segmentation --train-interpolation hamming', '--segmentation: --interpolation and --train-interpolation'),
+    ('--segmentation --metrics per-class', '--segmentation: --metrics are those of images'),
+    ('--segmentation-head fcn', '--segmentation-head and --reduce-zero-label need --segmentation'),
+    ('--reduce-zero-label', '--segmentation-head and --reduce-zero-label need --segmentation'),
+    ('--segmentation --anchors-per-image 0', '--anchors-per-image: 1 or more'),
+    ('--wandb-resume-id x', '--wandb-resume-id needs --resume'),
+    ('--label-fraction 0', '--label-fraction: above 0, at most 1'),
+    ('--label-fraction 1.1', '--label-fraction: above 0, at most 1'),
+    ('--head-lr-scale 0', '--head-lr-scale: above 0'),
+    ('--freeze-epochs -1', '--freeze-epochs: 0 or more'),
+    ('--patience 0', '--patience: 1 or more'),
+    ('--push-to-hub name', '--push-to-hub: OWNER/NAME'),
+    ("--push-to-hub 'me/a b'", '--push-to-hub: OWNER/NAME'),
+    ('--push-to-hub me/name --eval-only', '--push-to-hub pushes what was trained: not with --eval-only'),
+    ('--hub-revision b', '--hub-private and --hub-revision need --push-to-hub'),
+    ('--hub-private', '--hub-private and --hub-revision need --push-to-hub'),
+    ('--eval-only --val-split=', '--eval-only needs a --val-split'),
+    ('--epochs 0 --val-split=', '--eval-only needs a --val-split'),
+    ('--metrics confusion,f1', '--metrics: choose from confusion, per-class, ece'),
+    ('--eval-metric accuracy', '--eval-metric: choose from loss, top1, top5\n'),
+    ('--eval-metric ece', '--eval-metric: choose from loss, top1, top5\n'),
+    ('--eval-metric f1 --metrics ece,per-class', '--eval-metric: choose from loss, top1, top5, ece, macro_f1'),
+    ('--segmentation --eval-metric top1', '--eval-metric: choose from loss, miou, pa, mpa, fwiou\n'),
+    ('--resume auto', '--resume auto needs --experiment NAME'),
+]
+
+
+@pytest.fixture
+def no_launcher(monkeypatch):
+    monkeypatch.delenv('LOCAL_RANK', raising=False)
+
+
+@pytest.mark.parametrize('line, message', CONTRADICTIONS, ids=[line for line, _ in CONTRADICTIONS])
+def test_a_contradiction_is_named_with_its_flags(capsys, no_launcher, line, message):
+    with pytest.raises(SystemExit) as stopped:
+        parse_args(shlex.split(line))
+    assert stopped.value.code == 2
+    assert f'train.py: error: {message}' in capsys.readouterr().err
+
+
+def test_every_contradiction_has_a_command_line_above(no_launcher):
+    found = set()
+    for line, _ in CONTRADICTIONS:
+        args = PARSER.parse_args(shlex.split(line))
+        args.eval_only = args.eval_only or args.epochs == 0
+        found |= {sentence.partition(' from ')[0] for sentence in find_contradictions(args)}  # one with any choices
+    (table,) = [n for n in ast.walk(TREES['cli/arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
+    assert len(found) == len(table.keys)
+
+
+@pytest.mark.parametrize(
+    'line',
+    [
+        '--data-dir d --model resnet50 --sched cosine --epochs 150 --warmup-epochs 5 --lr 0.4 --reprob 0.5 '
+        '--remode pixel --batch-size 256 --amp -j 4 --opt lamb --weight-decay 0.02 --aa rand-m7-mstd0.5-inc1 --mixup '
+        '0.1 --cutmix 1.0 --smoothing 0 --bce-loss --drop-path 0.05 --model-ema --clip-grad 1 --train-interpolation '
+        'random --crop-pct 0.95 --channels-last --pin-mem',
+        '--aug-splits 3 --aa rand-m9-mstd0.5-inc1 --resplit --split-bn --jsd-loss --dist-bn reduce',
+        '--coretune --mixup 0.2 --no-prefetcher --class-balance --metrics ece,per-class --eval-metric '
+        'ece --resume auto --experiment x --torchcompile',
+        '--device cpu --amp --amp-dtype bfloat16 --model-dtype float32 --torchscript --val-split=',
+        '--segmentation --coretune --segmentation-head fpn --eval-metric fwiou --scale 0.5 1 --ratio 1 1 --vflip 0.5 '
+        '--color-jitter 0.2 --train-interpolation bilinear --interpolation bicubic --model-ema --class-map names.txt '
+        '--freeze-epochs 1 --label-fraction 0.5 --torchcompile --no-aug --reduce-zero-label',
+    ],
+    ids=['resnet50', 'augmix', 'coretune', 'torchscript', 'segmentation'],
+)
+def test_flags_that_go_together_are_taken(line):
+    parse_args(shlex.split(line))
+
+
+def test_a_launched_process_may_have_a_local_rank(monkeypatch):
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    assert parse_args(['--local_rank', '1']).args.local_rank == 1

@@ -1,0 +1,61 @@
+"""Runs on data of other kinds: folders of images, torchvision, and a corrupt image"""
+
+import logging
+import struct
+
+import pytest
+import timm
+import torch
+from runs import train
+from tiny_data import write_folders
+
+from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.data.datasets import create_datasets
+
+
+def write_idx(path, values):
+    shape = struct.pack(f'>{values.ndim}I', *values.shape)
+    path.write_bytes(bytes([0, 0, 8, values.ndim]) + shape + values.numpy().tobytes())
+
+
+def test_a_data_set_of_torchvision_trains(tmp_path, messages, read_csv):
+    raw = tmp_path / 'data' / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for split, count in (('train', 40), ('t10k', 20)):
+        write_idx(raw / f'{split}-images-idx3-ubyte', torch.randint(256, (count, 28, 28)).byte())
+        write_idx(raw / f'{split}-labels-idx1-ubyte', torch.arange(count).remainder(10).byte())
+    flags = ['--dataset', 'torch/fashion_mnist', '--coretune', '--class-balance', '--label-fraction', 0.5]
+    train(tmp_path / 'data', tmp_path, *flags, '--in-chans', 1)
+    assert 'Training: 20 images of 10 classes, 2 to 2 a class' in messages()
+    assert len(read_csv(tmp_path / 'run' / 'summary.csv')) == 2
+    assert timm.create_model(
+        'test_resnet', num_classes=10, in_chans=1, checkpoint_path=str(tmp_path / 'run' / 'model_best.safetensors')
+    )
+
+
+def test_a_corrupt_image_is_passed_over_and_named(tmp_path, caplog, read_csv):
+    write_folders(tmp_path / 'data', {f'{s}/{name}': 6 for s in ('train', 'validation') for name in 'ab'})
+    corrupt = tmp_path / 'data' / 'train' / 'a' / '3.png'
+    corrupt.write_bytes(corrupt.read_bytes()[:40])
+    train(tmp_path / 'data', tmp_path, '-b', 4)
+    assert len(read_csv(tmp_path / 'run' / 'summary.csv')) == 2
+    warnings = [record.message for record in caplog.records if 'Skipped sample' in record.message]
+    assert len(warnings) == 2  # once an epoch
+    assert all(str(corrupt) in warning for warning in warnings)
+
+
+def test_folders_of_images_are_counted_and_trained_on(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    data = write_folders(
+        tmp_path / 'data', {f'{s}/{c}': 4 for s in ('train', 'validation') for c in ('ant', 'bee', 'cat')}
+    )
+    folder = train(data, tmp_path, '--coretune', '--epochs', 1, '-b', 12)
+    model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
+    assert model.fc.weight.isfinite().all()
+
+
+def test_classes_that_differ_between_the_splits_are_named(tmp_path):
+    counts = dict.fromkeys(('train/ant', 'train/bee', 'validation/ant', 'validation/cow'), 4)
+    data = write_folders(tmp_path / 'data', counts)
+    with pytest.raises(ValueError, match='in one only: bee, cow'):
+        create_datasets(parse_args(['--data-dir', str(data)]).args)
