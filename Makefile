@@ -22,4 +22,4 @@ format:  ## repair what ruff can, and lay out the code
 	ruff format .
 
 docs:  ## write docs/flags.md anew from the flags
-	python -m timm_coretune.train.cli.docs
+	python scripts/document_flags.py

@@ -1,43 +1,47 @@
 """Imports inside the package run one way, from training down to mining, and only training knows accelerate."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
 import timm_coretune
+from timm_coretune.train import classification, segmentation
 
 PACKAGE = 'timm_coretune'
 ROOT = Path(timm_coretune.__file__).parent
-LEVELS = {  # a module imports from lower levels only, or from its own package
-    'atomic': 0,
-    'checks': 0,
-    'distributed': 0,
-    'run_folder': 0,
-    'safetensors_images': 0,
-    'version': 0,
-    'timm_model': 0,
-    'mining': 1,
-    'evaluation': 1,
-    'mixup': 2,
-    'loss': 3,
-    'checkpoint': 3,
-    'report': 3,
-    'export': 3,
-    'task': 4,
-    'hub': 4,
-    'register': 5,
-    'segmentation': 5,
-    '__init__': 6,
-    'train': 7,
-    '__main__': 8,
-}
+# A room or module imports from those above it in this list, or from its own room.
+TIERS = [
+    ('version', 'atomic', 'checks', 'distributed', 'run_folder', 'timm_model', 'data'),
+    ('mining', 'evaluation'),
+    ('mixup',),
+    ('loss', 'checkpoint', 'export', 'report'),
+    ('task', 'hub'),
+    ('segmentation/data',),
+    tuple(f'segmentation/{name}' for name in ('anchors', 'decoder', 'dense', 'feature_maps', 'locate')),
+    ('segmentation/model',),
+    ('segmentation/task', 'segmentation/export', 'segmentation/predict'),
+    ('segmentation/__init__', 'segmentation/__main__', 'register'),
+    ('__init__',),
+    ('train/cli',),
+    ('train/data',),
+    ('train/freezing', 'train/loss_meter', 'train/processes', 'train/model'),
+    ('train/optimization', 'train/loop'),
+    ('train/run', 'train/classification', 'train/segmentation', 'train/notebook'),
+    ('train/main',),
+    ('train/__init__', 'train/__main__'),
+    ('__main__',),
+]
+LEVELS = {unit: level for level, tier in enumerate(TIERS) for unit in tier}
 FILES = {path.relative_to(ROOT).as_posix(): path for path in sorted(ROOT.rglob('*.py'))}
 
 
 def unit_of(file):
-    """What has a level: a module of the package, or a package in it."""
-    return Path(file).parts[0].removesuffix('.py')
+    """What has a level: a room, or a module outside of the rooms."""
+    parts = Path(file).with_suffix('').parts
+    names = ['/'.join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((name for name in names if name in LEVELS), names[0])
 
 
 def imported_modules(source, file):
@@ -57,28 +61,34 @@ def imported_modules(source, file):
     return names
 
 
+def file_of(name):
+    """The file of the package that an imported name is from."""
+    parts = name.split('.')[1:]
+    for length in range(len(parts), -1, -1):
+        path = '/'.join(parts[:length])
+        for file in (f'{path}.py', f'{path}/__init__.py'.lstrip('/')):
+            if file in FILES:
+                return file
+    raise AssertionError(name)
+
+
 def imported_units(source, file):
-    units = set()
-    for name in imported_modules(source, file):
-        top, _, rest = name.partition('.')
-        if top == PACKAGE:
-            unit = rest.partition('.')[0]
-            units.add(unit if unit in LEVELS or unit in map(unit_of, FILES) else '__init__')
-    return units
+    names = [name for name in imported_modules(source, file) if name.split('.')[0] == PACKAGE]
+    return {unit_of(file_of(name)) for name in names}
 
 
 def violations(source, file):
     own = unit_of(file)
-    found = {unit for unit in imported_units(source, file) - {own} if LEVELS[unit] >= LEVELS[own]}
-    if own in imported_units(source, file) and '/' not in file:
-        found.add(own)
-    if own != 'train' and any(name.split('.')[0] == 'accelerate' for name in imported_modules(source, file)):
-        found.add('accelerate')
-    return found
+    is_room = (ROOT / own).is_dir()
+    found = {unit for unit in imported_units(source, file) if LEVELS[unit] >= LEVELS[own]}
+    if is_room:
+        found.discard(own)
+    accelerates = any(name.split('.')[0] == 'accelerate' for name in imported_modules(source, file))
+    return found | ({'accelerate'} if accelerates and not file.startswith('train/') else set())
 
 
 def test_every_module_has_a_level():
-    assert {unit_of(file) for file in FILES} - set(LEVELS) == set()
+    assert {unit_of(file) for file in FILES} == set(LEVELS)
 
 
 @pytest.mark.parametrize('file', FILES)
@@ -93,6 +103,7 @@ def test_the_known_imports_are_seen():
     assert {'loss', 'timm_model', 'checks'} <= read['task.py']
     assert {'loss', 'mixup', 'task'} <= read['register.py']
     assert {'register', 'version'} <= read['__init__.py']
+    assert {'train/cli', 'train/run', 'train/classification', 'train/segmentation'} <= read['train/main.py']
 
 
 @pytest.mark.parametrize(
@@ -103,13 +114,38 @@ def test_the_known_imports_are_seen():
         ('from .register import register', 'mixup.py', {'register'}),
         ('def f():\n    from ..task import CoreTuningTask', 'loss/core_tuning.py', {'task'}),
         ('from timm_coretune import CoreTuningTask', 'task.py', {'__init__'}),
-        ('import timm_coretune.train.loop', 'hub.py', {'train'}),
+        ('import timm_coretune.train.loop', 'hub/push.py', {'train/loop'}),
         ('from ..task import CoreTuningTask', 'checkpoint/load.py', {'task'}),
         ('from ..mining import normalize\nfrom .rules import KEY_RULES', 'checkpoint/load.py', set()),
         ('from .. import CoreTuningTask\nfrom accelerate import Accelerator', 'train/loop.py', set()),
+        ('from ..run.record import RunRecord', 'train/data/loaders.py', {'train/run'}),
+        ('from . import classification', 'train/segmentation.py', {'train/classification'}),
+        ('from .segmentation import open_datasets', 'train/loop.py', {'train/segmentation'}),
+        ('from ..model import SegmentationModel', 'segmentation/data/masks.py', {'segmentation/model'}),
         ('import accelerate.utils', 'task.py', {'accelerate'}),
         ('import torch', 'task.py', set()),
     ],
 )
 def test_imports_against_the_order_would_be_noticed(source, file, expected):
     assert violations(source, file) == expected
+
+
+def test_no_folder_holds_more_than_15_modules():
+    counts = {folder: len(list(folder.glob('*.py'))) for folder in {path.parent for path in FILES.values()}}
+    assert max(counts.values()) <= 15, counts
+
+
+def test_images_and_pixels_offer_the_same_functions():
+    kinds = [
+        {
+            name: [(p.name, p.kind) for p in inspect.signature(value).parameters.values() if p.default is p.empty]
+            for name, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__ and name[0] != '_'
+        }
+        for module in (classification, segmentation)
+    ]
+    only_of_images = kinds[0].keys() - kinds[1].keys()
+    assert only_of_images == {'create_criterion'}
+    assert {name: kinds[0][name] for name in kinds[1]} == kinds[1]
+    assert len(kinds[1]) == 10
+    assert {classification.CONFIG, segmentation.CONFIG} == {'config.json', 'segmentation.json'}

@@ -27,7 +27,7 @@ def test_the_averaged_evaluation_model_is_a_plain_timm_model_with_averaged_weigh
         **{'model.' + name: value for name, value in averaged.state_dict().items()},
         **{f'criterion.projector.{k}': v for k, v in task.get_task_state(ema=True)['projector'].items()},
     }
-    assert of_module.keys() == before.keys()
+    assert of_module.keys() | {'criterion._extra_state'} == before.keys()  # the latter is the random generator
     for name, value in of_module.items():
         if value.is_floating_point():
             torch.testing.assert_close(value, 0.75 * before[name] + 0.25 * after[name], msg=name)

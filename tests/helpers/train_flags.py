@@ -2,11 +2,12 @@
 
 import ast
 import json
+from types import SimpleNamespace
 
 import yaml
 from paths import HELPERS, ROOT
 
-from timm_coretune.train.cli.flags import create_parser
+from timm_coretune.train.cli.arguments import create_parser, parse_args
 
 PACKAGE = ROOT / 'timm_coretune'
 
@@ -24,6 +25,11 @@ TREES = {  # sources of the package, by their path in train/
     path.relative_to(PACKAGE / 'train').as_posix(): ast.parse(path.read_text())
     for path in (PACKAGE / 'train').rglob('*.py')
 }
+
+
+def flat(words):
+    """All settings of a command line by name."""
+    return SimpleNamespace(**parse_args(words).settings.flat())
 
 
 def preset(name):

@@ -1,7 +1,5 @@
 """The head alone in the first epochs, and a learning rate of its own"""
 
-import argparse
-
 import pytest
 import timm
 import torch
@@ -10,6 +8,7 @@ from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
 from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.cli.settings import OptimizationSettings
 from timm_coretune.train.freezing import BackboneFreezer, head_parameters
 from timm_coretune.train.optimization import create_optimizer, create_schedule, resolve_lr
 
@@ -113,9 +112,10 @@ def test_a_frozen_backbone_is_in_evaluation_mode_and_the_head_is_not():
 
 def rates(task, *flags):
     """Learning rate of each parameter at the first epochs, as timm's scheduler sets it."""
-    args = parse_args(['--data-dir', '.', '--lr', '0.08', '--epochs', '4', '--warmup-epochs', '1', *flags]).args
-    optimizer = create_optimizer(args, task)
-    scheduler, _ = create_schedule(args, optimizer, updates_per_epoch=5)
+    words = ['--data-dir', '.', '--lr', '0.08', '--epochs', '4', '--warmup-epochs', '1', *flags]
+    settings = parse_args(words).settings.optimization
+    optimizer = create_optimizer(settings, task, settings.lr)
+    scheduler, _ = create_schedule(settings, optimizer, updates_per_epoch=5)
     names = {id(p): name for name, p in task.named_parameters()}
     seen = []
     for epoch in range(4):
@@ -142,9 +142,9 @@ def test_the_head_has_its_own_rate_through_the_schedule(name, extra):
 
 def test_a_rate_of_the_head_holds_without_a_scheduler_too():
     task = create_task()
-    args = parse_args(['--data-dir', '.', '--lr', '0.08', '--head-lr-scale', '10', '--sched', 'none']).args
-    optimizer = create_optimizer(args, task)
-    scheduler, _ = create_schedule(args, optimizer, 5)
+    settings = OptimizationSettings(head_lr_scale=10, sched='none')
+    optimizer = create_optimizer(settings, task, 0.08)
+    scheduler, _ = create_schedule(settings, optimizer, 5)
     head = {id(p) for p in head_parameters(task)}
     for group in optimizer.param_groups:
         assert {id(p) in head for p in group['params']} == {group['lr'] != 0.08}
@@ -154,10 +154,8 @@ def test_a_rate_of_the_head_holds_without_a_scheduler_too():
 
 def test_a_learning_rate_that_is_not_given_follows_the_global_batch():
     def lr(opt, batch, processes, accum, scale=''):
-        args = argparse.Namespace(
-            lr=None, lr_base=0.1, lr_base_size=256, lr_base_scale=scale, opt=opt, grad_accum_steps=accum
-        )
-        return resolve_lr(args, batch, processes)
+        settings = OptimizationSettings(lr_base_scale=scale, opt=opt, grad_accum_steps=accum)
+        return resolve_lr(settings, batch, processes)
 
     assert lr('sgd', 64, 2, 4) == pytest.approx(0.1 * 2)
     assert lr('adamw', 64, 2, 4) == pytest.approx(0.1 * 2**0.5)

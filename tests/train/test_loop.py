@@ -53,8 +53,7 @@ def test_neighbouring_outputs_are_averaged_in_validation():
 
 
 def test_gradients_of_accumulated_batches_are_averaged_with_a_short_last_group(tiny):
-    args = parse_args(['--data-dir', str(tiny)]).args
-    dataset = create_datasets(args).train
+    dataset = create_datasets(parse_args(['--data-dir', str(tiny)]).settings.data).train
     batches = [
         (torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(i)), torch.tensor([0, 1, 2, 0]))
         for i in range(5)

@@ -64,7 +64,7 @@ def test_a_run_learns_and_leaves_plain_timm_weights(tmp_path, tiny, read_csv):
 
     best = max(float(row['eval_top1']) for row in rows)
     model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
-    datasets = create_datasets(parse_args(['--data-dir', str(tiny)]).args)
+    datasets = create_datasets(parse_args(['--data-dir', str(tiny)]).settings.data)
     loader = timm.data.create_loader(
         datasets.validation, (3, 32, 32), 12, use_prefetcher=False, num_workers=0, persistent_workers=False,
         mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=0.95,

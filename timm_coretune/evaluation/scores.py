@@ -3,7 +3,9 @@
 All code that shows, ranks or publishes a score reads this table.
 """
 
-from typing import Dict, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple
+
+import torch
 
 PERCENT, NATS = '%', 'nats'
 
@@ -44,6 +46,24 @@ OF_IMAGES = ('loss', 'top1', 'top5')
 FURTHER_OF_IMAGES: Dict[str, Optional[str]] = {'confusion': None, 'per-class': 'macro_f1', 'ece': 'ece'}
 # scores of every segmentation model
 OF_PIXELS = ('loss', 'miou', 'pa', 'mpa', 'fwiou')
+
+
+class Evaluator(Protocol):
+    """What a validation measures, such as a ClassificationEvaluator."""
+
+    def reset(self) -> None: ...
+
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Take logits in float32 and targets int64 of a batch."""
+
+    def compute(self) -> Dict[str, float]:
+        """The scores by name, over all processes."""
+
+    def describe(self, scores: Mapping[str, float]) -> str:
+        """The part of a line of the log that tells what compute returned."""
+
+    def write(self, folder: str) -> None:
+        """Write its tables, if it has any."""
 
 
 def scores_of_images(metrics: Sequence[str] = ()) -> Tuple[str, ...]:

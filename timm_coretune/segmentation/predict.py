@@ -11,8 +11,11 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from ..report.plots import plot_segmentation
+from .data.dataset import SegmentationDataset
 from .data.folders import IMAGE_EXTENSIONS
-from .data.palette import write_mask
+from .data.masks import IGNORE_INDEX
+from .data.palette import voc_palette, write_mask
 from .data.transforms import create_eval_transform, restore
 from .model import SegmentationModel
 
@@ -98,3 +101,22 @@ def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwri
             raise ValueError(f'Expected an image in {path!r}: {e}') from e
         write_mask(predict_image(model, image), masks[path])
     return len(todo)
+
+
+def draw_predictions(model: SegmentationModel, dataset: SegmentationDataset, path: str, num_images: int = 6) -> None:
+    """Draw the first images of a data set with their masks and what a model predicts.
+
+    Args:
+        model: A model in evaluation mode, from `load_segmentation_model`.
+        dataset: Images with masks. Its transform is removed.
+        path: PNG to write.
+        num_images: Number of images to draw.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    dataset.transform = None
+    samples = [dataset[index] for index in range(min(num_images, len(dataset)))]
+    images, masks = [image for image, _ in samples], [mask for _, mask in samples]
+    predictions = [predict_image(model, image) for image in images]
+    plot_segmentation(images, masks, predictions, voc_palette(), dataset.class_names, path, IGNORE_INDEX)

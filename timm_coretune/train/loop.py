@@ -4,19 +4,21 @@ import logging
 import sys
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 
 import torch
+import torch.nn as nn
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.task import TrainingTask
-from timm.utils import AverageMeter, distribute_bn
+from timm.utils import AverageMeter, distribute_bn, unwrap_model
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..data.seeding import make_key, seed_generators
 from ..evaluation.classification import ClassificationEvaluator
-from ..evaluation.scores import is_better
+from ..evaluation.scores import Evaluator, is_better
 from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
-from .data.seeding import make_key, seed_generators
 from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
 from .processes import is_sharded
@@ -67,6 +69,20 @@ class LoopConfig:
     mixup_off_epoch: int = 0
 
 
+class Position(NamedTuple):
+    """Where training is.
+
+    Attributes:
+        epoch: Epoch to continue with.
+        batch: Batch of it to continue with.
+        metric: Metric of the epoch before, if it was just validated.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    metric: Optional[float] = None
+
+
 def _format_losses(now: Dict[str, float], average: Dict[str, float]) -> str:
     return '  '.join(f'{name.capitalize()}: {now[name]:#.3g} ({average[name]:#.3g})' for name in now)
 
@@ -98,25 +114,26 @@ class Trainer:
         accelerator: Accelerator,
         scheduler: Optional[Any] = None,
         config: Optional[LoopConfig] = None,
-        mixup_fn: Optional[Callable] = None,
+        mixup_fn: Optional[Any] = None,
         clip_gradients: Optional[Callable[[torch.optim.Optimizer], None]] = None,
         freezer: Optional[BackboneFreezer] = None,
         record: Optional[Any] = None,
-        evaluator: Optional[Any] = None,
+        evaluator: Optional[Evaluator] = None,
     ):
         # Only these two are prepared: timm's loaders are no DataLoader, its schedulers count updates themselves.
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
         self.task = task
         self.accelerator = accelerator
-        self.scheduler = scheduler
+        self.scheduler: Any = scheduler
         self.config = config or LoopConfig()
         self.mixup_fn = mixup_fn
         self.clip_gradients = clip_gradients
         self.freezer = freezer
         self.record = record
-        self.evaluator = evaluator or ClassificationEvaluator(accelerator.device)
+        self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
         self.meter = LossMeter(accelerator)
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
+        self.position = Position()
         self.is_sharded = is_sharded(accelerator)
         self.second_order = getattr(_unwrapped(self.optimizer), 'is_second_order', False)
 
@@ -153,8 +170,9 @@ class Trainer:
             self.clip_gradients(self.optimizer)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if hasattr(self.task, 'after_update'):
-            self.task.after_update()
+        after_update: Any = getattr(self.task, 'after_update', None)
+        if after_update is not None:
+            after_update()
         return result
 
     def _switch_mixup(self, epoch: int, loader: Any) -> None:
@@ -179,7 +197,7 @@ class Trainer:
         Raises:
             DivergedError: A loss is not finite.
         """
-        self.task.get_trainable_module().train()
+        cast(nn.Module, self.task.get_trainable_module()).train()
         self._switch_mixup(epoch, loader)
         if self.freezer is not None:
             self.freezer.after_train_mode()
@@ -219,8 +237,7 @@ class Trainer:
                     getattr(torch, device.type).synchronize()
                 due = update % config.log_interval == 0 or update + 1 == num_updates
                 recovery_due = (
-                    self.record is not None
-                    and config.recovery_interval > 0
+                    config.recovery_interval > 0
                     and (update + 1) % config.recovery_interval == 0
                     and update + 1 < num_updates  # the checkpoint of the epoch follows
                 )
@@ -241,19 +258,22 @@ class Trainer:
                         self.record.save_images(input, batch_idx)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_done)
-                if recovery_due:
-                    self.record.save_recovery(self, epoch, update, next_batch=batch_idx + 1)
+                if recovery_due and self.record is not None:
+                    self.position = Position(epoch, batch_idx + 1)
+                    self.record.save_recovery(self, epoch, update)
                 bar.update()
                 num_images, update_start = 0, time.perf_counter()
                 data_start = update_start
-        if hasattr(_unwrapped(self.optimizer), 'sync_lookahead'):
-            _unwrapped(self.optimizer).sync_lookahead()
+        sync_lookahead: Any = getattr(_unwrapped(self.optimizer), 'sync_lookahead', None)
+        if sync_lookahead is not None:
+            sync_lookahead()
         meter.check()
         return meter.average()
 
-    def _eval_model(self, ema: bool) -> torch.nn.Module:
+    def _eval_model(self, ema: bool) -> nn.Module:
         # a sharded model gathers its weights in the forward of the module that was wrapped
-        return self.task.get_trainable_module() if self.is_sharded else self.task.get_eval_model(ema=ema)
+        model = self.task.get_trainable_module() if self.is_sharded else self.task.get_eval_model(ema=ema)
+        return cast(nn.Module, model)
 
     @torch.no_grad()
     def validate(self, loader: Any, ema: bool = False) -> Dict[str, float]:
@@ -344,12 +364,73 @@ class Trainer:
                 is_best = is_better(config.eval_metric, metric, self.best[0])
                 if is_best:
                     self.best = (metric, epoch)
+                self.position = Position(epoch + 1, metric=metric)
                 results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
                 if self.record is not None:
-                    self.record.save_epoch(self, epoch, metric, is_best, train_metrics, eval_metrics)
+                    self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
             if config.patience and epoch - (self.best[1] or 0) >= config.patience * config.val_interval:
                 _logger.info(f'No better {config.eval_metric} in {config.patience} validations: stopping.')
                 break
         return results
+
+    def _own_buffers(self) -> Dict[str, torch.Tensor]:
+        """Buffers that processes do not share: those of the model and of its moving average."""
+        buffers = {}
+        for ema in (False, True):
+            module = self.task.get_trainable_module(ema=ema)
+            if module is not None:
+                named = unwrap_model(module).named_buffers()
+                buffers.update({f'{"ema" if ema else "model"}.{name}': buffer for name, buffer in named})
+        return buffers
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What training continues from, beside weights, optimizer and task. All processes must call this together.
+
+        Random generators are not among it: all draws follow from the seed and the place in the run, but those of the
+        task, which keeps its own.
+        """
+        own: Dict[str, Any] = dict(meter=self.meter.state_dict(), buffers={})
+        if self.accelerator.num_processes > 1:
+            own['buffers'] = {k: v.detach().cpu() for k, v in self._own_buffers().items()}
+        plateau = getattr(self.scheduler, 'lr_scheduler', None)
+        scaler = self.accelerator.scaler
+        return dict(
+            **self.position._asdict(),
+            best=list(self.best),
+            lrs=[group['lr'] for group in self.optimizer.param_groups],
+            plateau=None if self.scheduler is None or plateau is None else dict(
+                state=plateau.state_dict(), restore_lr=self.scheduler.restore_lr
+            ),
+            processes=gather_object([own]),
+            scaler=None if scaler is None else scaler.state_dict(),
+        )  # fmt: skip
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Continue from what `state_dict` returned, once everything is set up."""
+        self.best = tuple(state['best'])
+        self.position = Position(state['epoch'], state['batch'], state['metric'])
+        if self.accelerator.scaler is not None and state['scaler'] is not None:
+            self.accelerator.scaler.load_state_dict(state['scaler'])
+        processes = state['processes']
+        own = processes[0]
+        if len(processes) == self.accelerator.num_processes:
+            own = processes[self.accelerator.process_index]
+            buffers = self._own_buffers()
+            for name, value in own['buffers'].items():
+                buffers[name].copy_(value)
+        else:
+            _logger.warning(
+                f'The state is of {len(processes)} process(es), there are {self.accelerator.num_processes}: the run '
+                'goes on, but not to the same weights.'
+            )
+        if state['batch']:
+            self.meter.load_state_dict(own['meter'])
+        if state['plateau'] is not None and hasattr(self.scheduler, 'lr_scheduler'):
+            self.scheduler.lr_scheduler.load_state_dict(state['plateau']['state'])
+            self.scheduler.restore_lr = state['plateau']['restore_lr']
+            for group, lr in zip(self.optimizer.param_groups, state['lrs'], strict=True):
+                group['lr'] = lr
+            if not state['batch']:
+                self.scheduler.step(state['epoch'], state['metric'])

@@ -1,7 +1,7 @@
 """Running losses of training, kept on the device so that a step never waits for it"""
 
 from collections import OrderedDict
-from typing import Any, Dict
+from typing import Any, Dict, Iterable, List, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -20,15 +20,15 @@ class LossMeter:
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
-        self.names = ()
+        self.names: Tuple[str, ...] = ()
         self.num_steps = 0
 
-    def _start(self, losses: Dict[str, torch.Tensor]) -> None:
+    def _start(self, names: Iterable[str]) -> None:
         # 'task_loss' is called 'task' in the log, the sum of all stays 'loss'
-        self.names = tuple(name.removesuffix('_loss') for name in losses)
+        self.names = tuple(name.removesuffix('_loss') for name in names)
         device = self.accelerator.device
-        self.total = torch.zeros(len(losses), device=device)
-        self.last = torch.full((len(losses),), float('nan'), device=device)
+        self.total = torch.zeros(len(self.names), device=device)
+        self.last = torch.full((len(self.names),), float('nan'), device=device)
         self.last_finite = self.last.clone()
         self.first_bad_step = torch.full((), -1.0, device=device)
 
@@ -52,7 +52,8 @@ class LossMeter:
             DivergedError: A loss was not finite; the message holds the step and the last finite losses.
         """
         values = torch.stack([*self.last_finite, self.first_bad_step])
-        for *last_finite, step in self.accelerator.gather(values[None]).tolist():
+        rows: List[List[float]] = self.accelerator.gather(values[None]).tolist()
+        for *last_finite, step in rows:
             if step >= 0:
                 losses = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, last_finite, strict=True))
                 raise DivergedError(
@@ -66,7 +67,7 @@ class LossMeter:
         return dict(names=list(self.names), total=self.total.tolist(), num_steps=self.num_steps)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._start(dict.fromkeys(state['names']))
+        self._start(state['names'])
         self.total += torch.tensor(state['total'], device=self.accelerator.device)
         self.num_steps = state['num_steps']
 

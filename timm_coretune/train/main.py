@@ -1,41 +1,57 @@
 """A run from the command line to the last line of its log"""
 
-import argparse
 import functools
+import importlib
 import logging
 import os
 import sys
-from typing import Any, Dict, List, NamedTuple, Optional
+from types import ModuleType
+from typing import Any, Dict, List, NamedTuple, Optional, cast
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock
 from huggingface_hub import get_token
-from timm.data import resolve_data_config
-from timm.utils import random_seed, setup_default_logging
+from timm.utils import random_seed, setup_default_logging, unwrap_model
 
-from ..evaluation.classification import ClassificationEvaluator
-from ..export import create_config, write_json
 from ..hub.upload import quiet_requests
-from ..run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME
-from ..segmentation import SegmentationEvaluator
-from ..segmentation.export import write_segmentation_config
-from .cli.arguments import ParsedArguments, import_device_modules, parse_args, split_names
-from .data.datasets import Datasets, create_datasets
-from .data.loaders import LoaderFactory, Loaders, mean_batch_size
+from . import classification, segmentation
+from .cli.arguments import ParsedArguments, parse_args
+from .cli.settings import ModelSettings, SavedArguments, Settings
+from .data.datasets import Datasets
+from .data.loaders import Loaders, mean_batch_size
 from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
 from .loss_meter import DivergedError
-from .model import create_backbone, create_task, place_model, resolve_num_classes
+from .model import compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from .processes import check_strategy, create_accelerator, start_trackers
-from .run.finish import continue_command, print_results, push, summarize
-from .run.first_lines import log_contrast, log_data, log_optimization
-from .run.folder import DEFAULT_OUTPUT, take_folder
+from .run.finish import continue_command, draw_tables, log_best, print_results, push
+from .run.first_lines import log_data, log_optimization, log_update_size
+from .run.folder import default_name, find_newest_state, take_folder
 from .run.record import RunRecord
-from .run.resume import RunState, resolve_resume, resume, setup_ema
-from .segmentation import create_pixel_model, resolve_pixel_config
+from .run.resume import resolve_resume, resume
 
 _logger = logging.getLogger(__name__)
+
+
+def kind_of(settings: Settings) -> ModuleType:
+    """The module whose functions make the parts of this run: of images, or of pixels. Both offer the same."""
+    return segmentation if settings.data.segmentation else classification
+
+
+class Resolved(NamedTuple):
+    """What settings came to, once data, processes and model were known.
+
+    Attributes:
+        lr: Learning rate.
+        eval_metric: Score that decides on the best weights: the loss of training where nothing is validated.
+        num_classes: Classes of the model.
+    """
+
+    lr: float
+    eval_metric: str
+    num_classes: int
 
 
 class Run(NamedTuple):
@@ -46,6 +62,7 @@ class Run(NamedTuple):
         loaders: What it trains and validates on.
         epochs: Epochs still to train.
         start_batch: Batch of the first of them to start at.
+        resolved: What settings came to.
         lock: Held as long as the folder is written.
     """
 
@@ -53,138 +70,140 @@ class Run(NamedTuple):
     loaders: Loaders
     epochs: range
     start_batch: int
-    lock: Any
+    resolved: Resolved
+    lock: Optional[FileLock]
 
 
-def create_loop_config(args: argparse.Namespace, loaders: Loaders) -> LoopConfig:
-    """What the loop takes from the arguments."""
-    scaled = args.naflex_loader or args.train_img_sizes
+def create_loop_config(settings: Settings, eval_metric: str, reference_batch_size: float = 1.0) -> LoopConfig:
+    """What the loop takes from the settings.
+
+    Args:
+        settings: The settings.
+        eval_metric: Score that decides on the best weights.
+        reference_batch_size: Images of a batch whose loss is not scaled.
+    """
+    data, loop = settings.data, settings.loop
+    loss_scale = 'none'
+    if data.naflex_loader:
+        loss_scale = data.naflex_loss_scale
+    elif data.train_img_sizes:
+        loss_scale = data.variable_batch_loss_scale
     return LoopConfig(
-        seed=args.seed,
-        grad_accum_steps=args.grad_accum_steps,
-        channels_last=args.channels_last,
-        dtype=getattr(torch, args.model_dtype) if args.model_dtype else None,
-        loss_scale=(args.naflex_loss_scale if args.naflex_loader else args.variable_batch_loss_scale)
-        if scaled
-        else 'none',
-        reference_batch_size=mean_batch_size(args, loaders.train),
-        uneven_batches=args.naflex_loader,
-        log_interval=args.log_interval,
-        val_interval=args.val_interval,
-        recovery_interval=args.recovery_interval,
-        synchronize_step=args.synchronize_step,
-        dist_bn='' if args.sync_bn else args.dist_bn,
-        validate_ema=not args.model_ema_force_cpu,
-        tta=args.tta,
-        eval_metric=args.eval_metric,
-        patience=args.patience,
-        mixup_off_epoch=args.mixup_off_epoch,
+        seed=loop.seed,
+        grad_accum_steps=settings.optimization.grad_accum_steps,
+        channels_last=settings.model.channels_last,
+        dtype=getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None,
+        loss_scale=loss_scale,
+        reference_batch_size=reference_batch_size,
+        uneven_batches=data.naflex_loader,
+        log_interval=loop.log_interval,
+        val_interval=loop.val_interval,
+        recovery_interval=settings.output.recovery_interval,
+        synchronize_step=loop.synchronize_step,
+        dist_bn='' if settings.model.sync_bn else loop.dist_bn,
+        validate_ema=not settings.model.model_ema_force_cpu,
+        tta=loop.tta,
+        eval_metric=eval_metric,
+        patience=loop.patience,
+        mixup_off_epoch=data.mixup_off_epoch,
     )
 
 
-def set_up(parsed: ParsedArguments, accelerator: Accelerator, datasets: Datasets) -> Run:
+def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, datasets: Datasets) -> Run:
     """Create everything, in the order timm's script does."""
-    args = parsed.args
-    folder = os.path.join(args.output or DEFAULT_OUTPUT, args.experiment)
-    state_path = resolve_resume(args, accelerator, folder)
-    num_classes = resolve_num_classes(args, datasets.num_classes)
-    plain_model = create_backbone(args, 0 if args.segmentation else num_classes)
-    data_config = resolve_data_config(vars(args), model=plain_model, verbose=accelerator.is_main_process)
-    if args.segmentation:
-        data_config = resolve_pixel_config(data_config)
-        plain_model = create_pixel_model(args, plain_model, num_classes, data_config)
-    model = place_model(args, plain_model, accelerator)
-    loaders = LoaderFactory(args, data_config, model, accelerator).create(datasets)
-    task = create_task(args, model, accelerator)
+    settings = parsed.settings
+    is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
+    state_path = resolve_resume(settings.output, accelerator)
+    num_classes = resolve_num_classes(settings.model.num_classes, datasets.num_classes)
+    plain_model, data_config = kind.create_model(settings, num_classes, is_main)
+    model = place_model(settings.model, plain_model, accelerator, settings.data.aug_splits)
+    loaders = kind.create_loaders(settings, data_config, model, datasets, accelerator)
+    task = kind.create_task(settings, model, accelerator.device, is_main)
     log_data(datasets)
-    if args.coretune and datasets.train is not None:
-        log_contrast(args, datasets, accelerator.num_processes)
+    if settings.loss.coretune and datasets.train is not None:
+        kind.log_contrast(settings, datasets, num_processes)
 
-    args.lr = resolve_lr(args, mean_batch_size(args, loaders.train), accelerator.num_processes)
-    optimizer = create_optimizer(args, task)
-    run_state = RunState(accelerator)
-    resume(args, state_path, task, optimizer, run_state)
-    setup_ema(args, task, state_path)
-    if args.torchcompile:
-        task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
-        if task.has_ema():
-            task.compile_ema(backend=args.torchcompile, mode=args.torchcompile_mode)
+    optimization = settings.optimization
+    batch_size, accum = mean_batch_size(settings.data, loaders.train), optimization.grad_accum_steps
+    resolved = Resolved(
+        lr=resolve_lr(optimization, batch_size, num_processes),
+        eval_metric='loss' if datasets.validation is None else settings.loop.eval_metric,
+        num_classes=cast(int, model.num_classes),
+    )
+    values = {**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric}
+    optimizer = create_optimizer(optimization, task, resolved.lr)
+    continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
+    setup_ema(settings.model, task, state_path)
+    compile_task(settings.model, task)
 
-    start_epoch, start_batch = run_state.values.get('epoch', 0), run_state.values.get('batch', 0)
-    if args.start_epoch is not None:
-        start_epoch, start_batch = args.start_epoch, 0
-    updates_per_epoch = 1 if loaders.train is None else -(-len(loaders.train) // args.grad_accum_steps)
-    scheduler, num_epochs = create_schedule(args, optimizer, updates_per_epoch)
+    start_epoch, start_batch = continuation.epoch, continuation.batch
+    if settings.loop.start_epoch is not None:
+        start_epoch, start_batch = settings.loop.start_epoch, 0
+    updates_per_epoch = 1 if loaders.train is None else -(-len(loaders.train) // accum)
+    scheduler, num_epochs = create_schedule(
+        optimization, optimizer, updates_per_epoch, resolved.eval_metric, settings.loop.seed
+    )
     if scheduler is not None and (start_epoch or start_batch):
-        if args.sched_on_updates:
-            scheduler.step_update(start_epoch * updates_per_epoch + start_batch // args.grad_accum_steps)
+        if optimization.sched_on_updates:
+            scheduler.step_update(start_epoch * updates_per_epoch + start_batch // accum)
         else:
             scheduler.step(start_epoch)
-    freezer = BackboneFreezer(task, args.freeze_epochs) if args.freeze_epochs else None
+    freezer = BackboneFreezer(task, optimization.freeze_epochs) if optimization.freeze_epochs else None
     if freezer is not None and freezer.start_epoch(start_epoch):
-        _logger.info(f'Only the head trains for {args.freeze_epochs} epoch(s).')
-    log_optimization(args, task, optimizer, scheduler, num_epochs, updates_per_epoch, accelerator.num_processes)
+        _logger.info(f'Only the head trains for {optimization.freeze_epochs} epoch(s).')
+    log_update_size(settings.data.batch_size, accum, num_processes, updates_per_epoch)
+    log_optimization(task, optimizer, scheduler, num_epochs, updates_per_epoch)
 
-    record, lock = None, None
-    if not args.eval_only:
-        folder = ''
-        if accelerator.is_main_process:
-            folder, lock = take_folder(args, data_config['input_size'][-1], state_path)
+    record, lock, folder = None, None, ''
+    if not settings.loop.eval_only:
+        if is_main:
+            name = default_name(settings.model.model, data_config['input_size'][-1])
+            folder, lock = take_folder(settings.output, name, state_path)
             _logger.info(f'Output: {folder}')
-            save_config(args, plain_model, folder, data_config, datasets.class_names)
-        record = RunRecord(args, parsed.text, folder, task, optimizer, run_state)
-        if state_path is not None:
-            record.continue_from(state_path)
-        start_trackers(args, accelerator, folder)
-    if args.segmentation:
-        evaluator = SegmentationEvaluator(num_classes, datasets.class_names, device=accelerator.device)
-    else:
-        evaluator = ClassificationEvaluator(
-            accelerator.device, split_names(args.metrics), model.num_classes, datasets.class_names
+            try:
+                kind.save_config(plain_model, folder, data_config, datasets.class_names)
+            except ValueError as e:  # no reason not to train
+                _logger.warning(f'There will be no {kind.CONFIG}, and no push to the Hub: {e}')
+        record = RunRecord(
+            folder,
+            task,
+            optimizer,
+            accelerator,
+            settings.output,
+            SavedArguments(**values),
+            publish_ema=settings.model.model_ema and not settings.model.model_ema_force_cpu,
         )
+        came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
+        record.write_args(f'{parsed.text}# in this run: {came_to}\n')
+        record.continue_from(continuation)
+        start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(
         task,
         optimizer,
         accelerator,
         scheduler=scheduler,
-        config=create_loop_config(args, loaders),
+        config=create_loop_config(settings, resolved.eval_metric, batch_size),
         mixup_fn=loaders.mixup_fn,
-        clip_gradients=functools.partial(clip_gradients, args, accelerator, task),
+        clip_gradients=functools.partial(clip_gradients, optimization, accelerator, task),
         freezer=freezer,
         record=record,
-        evaluator=evaluator,
+        evaluator=kind.create_evaluator(settings, resolved.num_classes, datasets.class_names, accelerator.device),
     )
-    run_state.restore(trainer)
-    return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, lock)
+    trainer.best = continuation.best
+    if continuation.loop_state:
+        trainer.load_state_dict(continuation.loop_state)
+    return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, resolved, lock)
 
 
-def save_config(
-    args: argparse.Namespace,
-    model: torch.nn.Module,
-    folder: str,
-    data_config: Dict[str, Any],
-    class_names: Optional[List[str]],
-) -> None:
-    """Write what is needed to build the model around the weights of the folder: plain timm's, or that of pixels."""
-    name = SEGMENTATION_CONFIG_NAME if args.segmentation else CONFIG_NAME
-    try:
-        if args.segmentation:
-            path = os.path.join(folder, name)
-            write_segmentation_config(model, path, data_config, class_names)
-        else:
-            write_json(create_config(model, data_config, class_names), os.path.join(folder, name))
-    except ValueError as e:  # no reason not to train
-        _logger.warning(f'There will be no {name}, and no push to the Hub: {e}')
-
-
-def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
-    """Train as parsed, and return what each validated epoch gave. The command that continues is made of argv."""
-    args = parsed.args
-    import_device_modules(args)
+def _prepare_process(parsed: ParsedArguments) -> Accelerator:
+    """Logging, device, processes and seeds of this process."""
+    loop = parsed.settings.loop
+    for name in loop.device_modules or ():  # they bring further kinds of devices
+        importlib.import_module(name)
     setup_default_logging(default_level=logging.INFO if int(os.environ.get('RANK', 0)) == 0 else logging.WARNING)
     quiet_requests()
-    accelerator = create_accelerator(parsed)
-    check_strategy(args, accelerator)
+    accelerator = create_accelerator(loop, parsed.settings.output, 'device' in parsed.given)
+    check_strategy(parsed.settings, accelerator)
     if parsed.assumed:
         _logger.info(parsed.assumed)
     _logger.info(
@@ -195,26 +214,51 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
     # alike on all processes: the weights that the checkpoint lacks must be; the loop seeds each process by itself
-    random_seed(args.seed)
-    datasets = create_datasets(args)
-    if datasets.validation is None:
-        args.eval_metric = 'loss'
-    trainer, loaders, epochs, start_batch, lock = set_up(parsed, accelerator, datasets)
-    record = trainer.record
-    if args.eval_only:
+    random_seed(loop.seed)
+    return accelerator
+
+
+def _summarize(
+    kind: ModuleType, settings: ModelSettings, record: RunRecord, trainer: Trainer, datasets: Datasets
+) -> None:
+    """Say what came out and where it is, and draw it."""
+    if trainer.best[0] is None:
+        return
+    num_classes = unwrap_model(trainer.task.get_eval_model()).num_classes
+    log_best(record, trainer, kind.load_hint(settings, num_classes, record.folder))
+    try:
+        draw_tables(record)
+        picture = kind.draw(record.folder, datasets)
+        if picture is not None:
+            _logger.info(f'Predictions: {picture}')
+    except ImportError as e:
+        _logger.info(str(e))
+
+
+def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
+    """Train as parsed, and return what each validated epoch gave. The command that continues is made of argv."""
+    settings, output = parsed.settings, parsed.settings.output
+    kind = kind_of(settings)
+    accelerator = _prepare_process(parsed)
+    datasets = kind.open_datasets(settings)
+    trainer, loaders, epochs, start_batch, resolved, lock = set_up(parsed, kind, accelerator, datasets)
+    record: Optional[RunRecord] = trainer.record
+    if record is None:
         metrics = trainer.evaluate(loaders.validation)
         if accelerator.is_main_process:
-            print_results([{'validation': metrics}], args.eval_metric)
+            print_results([{'validation': metrics}], resolved.eval_metric)
         return [{'validation': metrics}]
-    if args.push_to_hub and accelerator.is_main_process and get_token() is None:
+    if output.push_to_hub and accelerator.is_main_process and get_token() is None:
         _logger.warning('There is no token to push to the Hub with: `hf auth login` before this run is over.')
-    results, is_over = [], False
+    results: List[Dict[str, Any]] = []
+    is_over = False
     try:
         results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
         record.finish()
         is_over = True
     except KeyboardInterrupt:
-        if record.last_state:
+        # also one that was in its place when the record had not noted it yet
+        if record.last_state or (record.folder and find_newest_state(record.folder)):
             _logger.info(f'Interrupted. Continue with:\n{continue_command(argv, record.folder)}')
         else:
             _logger.info('Interrupted in the first epoch, before a checkpoint: start anew to continue.')
@@ -222,11 +266,12 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         state = f'The last state before is {record.last_state}.' if record.last_state else 'There is no state before.'
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
-        summarize(record, trainer, args, datasets)
-        print_results(results, args.eval_metric)
+        _summarize(kind, settings.model, record, trainer, datasets)
+        print_results(results, resolved.eval_metric)
     accelerator.end_training()
-    if args.push_to_hub and accelerator.is_main_process:
-        push(args, record.folder, is_over)
+    if output.push_to_hub and accelerator.is_main_process:
+        push(output, record.folder, is_over)
+        _logger.info(f'Load it: {kind.load_pushed_hint(output.push_to_hub)}')
     if lock is not None:
         lock.release()
     return results

@@ -1,164 +1,131 @@
-"""Model and task from the arguments"""
+"""The timm model of a run: created, loaded and placed on its device"""
 
-import argparse
 import logging
-from typing import Any, Dict, Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from timm.layers import convert_splitbn_model, convert_sync_batchnorm, set_fast_norm
-from timm.loss import BinaryCrossEntropy, JsdCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.models import create_model, safe_model_name
-from timm.task import ClassificationTask, TrainingTask
+from timm.task import TrainingTask, load_task_ema_checkpoint
 from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
-from ..task import CoreTuningTask
-from .cli.arguments import mixes_pixels
-from .data.datasets import get_in_chans
-from .segmentation import create_pixel_task
+from .cli.settings import ModelSettings
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_num_classes(args: argparse.Namespace, num_data_classes: Optional[int]) -> Optional[int]:
+def resolve_num_classes(asked: Optional[int], num_data_classes: Optional[int]) -> Optional[int]:
     """Classes of the model: those asked for, else those of the data, else None, the model's own.
 
     Raises:
         ValueError: Fewer were asked for than the data has.
     """
-    if args.num_classes is None:
+    if asked is None:
         return num_data_classes
-    if num_data_classes is not None and args.num_classes < num_data_classes:
+    if num_data_classes is not None and asked < num_data_classes:
         raise ValueError(
-            f'Expected --num-classes of at least the {num_data_classes} classes of the data, got {args.num_classes}. '
+            f'Expected --num-classes of at least the {num_data_classes} classes of the data, got {asked}. '
             'Leave it out to have as many as the data.'
         )
-    return args.num_classes
+    return asked
 
 
-def create_backbone(args: argparse.Namespace, num_classes: Optional[int]) -> nn.Module:
-    """Create the model and load the checkpoint it starts from."""
-    if args.fuser:
-        set_jit_fuser(args.fuser)
-    if args.fast_norm:
+def create_backbone(
+    settings: ModelSettings, num_classes: Optional[int], in_chans: int, whole: bool = True
+) -> nn.Module:
+    """Create the model and load the checkpoint it starts from.
+
+    Args:
+        settings: The model and its checkpoints.
+        num_classes: Its classes, None for as many as it has by default.
+        in_chans: Image channels.
+        whole: This is the whole model, which --initial-checkpoint is of. Otherwise it is the backbone of one.
+    """
+    if settings.fuser:
+        set_jit_fuser(settings.fuser)
+    if settings.fast_norm:
         set_fast_norm()
-    model = create_model(
-        args.model,
-        pretrained=args.pretrained,
-        in_chans=get_in_chans(args),
+    model: Any = create_model(
+        settings.model,
+        pretrained=settings.pretrained,
+        in_chans=in_chans,
         num_classes=num_classes,
-        drop_rate=args.drop,
-        drop_path_rate=args.drop_path,
-        drop_block_rate=args.drop_block,
-        global_pool=args.gp,
-        bn_momentum=args.bn_momentum,
-        bn_eps=args.bn_eps,
-        scriptable=args.torchscript,
-        **args.model_kwargs,
+        drop_rate=settings.drop,
+        drop_path_rate=settings.drop_path,
+        drop_block_rate=settings.drop_block,
+        global_pool=settings.gp,
+        bn_momentum=settings.bn_momentum,
+        bn_eps=settings.bn_eps,
+        scriptable=settings.torchscript,
+        **settings.model_kwargs,
     )
-    options = dict(checkpoint_key=args.checkpoint_key, allow_partial=args.allow_partial)
-    if args.pretrained_path:
-        load_checkpoint(model, args.pretrained_path, **options)
-    if args.initial_checkpoint and not args.segmentation:  # of the whole, there
-        load_checkpoint(model, args.initial_checkpoint, load_classifier=True, **options)
+    if settings.pretrained_path:
+        load_checkpoint(
+            model,
+            settings.pretrained_path,
+            checkpoint_key=settings.checkpoint_key,
+            allow_partial=settings.allow_partial,
+        )
+    if whole:
+        load_initial_checkpoint(settings, model)
     with torch.no_grad():
-        if args.head_init_scale is not None:
-            model.get_classifier().weight.mul_(args.head_init_scale)
-            model.get_classifier().bias.mul_(args.head_init_scale)
-        if args.head_init_bias is not None:
-            nn.init.constant_(model.get_classifier().bias, args.head_init_bias)
-    if args.grad_checkpointing:
+        if settings.head_init_scale is not None:
+            model.get_classifier().weight.mul_(settings.head_init_scale)
+            model.get_classifier().bias.mul_(settings.head_init_scale)
+        if settings.head_init_bias is not None:
+            nn.init.constant_(model.get_classifier().bias, settings.head_init_bias)
+    if settings.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    _logger.info(
-        f'Model {safe_model_name(args.model)} created, param count:{sum(p.numel() for p in model.parameters())}'
-    )
+    num_parameters = sum(p.numel() for p in model.parameters())
+    _logger.info(f'Model {safe_model_name(settings.model)} created, param count:{num_parameters}')
     return model
 
 
-def place_model(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> nn.Module:
+def load_initial_checkpoint(settings: ModelSettings, model: nn.Module) -> None:
+    """Load --initial-checkpoint, if there is one, with its classifier where that fits."""
+    if settings.initial_checkpoint:
+        load_checkpoint(
+            model,
+            settings.initial_checkpoint,
+            load_classifier=True,
+            checkpoint_key=settings.checkpoint_key,
+            allow_partial=settings.allow_partial,
+        )
+
+
+def place_model(settings: ModelSettings, model: nn.Module, accelerator: Accelerator, aug_splits: int = 0) -> nn.Module:
     """Move the model to its device, dtype, memory layout and kind of BatchNorm."""
-    if args.split_bn:
-        model = convert_splitbn_model(model, max(args.aug_splits, 2))
-    model.to(device=accelerator.device, dtype=getattr(torch, args.model_dtype or 'float32'))
-    if args.channels_last:
+    if settings.split_bn:
+        model = convert_splitbn_model(model, max(aug_splits, 2))
+    model.to(device=accelerator.device, dtype=getattr(torch, settings.model_dtype or 'float32'))
+    if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    if accelerator.num_processes > 1 and args.sync_bn:
+    if accelerator.num_processes > 1 and settings.sync_bn:
         model = convert_sync_batchnorm(model)
         _logger.info('Converted model to use Synchronized BatchNorm.')
-    return torch.jit.script(model) if args.torchscript else model
+    return torch.jit.script(model) if settings.torchscript else model
 
 
-def coretune_kwargs(args: argparse.Namespace) -> Dict[str, Any]:
-    """Arguments of CoreTuningLoss, as timm's optimizer_kwargs makes those of an optimizer."""
-    return dict(
-        contrast_weight=args.contrast_weight,
-        mixup_alpha=args.coretune_alpha,
-        min_positive_lam=args.coretune_min_positive_lam,
-        temperature=args.contrast_temperature,
-        projection_dim=args.projection_dim,
-        label_smoothing=args.smoothing,
-        gather=not args.no_coretune_gather,
-        # patches of different lengths come in batches of different sizes
-        uneven_batches=args.naflex_loader,
-        generator=torch.Generator().manual_seed(args.seed),
+def setup_ema(settings: ModelSettings, task: TrainingTask, resumed: Optional[str]) -> None:
+    """Start the moving average of the weights, or continue that of a state."""
+    if not settings.model_ema:
+        return
+    task.setup_ema(
+        decay=settings.model_ema_decay,
+        use_warmup=settings.model_ema_warmup,
+        device=torch.device('cpu') if settings.model_ema_force_cpu else None,
     )
+    if resumed:
+        load_task_ema_checkpoint(task, resumed)
 
 
-def create_criterion(args: argparse.Namespace) -> nn.Module:
-    """The loss of plain tuning, chosen as timm's script does."""
-    if args.jsd_loss:
-        return JsdCrossEntropy(num_splits=args.aug_splits, smoothing=args.smoothing)
-    mixes = mixes_pixels(args)  # mixing smooths the labels itself
-    if args.bce_loss and (mixes or args.smoothing):
-        return BinaryCrossEntropy(
-            target_threshold=args.bce_target_thresh,
-            sum_classes=args.bce_sum,
-            pos_weight=args.bce_pos_weight,
-            **({} if mixes else dict(smoothing=args.smoothing)),
-        )
-    if mixes:
-        return SoftTargetCrossEntropy()
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def _create_distillation_task(args: argparse.Namespace, model: nn.Module, **kwargs) -> TrainingTask:
-    # where the installed timm has them
-    from timm.task import FeatureDistillationTask, LogitDistillationTask, TokenDistillationTask
-
-    kwargs.update(
-        student_model=model,
-        teacher_model=args.kd_model_name,
-        distill_loss_weight=args.distill_loss_weight,
-        task_loss_weight=args.task_loss_weight,
-    )
-    if args.kd_distill_type == 'feature':
-        return FeatureDistillationTask(
-            student_feature_dim=args.kd_student_feature_dim,
-            teacher_feature_dim=args.kd_teacher_feature_dim,
-            **kwargs,
-        )
-    if args.kd_distill_type == 'token':
-        return TokenDistillationTask(
-            distill_type=args.kd_token_distill_type,
-            temperature=args.kd_temperature,
-            **kwargs,
-        )
-    return LogitDistillationTask(loss_type=args.kd_loss_type, temperature=args.kd_temperature, **kwargs)
-
-
-def create_task(args: argparse.Namespace, model: nn.Module, accelerator: Accelerator) -> TrainingTask:
-    """Core-tuning, or one of timm's tasks to compare with."""
-    dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
-    common = dict(device=accelerator.device, dtype=dtype, verbose=accelerator.is_main_process)
-    if args.segmentation:
-        return create_pixel_task(args, model, coretune_kwargs(args), common)
-    if args.coretune:
-        if mixes_pixels(args):
-            _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
-        return CoreTuningTask(model, **coretune_kwargs(args), **common)
-    common['criterion'] = create_criterion(args).to(accelerator.device)
-    if args.kd_model_name:
-        return _create_distillation_task(args, model, **common)
-    return ClassificationTask(model, **common)
+def compile_task(settings: ModelSettings, task: TrainingTask) -> None:
+    """Compile the training step, the evaluation model and its moving average, if asked for."""
+    if not settings.torchcompile:
+        return
+    task.compile(backend=settings.torchcompile, mode=settings.torchcompile_mode)
+    if task.has_ema():
+        task.compile_ema(backend=settings.torchcompile, mode=settings.torchcompile_mode)

@@ -1,15 +1,16 @@
 """train.py's loop for a notebook or another script: a model and two loaders"""
 
+import functools
 from typing import Any, Dict, List, Optional
 
 import torch.nn as nn
 from accelerate import Accelerator
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from timm.task import ClassificationTask
+from timm.task import ClassificationTask, TrainingTask
 
 from ..task import CoreTuningTask
+from .cli.settings import OptimizationSettings
 from .loop import LoopConfig, Trainer
+from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 
 
 def fine_tune(
@@ -23,7 +24,8 @@ def fine_tune(
     coretune: bool = True,
     accelerator: Optional[Accelerator] = None,
     config: Optional[LoopConfig] = None,
-    **loss_kwargs,
+    optimization: Optional[OptimizationSettings] = None,
+    **loss_kwargs: Any,
 ) -> List[Dict[str, Any]]:
     """Tune a timm classifier in place, by default with Core-tuning, cosine schedule and what accelerate finds.
 
@@ -38,6 +40,7 @@ def fine_tune(
         coretune: Core-tuning, or plain cross-entropy tuning to compare with.
         accelerator: Device, processes and precision; created with accelerate's defaults when None.
         config: How to train and validate.
+        optimization: Optimizer and schedule as train.py has them, in place of epochs, lr, opt and weight_decay.
         **loss_kwargs: Arguments of CoreTuningLoss, such as contrast_weight.
 
     Returns:
@@ -50,18 +53,34 @@ def fine_tune(
     accelerator = accelerator or Accelerator()
     model.to(accelerator.device)
     if coretune:
-        task = CoreTuningTask(model, device=accelerator.device, **loss_kwargs)
+        task: TrainingTask = CoreTuningTask(model, device=accelerator.device, **loss_kwargs)
     elif loss_kwargs:
         raise ValueError(f'Arguments of Core-tuning need coretune=True: {sorted(loss_kwargs)}.')
     else:
         task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=accelerator.device)
-    optimizer = create_optimizer_v2(task.get_trainable_module(), opt=opt, lr=lr, weight_decay=weight_decay)
     config = config or LoopConfig(eval_metric='loss' if validation_loader is None else 'top1')
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        num_epochs=epochs,
-        step_on_epochs=False,
-        updates_per_epoch=-(-len(train_loader) // config.grad_accum_steps),
+    optimization = optimization or OptimizationSettings(
+        epochs=epochs,
+        lr=lr,
+        opt=opt,
+        weight_decay=weight_decay,
+        grad_accum_steps=config.grad_accum_steps,
+        sched_on_updates=True,
+        warmup_epochs=0,
     )
-    trainer = Trainer(task, optimizer, accelerator, scheduler=scheduler, config=config)
+    batch_size = getattr(train_loader, 'batch_size', None) or 1
+    lr = resolve_lr(optimization, batch_size, accelerator.num_processes)
+    optimizer = create_optimizer(optimization, task, lr)
+    updates_per_epoch = -(-len(train_loader) // config.grad_accum_steps)
+    scheduler, num_epochs = create_schedule(
+        optimization, optimizer, updates_per_epoch, config.eval_metric, config.seed
+    )  # fmt: skip
+    trainer = Trainer(
+        task,
+        optimizer,
+        accelerator,
+        scheduler=scheduler,
+        config=config,
+        clip_gradients=functools.partial(clip_gradients, optimization, accelerator, task),
+    )
     return trainer.fit(train_loader, validation_loader, range(num_epochs))

@@ -1,10 +1,10 @@
-"""Learning rate, optimizer, schedule and gradient clipping from the arguments"""
+"""Learning rate, optimizer, schedule and gradient clipping"""
 
-import argparse
 import logging
-from typing import Any, List, Tuple
+from typing import Any, List, Tuple, cast
 
 import torch
+import torch.nn as nn
 from accelerate import Accelerator
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -12,21 +12,23 @@ from timm.task import TrainingTask
 from timm.utils import dispatch_clip_grad
 
 from ..evaluation.scores import SCORES
+from .cli.settings import OptimizationSettings
 from .freezing import head_parameters
 
 _logger = logging.getLogger(__name__)
 
 
-def resolve_lr(args: argparse.Namespace, batch_size: float, num_processes: int) -> float:
-    """The learning rate: --lr, else --lr-base scaled by the global batch as in timm."""
-    if args.lr:
-        return args.lr
-    global_batch_size = batch_size * num_processes * args.grad_accum_steps
-    scale = args.lr_base_scale or ('sqrt' if any(name in args.opt.lower() for name in ('ada', 'lamb')) else 'linear')
-    ratio = global_batch_size / args.lr_base_size
-    lr = args.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
+def resolve_lr(settings: OptimizationSettings, batch_size: float, num_processes: int) -> float:
+    """The learning rate: the one asked for, else the base rate scaled by the global batch as in timm."""
+    if settings.lr:
+        return settings.lr
+    global_batch_size = batch_size * num_processes * settings.grad_accum_steps
+    is_adaptive = any(name in settings.opt.lower() for name in ('ada', 'lamb'))
+    scale = settings.lr_base_scale or ('sqrt' if is_adaptive else 'linear')
+    ratio = global_batch_size / settings.lr_base_size
+    lr = settings.lr_base * (ratio**0.5 if scale == 'sqrt' else ratio)
     _logger.info(
-        f'Learning rate ({lr}) calculated from base learning rate ({args.lr_base}) and effective global batch size '
+        f'Learning rate ({lr}) calculated from base learning rate ({settings.lr_base}) and effective global batch size '
         f'({global_batch_size:g}) with {scale} scaling.'
     )
     return lr
@@ -45,45 +47,55 @@ def _scale_head(optimizer: torch.optim.Optimizer, task: TrainingTask, scale: flo
     optimizer.param_groups[:] = groups
 
 
-def create_optimizer(args: argparse.Namespace, task: TrainingTask) -> torch.optim.Optimizer:
-    """timm's optimizer for everything the task trains. args.lr must be resolved."""
-    optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+def create_optimizer(settings: OptimizationSettings, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
+    """timm's optimizer for everything the task trains, at the resolved learning rate."""
+    kwargs = {**optimizer_kwargs(cfg=settings), 'lr': lr}
+    optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **kwargs, **settings.opt_kwargs)
     for group in optimizer.param_groups:
         group.setdefault('initial_lr', group['lr'])
-    if args.head_lr_scale != 1.0:
-        _scale_head(optimizer, task, args.head_lr_scale)
-    _logger.info(f'Created {type(optimizer).__name__} ({args.opt}) optimizer: lr {args.lr:g}, wd {args.weight_decay:g}')
+    if settings.head_lr_scale != 1.0:
+        _scale_head(optimizer, task, settings.head_lr_scale)
+    name = f'{type(optimizer).__name__} ({settings.opt})'
+    _logger.info(f'Created {name} optimizer: lr {lr:g}, wd {settings.weight_decay:g}')
     return optimizer
 
 
 def create_schedule(
-    args: argparse.Namespace,
+    settings: OptimizationSettings,
     optimizer: torch.optim.Optimizer,
     updates_per_epoch: int,
+    eval_metric: str = 'top1',
+    seed: int = 42,
 ) -> Tuple[Any, int]:
-    """timm's scheduler, which the loop steps itself, and the number of epochs."""
-    scheduler, num_epochs = create_scheduler_v2(
-        optimizer,
-        **scheduler_kwargs(args, decreasing_metric=not SCORES[args.eval_metric].higher_is_better),
-        updates_per_epoch=updates_per_epoch,
-    )
+    """timm's scheduler, which the loop steps itself, and the number of epochs.
+
+    Args:
+        settings: The schedule.
+        optimizer: Its groups are scheduled.
+        updates_per_epoch: Updates in an epoch.
+        eval_metric: Score that a plateau schedule watches.
+        seed: Seed of the noise in the learning rate.
+    """
+    kwargs = scheduler_kwargs(settings, decreasing_metric=not SCORES[eval_metric].higher_is_better)
+    kwargs['noise_seed'] = seed
+    scheduler, num_epochs = create_scheduler_v2(optimizer, **kwargs, updates_per_epoch=updates_per_epoch)
     stepped = 'epoch' if scheduler is None or scheduler.t_in_epochs else 'update'
     _logger.info(f'Scheduled epochs: {num_epochs}. LR stepped per {stepped}.')
     return scheduler, num_epochs
 
 
 def clip_gradients(
-    args: argparse.Namespace,
+    settings: OptimizationSettings,
     accelerator: Accelerator,
     task: TrainingTask,
     optimizer: torch.optim.Optimizer,
 ) -> None:
     """Clip the gradients of what the task names, all but the classifier in mode agc."""
-    if args.clip_grad is None:
+    if settings.clip_grad is None:
         return
-    parameters = list(task.get_clip_parameters(exclude_head='agc' in args.clip_mode))
-    if args.clip_mode == 'norm':
-        accelerator.clip_grad_norm_(parameters, args.clip_grad)
+    parameters = list(task.get_clip_parameters(exclude_head='agc' in settings.clip_mode))
+    if settings.clip_mode == 'norm':
+        accelerator.clip_grad_norm_(parameters, settings.clip_grad)
     else:
         accelerator.unscale_gradients(optimizer)
-        dispatch_clip_grad(parameters, value=args.clip_grad, mode=args.clip_mode)
+        dispatch_clip_grad(parameters, value=settings.clip_grad, mode=settings.clip_mode)

@@ -1,48 +1,57 @@
-"""Device, processes, precision and trackers: what accelerate is told"""
+"""What accelerate is told: device, processes, precision and trackers"""
 
-import argparse
 import logging
 import os
+from typing import Any, Dict, Mapping
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 
-from .cli.arguments import ParsedArguments, split_names
-from .run.folder import DEFAULT_OUTPUT
+from .cli.conflicts import split_names
+from .cli.settings import LoopSettings, OutputSettings, Settings
 
 _logger = logging.getLogger(__name__)
 
 
-def create_accelerator(parsed: ParsedArguments) -> Accelerator:
-    """Device, processes and precision: those of accelerate launch, and --amp where it was given no precision."""
-    args, mixed_precision = parsed.args, None
+def create_accelerator(loop: LoopSettings, output: OutputSettings, device_given: bool = False) -> Accelerator:
+    """Device, processes and precision: those of accelerate launch, and --amp where it was given no precision.
+
+    Args:
+        loop: Device and precision.
+        output: Trackers, and where they write.
+        device_given: The device was asked for, not left at its default.
+
+    Raises:
+        ValueError: A tracker is not installed, or accelerate finds another device than the one asked for.
+    """
+    mixed_precision = None
     launched = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')
-    if args.amp and launched == 'no':
-        mixed_precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[args.amp_dtype]
-    elif args.amp:
+    if loop.amp and launched == 'no':
+        mixed_precision = {'float16': 'fp16', 'bfloat16': 'bf16'}[loop.amp_dtype]
+    elif loop.amp:
         _logger.warning(f'accelerate launch was given --mixed_precision {launched}, which wins over --amp.')
     if 'MASTER_PORT' in os.environ and 'RANK' not in os.environ and 'ACCELERATE_MIXED_PRECISION' in os.environ:
         _logger.warning(
             'accelerate launch --cpu starts one process, whatever --num_processes says. For several use '
             'accelerate launch --multi_gpu --num_processes N train.py --device cpu, or a file of configs/.'
         )
-    trackers = split_names(args.log_with)
-    if args.log_wandb and 'wandb' not in trackers:
+    trackers = split_names(output.log_with)
+    if output.log_wandb and 'wandb' not in trackers:
         trackers.append('wandb')
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
-        cpu=args.device == 'cpu' or not torch.accelerator.is_available(),
+        cpu=loop.device == 'cpu' or not torch.accelerator.is_available(),
         log_with=trackers or None,
-        project_dir=args.output or DEFAULT_OUTPUT,  # until the folder of the run is known
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not args.no_ddp_bb)],
+        project_dir=output.root,  # until the folder of the run is known
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not loop.no_ddp_bb)],
     )
     missing = sorted(set(trackers) - {'all'} - {str(getattr(name, 'value', name)) for name in accelerator.log_with})
     if missing:  # accelerate leaves them out in silence
         raise ValueError(f'--log-with {", ".join(missing)}: not installed. Install the package of that name.')
-    if 'device' in parsed.given and accelerator.device.type != args.device:
+    if device_given and accelerator.device.type != loop.device:
         raise ValueError(
-            f'Expected --device {args.device}, accelerate found {accelerator.device.type}. Check the installation of '
+            f'Expected --device {loop.device}, accelerate found {accelerator.device.type}. Check the installation of '
             'torch, and what accelerate launch was given.'
         )
     return accelerator
@@ -53,8 +62,8 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-def check_strategy(args: argparse.Namespace, accelerator: Accelerator) -> None:
-    """Stop where a way of distributing excludes an option.
+def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
+    """Stop where the way of distributing excludes a setting.
 
     Raises:
         ValueError: It does.
@@ -65,24 +74,31 @@ def check_strategy(args: argparse.Namespace, accelerator: Accelerator) -> None:
         return
     name = accelerator.distributed_type.value
     for flag, given in (
-        ('--resume', args.resume),
-        ('--recovery-interval', args.recovery_interval),
-        ('--model-ema', args.model_ema),
-        ('--freeze-epochs', args.freeze_epochs),
+        ('--resume', settings.output.resume),
+        ('--recovery-interval', settings.output.recovery_interval),
+        ('--model-ema', settings.model.model_ema),
+        ('--freeze-epochs', settings.optimization.freeze_epochs),
     ):
         if given:
             raise ValueError(f'{flag} needs whole weights on every process, which {name} shards. Use DDP, or leave it.')
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and args.grad_accum_steps > 1:
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and settings.optimization.grad_accum_steps > 1:
         raise ValueError('--grad-accum-steps: DeepSpeed updates by itself. Raise --batch-size, or use DDP.')
 
 
-def start_trackers(args: argparse.Namespace, accelerator: Accelerator, folder: str) -> None:
-    """Start the trackers of accelerate."""
+def start_trackers(output: OutputSettings, values: Mapping[str, Any], accelerator: Accelerator, folder: str) -> None:
+    """Start the trackers of accelerate.
+
+    Args:
+        output: Project and name of the run there.
+        values: Settings of the run by name, which the trackers show.
+        accelerator: It holds the trackers.
+        folder: Folder of the run.
+    """
     if not accelerator.log_with:
         return
-    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(args).items()}
-    wandb = dict(name=os.path.basename(folder), tags=args.wandb_tags)
-    if args.wandb_resume_id:
-        wandb.update(id=args.wandb_resume_id, resume='must')
+    config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
+    wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=output.wandb_tags)
+    if output.wandb_resume_id:
+        wandb.update(id=output.wandb_resume_id, resume='must')
     accelerator.project_configuration.logging_dir = folder
-    accelerator.init_trackers(args.wandb_project or 'timm_coretune', config, init_kwargs={'wandb': wandb})
+    accelerator.init_trackers(output.wandb_project or 'timm_coretune', config, init_kwargs={'wandb': wandb})

@@ -1,36 +1,47 @@
-"""Segmentation from the arguments: what differs from the classification of images, and nothing else"""
+"""What a run that classifies pixels is made of; classification.py offers the same functions for images"""
 
-import argparse
 import logging
+import math
 import os
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, cast
 
+import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from timm.data import resolve_data_config
 from timm.data.distributed_sampler import OrderedDistributedSampler
-from timm.data.loader import adapt_to_chs
 from timm.task import ClassificationTask, TrainingTask
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Sampler
 
-from ..checkpoint import load_checkpoint
-from ..report.plots import plot_segmentation
-from ..run_folder import PREDICTIONS_NAME
+from ..data.resumable import make_resumable
+from ..evaluation.segmentation import SegmentationEvaluator
+from ..run_folder import PREDICTIONS_NAME, SEGMENTATION_CONFIG_NAME
 from ..segmentation import (
     SegmentationModel,
     SegmentationTask,
     create_segmentation_model,
     load_segmentation_model,
-    predict_image,
 )
 from ..segmentation.data.dataset import SegmentationDataset, open_dataset
 from ..segmentation.data.folders import read_lines
 from ..segmentation.data.masks import IGNORE_INDEX
-from ..segmentation.data.palette import voc_palette
-from ..segmentation.data.transforms import INTERPOLATIONS, create_eval_transform, create_train_transform
+from ..segmentation.data.transforms import (
+    INTERPOLATIONS,
+    adapt_data_config,
+    create_eval_transform,
+    create_train_transform,
+)
 from ..segmentation.dense import DenseCrossEntropy
-from .data.resumable import make_resumable
+from ..segmentation.export import write_segmentation_config
+from ..segmentation.predict import draw_predictions
+from .cli.settings import DataSettings, ModelSettings, Settings
+from .data.datasets import Datasets, get_img_mode, take_fraction
+from .data.loaders import Loaders, check_fills_a_batch
+from .model import create_backbone, load_initial_checkpoint
 
 _logger = logging.getLogger(__name__)
+
+CONFIG = SEGMENTATION_CONFIG_NAME  # file that describes the model of a run
 
 
 def _read_names(path: str) -> Optional[List[str]]:
@@ -40,122 +51,100 @@ def _read_names(path: str) -> Optional[List[str]]:
         raise ValueError(f'Expected the name of a class in each line of --class-map {path!r}: {e}') from e
 
 
-def open_splits(
-    args: argparse.Namespace,
-    img_mode: str,
-) -> Tuple[Optional[SegmentationDataset], Optional[SegmentationDataset]]:
+def open_datasets(settings: Settings) -> Datasets:
     """Open both splits, the training split unless nothing is trained. The validation split has its classes."""
-    options = dict(
-        reduce_zero_label=args.reduce_zero_label,
-        img_mode=img_mode,
-        input_key=args.input_key,
-        target_key=args.target_key,
-        download=args.dataset_download,
-        hold_out=bool(args.val_split),
+    data = settings.data
+    options: Dict[str, Any] = dict(
+        reduce_zero_label=data.reduce_zero_label,
+        img_mode=get_img_mode(data),
+        input_key=data.input_key,
+        target_key=data.target_key,
+        download=data.dataset_download,
+        hold_out=bool(data.val_split),
     )
-    classes = dict(num_classes=args.num_classes, class_names=_read_names(args.class_map))
-    train = validation = None
-    if not args.eval_only:
-        train = open_dataset(args.dataset, args.data_dir, args.train_split, **classes, **options)
-        classes = dict(num_classes=train.num_classes, class_names=train.class_names)
-    if args.val_split:
-        validation = open_dataset(args.dataset, args.data_dir, args.val_split, **classes, **options)
-    return train, validation
+    num_classes, class_names = settings.model.num_classes, _read_names(data.class_map)
+    root = data.data_dir or ''
+    train: Any = None
+    validation = known = None
+    if not settings.loop.eval_only:
+        train = known = open_dataset(data.dataset, root, data.train_split, num_classes, class_names, **options)
+        num_classes, class_names = known.num_classes, known.class_names
+    if data.val_split:
+        validation = open_dataset(data.dataset, root, data.val_split, num_classes, class_names, **options)
+    known = known or cast(SegmentationDataset, validation)
+    if train is not None and data.label_fraction < 1:
+        train = take_fraction(train, [0] * len(train), data.label_fraction, settings.loop.seed)
+    return Datasets(train, validation, known.num_classes, known.class_names)
 
 
-def resolve_pixel_config(data_config: Dict[str, Any]) -> Dict[str, Any]:
-    """The preprocessing of images with masks, which are tensors and resized in fewer ways than PIL's images.
-
-    Mean and standard deviation are those of as many channels as there are, which timm sees to in its loader.
-    """
-    interpolation, channels = data_config['interpolation'], data_config['input_size'][0]
-    return {
-        **data_config,
-        'interpolation': interpolation if interpolation in INTERPOLATIONS else 'bicubic',
-        'mean': adapt_to_chs(data_config['mean'], channels),
-        'std': adapt_to_chs(data_config['std'], channels),
-    }
-
-
-def create_pixel_model(
-    args: argparse.Namespace,
-    backbone: nn.Module,
-    num_classes: int,
-    data_config: Dict[str, Any],
-) -> SegmentationModel:
-    """Put the head on a backbone whose checkpoint is loaded, and load what the whole starts from."""
+def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
+    """A head on the backbone, with what they start from, and the preprocessing of the images."""
+    backbone = create_backbone(settings.model, 0, settings.data.num_channels, whole=False)
+    data_config = adapt_data_config(
+        resolve_data_config(vars(settings.data), model=backbone, verbose=verbose)
+    )  # fmt: skip
     img_size = data_config['input_size'][1:]
-    model = create_segmentation_model(backbone, num_classes, head=args.segmentation_head, img_size=img_size)
+    model = create_segmentation_model(
+        backbone, cast(int, num_classes), head=settings.model.segmentation_head, img_size=img_size
+    )
     maps = [f'1/{r} ({c} channels)' for r, c in zip(model.maps.reductions, model.maps.channels, strict=True)]
     num_unused = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad)
     _logger.info(
         f'{model.head} on maps of {", ".join(maps)}; {num_unused:,} parameters of the backbone have no part in them '
         'and do not train.'
     )
-    if args.initial_checkpoint:
-        options = dict(checkpoint_key=args.checkpoint_key, allow_partial=args.allow_partial)
-        load_checkpoint(model, args.initial_checkpoint, load_classifier=True, **options)
-    return model
+    load_initial_checkpoint(settings.model, model)
+    return model, data_config
 
 
-def create_pixel_task(
-    args: argparse.Namespace,
-    model: SegmentationModel,
-    loss_kwargs: Dict[str, Any],
-    common: Dict[str, Any],
-) -> TrainingTask:
-    """Core-tuning of pixels, or plain tuning with the cross-entropy that is a part of it."""
-    if args.coretune:
-        return SegmentationTask(model, anchors_per_image=args.anchors_per_image, **loss_kwargs, **common)
-    return ClassificationTask(model, criterion=DenseCrossEntropy(IGNORE_INDEX, args.smoothing), **common)
-
-
-def _create_loader(args: argparse.Namespace, dataset: Dataset, **kwargs) -> DataLoader:
+def _create_loader(settings: DataSettings, dataset: SegmentationDataset, **kwargs: Any) -> DataLoader:
     return DataLoader(
         dataset,
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        persistent_workers=args.workers > 0,
+        num_workers=settings.workers,
+        pin_memory=settings.pin_mem,
+        persistent_workers=settings.workers > 0,
         **kwargs,
     )
 
 
-def create_train_loader(
-    args: argparse.Namespace,
+def _create_train_loader(
+    settings: DataSettings,
     data_config: Dict[str, Any],
-    dataset: Dataset,
+    dataset: Any,
     accelerator: Accelerator,
+    seed: int,
 ) -> DataLoader:
     """Batches of augmented images and masks, which start at any place of an epoch."""
     size = data_config['input_size'][1:]
     normalization = dict(mean=data_config['mean'], std=data_config['std'])
-    interpolation = args.train_interpolation
-    if args.no_aug or interpolation not in INTERPOLATIONS:  # random by default
+    interpolation = settings.train_interpolation
+    if settings.no_aug or interpolation not in INTERPOLATIONS:  # random by default
         interpolation = data_config['interpolation']
-    if args.no_aug:
+    if settings.no_aug:
         dataset.transform = create_eval_transform(size, **normalization, interpolation=interpolation)
     else:
         dataset.transform = create_train_transform(
             size,
             **normalization,
-            scale=tuple(args.scale or (0.08, 1.0)),
-            ratio=tuple(args.ratio or (3 / 4, 4 / 3)),
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter or 0.0,
+            scale=(settings.scale[0], settings.scale[1]),
+            ratio=(settings.ratio[0], settings.ratio[1]),
+            hflip=settings.hflip,
+            vflip=settings.vflip,
+            color_jitter=settings.color_jitter or 0.0,
             interpolation=interpolation,
         )
-    order = RandomSampler(dataset)
+    order: Sampler = RandomSampler(dataset)
     if accelerator.num_processes > 1:
         order = DistributedSampler(dataset, accelerator.num_processes, accelerator.process_index)
-    loader = _create_loader(args, dataset, batch_size=args.batch_size, sampler=order, drop_last=True)
-    return make_resumable(loader, args.seed, accelerator.process_index, accelerator.num_processes)
+    loader = _create_loader(settings, dataset, batch_size=settings.batch_size, sampler=order, drop_last=True)
+    check_fills_a_batch(loader, dataset, settings.batch_size, accelerator.num_processes)
+    return make_resumable(loader, seed, accelerator.process_index, accelerator.num_processes)
 
 
-def create_validation_loader(
-    args: argparse.Namespace,
+def _create_validation_loader(
+    settings: DataSettings,
     data_config: Dict[str, Any],
-    dataset: Dataset,
+    dataset: Any,
     accelerator: Accelerator,
 ) -> DataLoader:
     """Batches of images and masks, fitted into the size of the training images."""
@@ -168,23 +157,101 @@ def create_validation_loader(
     order = None
     if accelerator.num_processes > 1:
         order = OrderedDistributedSampler(dataset, accelerator.num_processes, accelerator.process_index)
-    return _create_loader(args, dataset, batch_size=args.validation_batch_size or args.batch_size, sampler=order)
+    batch_size = settings.validation_batch_size or settings.batch_size
+    return _create_loader(settings, dataset, batch_size=batch_size, sampler=order)
 
 
-def draw_predictions(folder: str, dataset: SegmentationDataset, num_images: int = 6) -> str:
+def create_loaders(
+    settings: Settings,
+    data_config: Dict[str, Any],
+    model: nn.Module,
+    datasets: Datasets,
+    accelerator: Accelerator,
+) -> Loaders:
+    """Loaders of both splits."""
+    train = validation = None
+    if datasets.train is not None:
+        train = _create_train_loader(settings.data, data_config, datasets.train, accelerator, settings.loop.seed)
+    if datasets.validation is not None:
+        validation = _create_validation_loader(settings.data, data_config, datasets.validation, accelerator)
+    return Loaders(train, validation, None)
+
+
+def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
+    """Core-tuning of pixels, or plain tuning with the cross-entropy that is a part of it."""
+    loss = settings.loss
+    dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
+    common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
+    if loss.coretune:
+        return SegmentationTask(
+            cast(SegmentationModel, model),
+            anchors_per_image=loss.anchors_per_image,
+            **loss.coretune_kwargs(),
+            generator=torch.Generator().manual_seed(settings.loop.seed),
+            **common,
+        )
+    return ClassificationTask(model, criterion=DenseCrossEntropy(IGNORE_INDEX, loss.smoothing), **common)
+
+
+def create_evaluator(
+    settings: Settings,
+    num_classes: int,
+    class_names: Optional[List[str]],
+    device: torch.device,
+) -> SegmentationEvaluator:
+    """What a validation measures."""
+    return SegmentationEvaluator(num_classes, class_names, device=device)
+
+
+def save_config(
+    model: nn.Module,
+    folder: str,
+    data_config: Dict[str, Any],
+    class_names: Optional[List[str]],
+) -> None:
+    """Write what load_segmentation_model needs to build the model around the weights of the folder.
+
+    Raises:
+        ValueError: The backbone was built with an argument that JSON cannot hold.
+    """
+    path = os.path.join(folder, CONFIG)
+    write_segmentation_config(cast(SegmentationModel, model), path, data_config, class_names)
+
+
+def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> None:
+    """The pixels that are contrasted, and where the contrastive loss starts."""
+    num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
+    anchors_per_image, batch_size = settings.loss.anchors_per_image, settings.data.batch_size
+    num_anchors = batch_size * num_gathered * anchors_per_image
+    _logger.info(
+        f'Contrast over up to {num_anchors} pixels ({anchors_per_image} an image x {batch_size} images x '
+        f'{num_gathered} process(es)): at chance its loss without the focal factor is ln {num_anchors + 1} = '
+        f'{math.log(num_anchors + 1):.2f}.'
+    )
+
+
+def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
+    """The line of Python that loads the weights of a run."""
+    return f"timm_coretune.load_segmentation_model('{folder}')"
+
+
+def load_pushed_hint(repo_id: str) -> str:
+    """The line of Python that loads the weights of a run from the Hub."""
+    return f"timm_coretune.load_segmentation_model('hf-hub:{repo_id}')"
+
+
+def draw(folder: str, datasets: Datasets, num_images: int = 6) -> Optional[str]:
     """Draw the first validation images with their masks and what the saved weights of a run predict.
 
     Returns:
-        Path of the picture.
+        Path of the picture, None without validation images.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    dataset.transform = None
-    samples = [dataset[index] for index in range(min(num_images, len(dataset)))]
-    model = load_segmentation_model(folder)
-    predictions = [predict_image(model, image) for image, _ in samples]
+    if datasets.validation is None:
+        return None
+    dataset = cast(SegmentationDataset, datasets.validation)
     path = os.path.join(folder, PREDICTIONS_NAME)
-    images, masks = [image for image, _ in samples], [mask for _, mask in samples]
-    plot_segmentation(images, masks, predictions, voc_palette(), dataset.class_names, path, IGNORE_INDEX)
+    draw_predictions(load_segmentation_model(folder), dataset, path, num_images)
     return path

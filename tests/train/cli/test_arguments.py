@@ -4,39 +4,41 @@ import os
 
 import pytest
 import yaml
-from train_flags import ACTIONS, PACKAGE, PARSER, preset
+from train_flags import ACTIONS, PACKAGE, PARSER, flat, preset
 
-from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.cli.flags import PRESETS
+from timm_coretune.train.cli.arguments import PRESETS, parse_args
 
 
 def test_defaults_fill_in_the_sample_and_its_checkpoint():
     parsed = parse_args([])
-    assert parsed.args.model == 'test_resnet'
-    assert os.path.isfile(parsed.args.data_dir)
-    assert os.path.isfile(parsed.args.pretrained_path)
+    settings = parsed.settings
+    assert settings.model.model == 'test_resnet'
+    assert os.path.isfile(settings.data.data_dir)
+    assert os.path.isfile(settings.model.pretrained_path)
     assert '--data-dir DIR --model NAME --pretrained-path FILE' in parsed.assumed
-    assert yaml.safe_load(parsed.text) == vars(parsed.args)
+    asked = {'config': '', 'data': None, 'preset': None}
+    assert yaml.safe_load(parsed.text) == {**settings.flat(), **asked}
 
 
 def test_flags_win_over_yaml_and_yaml_over_the_sample_recipe(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('lr: 0.3\nbatch_size: 7\n')
-    args = parse_args(['-c', str(config), '-b', '9']).args
+    args = flat(['-c', str(config), '-b', '9'])
     assert (args.lr, args.batch_size, args.img_size) == (0.3, 9, 32)
 
 
 def test_a_named_model_keeps_neither_the_sample_checkpoint_nor_a_size_it_cannot_take():
-    args = parse_args(['--model', 'resnet50']).args
+    args = flat(['--model', 'resnet50'])
     assert (args.model, args.pretrained_path, args.img_size) == ('resnet50', None, 32)
-    assert parse_args(['--model', 'vit_tiny_patch16_224']).args.img_size is None
+    assert flat(['--model', 'vit_tiny_patch16_224']).img_size is None
 
 
 def test_own_data_gets_the_defaults_of_timm(tmp_path):
     parsed = parse_args(['--data-dir', str(tmp_path)])
     assert parsed.assumed is None
-    assert (parsed.args.model, parsed.args.epochs, parsed.args.batch_size) == ('resnet50', 300, 128)
-    assert parse_args([str(tmp_path)]).args.data_dir == str(tmp_path)
+    args = flat(['--data-dir', str(tmp_path)])
+    assert (args.model, args.epochs, args.batch_size) == ('resnet50', 300, 128)
+    assert flat([str(tmp_path)]).data_dir == str(tmp_path)
 
 
 # names that are none
@@ -94,8 +96,8 @@ def test_flag_wins_over_yaml_over_preset_over_sample_over_default(tmp_path):
         ([], 15),
         (['--data-dir', str(tmp_path)], 300),
     ]
-    assert [parse_args(line).args.epochs for line, _ in levels] == [epochs for _, epochs in levels]
-    assert parse_args(['-c', str(config)]).args.layer_decay == preset('vit')['layer_decay']
+    assert [flat(line).epochs for line, _ in levels] == [epochs for _, epochs in levels]
+    assert flat(['-c', str(config)]).layer_decay == preset('vit')['layer_decay']
 
 
 @pytest.mark.parametrize('name', PRESETS)
@@ -107,9 +109,9 @@ def test_a_preset_sets_known_options_to_values_they_take(name):
         assert action.dest == key
         line += [action.option_strings[0]]
         line += [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
-    spelled = vars(parse_args(['--data-dir', '.', *line]).args)
-    args = vars(parse_args(['--data-dir', '.', '--preset', name]).args)
-    assert args == {**spelled, 'preset': name}
+    spelled = vars(flat(['--data-dir', '.', *line]))
+    args = vars(flat(['--data-dir', '.', '--preset', name]))
+    assert args == spelled
     assert {key: args[key] for key in values} == values
 
 
@@ -124,7 +126,7 @@ def test_a_preset_sets_known_options_to_values_they_take(name):
     ids=['sample', 'preset', 'lr-base', 'lr'],
 )
 def test_the_rate_of_the_sample_recipe_gives_way_to_a_base_rate_that_was_asked_for(line, lr):
-    assert parse_args(line).args.lr == lr
+    assert flat(line).lr == lr
 
 
 SEGMENTATION_RECIPE = yaml.safe_load((PACKAGE / 'assets' / 'sample_segmentation.yaml').read_text())
@@ -133,14 +135,15 @@ SEGMENTATION_RECIPE = yaml.safe_load((PACKAGE / 'assets' / 'sample_segmentation.
 def test_segmentation_alone_takes_the_recipe_of_the_scenes():
     parsed = parse_args(['--segmentation'])
     paths = {key: str(PACKAGE / 'assets' / SEGMENTATION_RECIPE[key]) for key in ('data_dir', 'pretrained_path')}
-    taken = {key: getattr(parsed.args, key) for key in SEGMENTATION_RECIPE}
+    args = flat(['--segmentation'])
+    taken = {key: getattr(args, key) for key in SEGMENTATION_RECIPE}
     assert taken == {**SEGMENTATION_RECIPE, **paths}
-    assert (parsed.args.epochs, parsed.args.eval_metric) == (8, 'miou')
+    assert (args.epochs, args.eval_metric) == (8, 'miou')
     assert 'scenes made of the bundled Fashion-MNIST sample with its recipe' in parsed.assumed
 
 
 def test_segmentation_with_a_named_model_leaves_out_what_fits_that_of_the_recipe_alone():
-    args = parse_args(['--segmentation', '--model', 'resnet50']).args
+    args = flat(['--segmentation', '--model', 'resnet50'])
     assert (args.model, args.pretrained_path, args.model_kwargs) == ('resnet50', None, {})
     assert (args.epochs, args.img_size, args.data_dir[-12:]) == (8, 96, '.safetensors')
 
@@ -159,14 +162,14 @@ def test_the_metric_of_pixels_is_a_default_like_others(tmp_path, monkeypatch, li
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'metric.yaml').write_text('eval_metric: loss\n')
     (tmp_path / 'task.yaml').write_text('segmentation: true\n')
-    assert parse_args(line).args.eval_metric == metric
+    assert flat(line).eval_metric == metric
 
 
 def test_segmentation_in_a_config_works_as_the_flag_does(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('segmentation: true\nepochs: 3\n')
-    flags = vars(parse_args(['--segmentation', '--epochs', '3']).args)
-    assert vars(parse_args(['-c', str(config)]).args) == {**flags, 'config': str(config)}
+    flags = vars(flat(['--segmentation', '--epochs', '3']))
+    assert vars(flat(['-c', str(config)])) == flags
 
 
 def test_help_names_every_flag_and_says_something_of_each(capsys):
@@ -176,3 +179,12 @@ def test_help_names_every_flag_and_says_something_of_each(capsys):
     text = capsys.readouterr().out
     assert [a.dest for a in PARSER._actions if not (a.help or '').strip()] == []
     assert [name for name in ACTIONS if name not in text] == []
+
+
+def test_a_search_of_the_help_finds_a_flag_with_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(['--help'])
+    lines = capsys.readouterr().out.splitlines()
+    for action in PARSER._actions:
+        name = (action.option_strings or [action.metavar])[-1]
+        assert any(name in line and line.endswith(action.help.replace('%%', '%')) for line in lines), name

@@ -6,7 +6,9 @@ import shlex
 import pytest
 from train_flags import PARSER, TREES
 
-from timm_coretune.train.cli.arguments import find_contradictions, parse_args
+from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.cli.conflicts import find_contradictions
+from timm_coretune.train.cli.settings import Settings
 
 CONTRADICTIONS = [
     ('--coretune --torchscript', '--torchscript: the Core-tuning step cannot be scripted'),
@@ -95,7 +97,7 @@ CONTRADICTIONS = [
     ('--metrics confusion,f1', '--metrics: choose from confusion, per-class, ece'),
     ('--eval-metric accuracy', '--eval-metric: choose from loss, top1, top5\n'),
     ('--eval-metric ece', '--eval-metric: choose from loss, top1, top5\n'),
-    ('--eval-metric f1 --metrics ece,per-class', '--eval-metric: choose from loss, top1, top5, ece, macro_f1'),
+    ('--eval-metric f1 --metrics ece,per-class', '--eval-metric: choose from loss, top1, top5, macro_f1, ece'),
     ('--segmentation --eval-metric top1', '--eval-metric: choose from loss, miou, pa, mpa, fwiou\n'),
     ('--resume auto', '--resume auto needs --experiment NAME'),
 ]
@@ -119,9 +121,12 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
     for line, _ in CONTRADICTIONS:
         args = PARSER.parse_args(shlex.split(line))
         args.eval_only = args.eval_only or args.epochs == 0
-        found |= {sentence.partition(' from ')[0] for sentence in find_contradictions(args)}  # one with any choices
-    (table,) = [n for n in ast.walk(TREES['cli/arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
-    assert len(found) == len(table.keys)
+        settings = Settings.from_flat(vars(args))
+        found |= {sentence.partition(' from ')[0] for sentence in find_contradictions(settings)}
+    tables = [n for n in ast.walk(TREES['cli/conflicts.py']) if isinstance(n, ast.Dict)]
+    sentences = [ast.unparse(key) for table in tables for key in table.keys if key is not None]
+    assert len(found) == len(sentences)
+    assert len(sentences) > 30
 
 
 @pytest.mark.parametrize(
@@ -147,4 +152,4 @@ def test_flags_that_go_together_are_taken(line):
 
 def test_a_launched_process_may_have_a_local_rank(monkeypatch):
     monkeypatch.setenv('LOCAL_RANK', '1')
-    assert parse_args(['--local_rank', '1']).args.local_rank == 1
+    assert parse_args(['--local_rank', '1']).settings.loop.local_rank == 1

@@ -3,11 +3,12 @@
 import ast
 import re
 
+import document_flags
 import yaml
 from paths import ROOT
 from train_flags import ACTIONS, OWN_ACTIONS, TIMM_NAMES, TIMM_OPTIONS, TREES, preset
 
-from timm_coretune.train.cli.flags import PRESETS
+from timm_coretune.train.cli.arguments import PRESETS
 
 
 def table(heading):
@@ -23,7 +24,8 @@ def flags_in(text):
     return set(re.findall(r'(?<![\w-])--?[a-zA-Z][\w-]*', text))
 
 
-DIFFERING = [row[0].strip('`').split('/')[-1] for row in table('timm flags that differ')]
+NOTES = yaml.safe_load((ROOT / 'docs' / 'flags_notes.yaml').read_text())
+DIFFERING = [flag for flag, note in NOTES.items() if isinstance(note, dict)]
 
 ELSEWHERE = {'--mixed_precision', '--gpu_ids', '--num_processes'}  # of accelerate launch
 
@@ -41,8 +43,9 @@ def test_the_flags_that_differ_are_those_of_timm_with_a_line_each():
 
 
 def test_a_flag_of_timm_that_may_be_refused_stands_among_those_that_differ():
-    (conditions,) = [n for n in ast.walk(TREES['cli/arguments.py']) if isinstance(n, ast.Dict) and len(n.keys) > 10]
-    sentences = [''.join(p.value for p in ast.walk(key) if isinstance(p, ast.Constant)) for key in conditions.keys]
+    tables = [n for n in ast.walk(TREES['cli/conflicts.py']) if isinstance(n, ast.Dict)]
+    keys = [key for table in tables for key in table.keys if key is not None]
+    sentences = [''.join(p.value for p in ast.walk(key) if isinstance(p, ast.Constant)) for key in keys]
     # what comes after the semicolon is what to use instead
     refused = set().union(*(flags_in(sentence.partition(';')[0]) for sentence in sentences)) & TIMM_NAMES
     assert len(refused) > 20
@@ -57,16 +60,18 @@ def test_a_flag_with_fewer_choices_than_in_timm_stands_among_those_that_differ()
     assert narrowed - set(DIFFERING) == set()
 
 
-def test_the_table_of_our_own_flags_is_the_parser():
-    expected = {}
-    for action in OWN_ACTIONS:
-        word = {False: 'off', None: 'none', '': 'none'}.get(action.default) if not action.default else None
-        word = word if type(action.default) in (bool, str, type(None)) else None
-        expected[action.option_strings[0]] = word or str(action.default)
-    rows = table('Flags of our own')
-    assert {row[0].strip('`'): row[1] for row in rows} == expected
-    assert len(rows) == len(OWN_ACTIONS)
-    assert all(row[2] for row in rows)
+def test_the_tables_are_what_the_script_writes():
+    page = (ROOT / 'docs' / 'flags.md').read_text()
+    assert document_flags.replace_tables(page) == page
+    for name in ACTIONS.keys() - {'-h', '--help', 'data'}:
+        assert f'`{name}`' in page
+
+
+def test_a_note_is_of_a_flag_and_says_both_sides_where_it_differs_from_timm():
+    assert set(NOTES) <= set(ACTIONS)
+    for flag in DIFFERING:
+        assert set(NOTES[flag]) == {'in timm', 'here'}
+    assert {flag for flag in NOTES if flag not in DIFFERING} <= {a.option_strings[0] for a in OWN_ACTIONS}
 
 
 def test_the_table_of_presets_is_the_files():

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import dataclasses
 
 import pytest
 from paths import ROOT
@@ -9,7 +10,9 @@ from timm.data import resolve_data_config
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
 from timm.utils import ParseKwargs
-from train_flags import ACTIONS, OWN_ACTIONS, PARSER, TIMM_NAMES, TIMM_OPTIONS, TREES
+from train_flags import ACTIONS, OWN_ACTIONS, PACKAGE, PARSER, TIMM_NAMES, TIMM_OPTIONS, TREES
+
+from timm_coretune.train.cli.settings import OWN_SECTIONS, Settings
 
 
 def options_by_name(options):
@@ -78,44 +81,58 @@ def read_by_timm():
 
 
 def names_read(tree):
-    """Names read as args.NAME, given['NAME'] or given.get('NAME')."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            if getattr(node.value, 'id', getattr(node.value, 'attr', '')) == 'args':
-                names.add(node.attr)
-        elif isinstance(node, ast.Subscript) and getattr(node.value, 'id', '') == 'given':
-            names.add(getattr(node.slice, 'value', None))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) == 'given.get' and node.args:
-            names.add(getattr(node.args[0], 'value', None))
-    return names
+    """Names of attributes that are read, of whatever object."""
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if isinstance(node.ctx, ast.Load)}
 
 
 def test_the_reads_of_a_source_are_seen():
     source = """
-args.one.copy()
-self.args.two = args.three
-given['four'], given["five"], given.get('six')
-print('args.seven')
-f'{args.eight}'
+settings.one.copy()
+self.settings.two = loop.three
+print('settings.four')
+f'{data.five}'
 """
-    assert names_read(ast.parse(source)) == {'one', 'three', 'four', 'five', 'six', 'eight'}
+    assert names_read(ast.parse(source)) == {'settings', 'one', 'copy', 'three', 'five'}
 
 
-READ = set().union(read_by_timm(), *map(names_read, TREES.values()))
+READ = read_by_timm().union(*map(names_read, TREES.values()))
+IN_USE = read_by_timm().union(*(names_read(tree) for file, tree in TREES.items() if file != 'cli/conflicts.py'))
+NAMES = sorted(Settings().flat())
 
 
-@pytest.mark.parametrize('dest', [a.dest for a in PARSER._actions if a.dest != 'help'])
-def test_every_option_is_read_somewhere(dest):
-    assert dest in READ
+@pytest.mark.parametrize('name', NAMES)
+def test_every_setting_is_read_somewhere(name):
+    assert name in READ
 
 
 def test_only_what_is_never_supported_is_read_for_the_sake_of_refusing_it_alone():
-    (refusing,) = [
-        n for n in ast.walk(TREES['cli/arguments.py']) if getattr(n, 'name', '') == 'find_contradictions'
-    ]  # fmt: skip
-    trees = [ast.parse(ast.unparse(tree)) for tree in TREES.values()]
-    for tree in trees:
-        tree.body = [node for node in tree.body if getattr(node, 'name', '') != 'find_contradictions']
-    elsewhere = set().union(read_by_timm(), *map(names_read, trees))
-    assert names_read(refusing) - elsewhere == {'drop_connect', 'local_rank'}
+    assert set(NAMES) - IN_USE == {'drop_connect', 'local_rank'}
+
+
+def test_every_flag_is_a_setting_but_those_that_bring_settings_from_elsewhere():
+    assert {a.dest for a in PARSER._actions} - set(NAMES) == {'help', 'config', 'data', 'preset'}
+
+
+def test_our_own_flags_stand_in_sections_of_their_own():
+    sections = {a: group.title for group in PARSER._action_groups for a in group._group_actions}
+    assert {sections[a] for a in OWN_ACTIONS} == set(OWN_SECTIONS)
+    assert {a for a in PARSER._actions if sections[a] in OWN_SECTIONS} == set(OWN_ACTIONS)
+
+
+def test_the_groups_are_frozen_and_hold_each_name_once():
+    settings = Settings()
+    groups = [getattr(settings, f.name) for f in dataclasses.fields(settings)]
+    names = [f.name for group in groups for f in dataclasses.fields(group)]
+    assert len(names) == len(set(names)) == len(NAMES)
+    for group in (settings, *groups):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(group, dataclasses.fields(group)[0].name, None)
+    assert Settings.from_flat({**settings.flat(), 'lr': 3.0, 'no_such': 1}).optimization.lr == 3.0
+
+
+def test_argparse_is_known_to_the_command_line_alone():
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in (PACKAGE / 'train').rglob('*.py')}
+    assert {file for file, source in sources.items() if 'argparse' in source} == {
+        'train/cli/arguments.py', 'train/cli/flags.py', 'train/cli/settings.py'
+    }  # fmt: skip

@@ -16,7 +16,7 @@ from timm_coretune.train.data.datasets import LabelledSubset, create_datasets, g
 def fraction_of(tiny_images, counts, fraction, seed=42):
     path = tiny_images(counts, size=4, in_turn=False)
     args = parse_args(['--data-dir', str(path), '--val-split=', '--label-fraction', str(fraction), '--seed', str(seed)])
-    return create_datasets(args.args).train
+    return create_datasets(args.settings.data, seed=args.settings.loop.seed).train
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_labels_are_known_without_reading_an_image(tmp_path, images):
     folders = ImageDataset(make_folders(tmp_path))
     assert get_labels(folders) == [0, 0, 1, 2, 2, 2]  # a, b, c
     assert get_labels(LabelledSubset(folders, [5, 0, 2])) == [2, 0, 1]
-    assert get_labels(create_datasets(parse_args(['--data-dir', str(images)]).args).train) == [0, 1] * 13
+    assert get_labels(create_datasets(parse_args(['--data-dir', str(images)]).settings.data).train) == [0, 1] * 13
     for targets in ([2, 0, 1], torch.tensor([2, 0, 1]), list(torch.tensor([2, 0, 1]))):
         assert get_labels(SimpleNamespace(targets=targets)) == [2, 0, 1]
     assert get_labels(SimpleNamespace(samples=[('x.png', 1), ('y.png', 0)])) == [1, 0]

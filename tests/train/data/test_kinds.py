@@ -58,4 +58,4 @@ def test_classes_that_differ_between_the_splits_are_named(tmp_path):
     counts = dict.fromkeys(('train/ant', 'train/bee', 'validation/ant', 'validation/cow'), 4)
     data = write_folders(tmp_path / 'data', counts)
     with pytest.raises(ValueError, match='in one only: bee, cow'):
-        create_datasets(parse_args(['--data-dir', str(data)]).args)
+        create_datasets(parse_args(['--data-dir', str(data)]).settings.data)

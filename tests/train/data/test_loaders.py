@@ -10,22 +10,31 @@ from loading import global_states, skip_without_loader_option
 from timm.data import FastCollateMixup, Mixup
 from timm.task import ClassificationTask
 
+from timm_coretune.data.resumable import SeededCollate
 from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.batches import batches_from
 from timm_coretune.train.data.datasets import create_datasets
 from timm_coretune.train.data.loaders import LoaderFactory
-from timm_coretune.train.data.resumable import SeededCollate
 from timm_coretune.train.loop import LoopConfig
 
 
 def create_loaders(images, *flags):
     line = ['--data-dir', str(images), '-b', '4', '--workers', '0', *map(str, flags)]
-    args = parse_args(line).args
+    settings = parse_args(line).settings
     data_config = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bilinear', crop_pct=1.0)
     model = SimpleNamespace(num_classes=2)
     accelerator = SimpleNamespace(device=torch.device('cpu'), num_processes=1, process_index=0)
-    return LoaderFactory(args, data_config, model, accelerator).create(create_datasets(args))
+    factory = LoaderFactory(
+        settings.data,
+        data_config,
+        model,
+        accelerator,
+        smoothing=settings.loss.smoothing,
+        seed=settings.loop.seed,
+        epochs=settings.optimization.epochs,
+    )
+    return factory.create(create_datasets(settings.data))
 
 
 def read(loader, epoch, start=0):

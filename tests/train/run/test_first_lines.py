@@ -8,14 +8,16 @@ import torch
 from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
+from timm_coretune.train.classification import log_contrast
 from timm_coretune.train.cli.arguments import parse_args
+from timm_coretune.train.cli.settings import OptimizationSettings
 from timm_coretune.train.data.datasets import Datasets, create_datasets
 from timm_coretune.train.optimization import create_optimizer, create_schedule
-from timm_coretune.train.run.first_lines import log_contrast, log_data, log_optimization
+from timm_coretune.train.run.first_lines import log_data, log_optimization, log_update_size
 
 
 def test_the_log_counts_images_and_classes(data, messages):
-    log_data(create_datasets(parse_args(['--data-dir', str(data)]).args))
+    log_data(create_datasets(parse_args(['--data-dir', str(data)]).settings.data))
     assert messages() == [
         'Training: 24 images of 4 classes, 1 to 12 a class',
         'Validation: 9 images of 4 classes, 1 to 3 a class',
@@ -40,14 +42,14 @@ def test_the_log_admits_that_a_stream_has_no_counts(messages):
     ids=['one', 'two', 'two-apart', 'small'],
 )
 def test_the_log_says_what_an_image_finds_in_the_contrasted_batch(data, messages, flags, processes, gathered):
-    args = parse_args(['--data-dir', str(data), '-b', '8', *flags]).args
-    log_contrast(args, create_datasets(args), processes)
-    size = args.batch_size * gathered
+    settings = parse_args(['--data-dir', str(data), '-b', '8', *flags]).settings
+    log_contrast(settings, create_datasets(settings.data), processes)
+    size = settings.data.batch_size * gathered
     counts = (12, 9, 2, 1)
     positives = sum(n * (n - 1) for n in counts) / 24 * (size - 1) / 23
     alone = sum(n * math.comb(24 - n, size - 1) for n in counts) / 24 / math.comb(23, size - 1)
     (line,) = messages()
-    assert line.startswith(f'Contrast over {size} images ({args.batch_size} x {gathered} process(es)')
+    assert line.startswith(f'Contrast over {size} images ({settings.data.batch_size} x {gathered} process(es)')
     assert f'ln {size + 1} = {math.log(size + 1):.2f}.' in line
     assert f'{positives:.1f} positives on average, {100 * alone:.1f} % of the images find none' in line
     warned = messages('WARNING')
@@ -57,15 +59,15 @@ def test_the_log_says_what_an_image_finds_in_the_contrasted_batch(data, messages
 
 
 def test_balanced_classes_leave_those_of_one_image_alone_and_need_no_warning(data, messages):
-    args = parse_args(['--data-dir', str(data), '-b', '4', '--class-balance']).args
-    log_contrast(args, create_datasets(args), 1)
+    settings = parse_args(['--data-dir', str(data), '-b', '4', '--class-balance']).settings
+    log_contrast(settings, create_datasets(settings.data), 1)
     assert f'{100 / 24:.1f} % of the images have no other' in messages()[0]
     assert messages('WARNING') == []
 
 
 def test_the_contrastive_loss_starts_where_the_log_says(messages, data):
-    args = parse_args(['--data-dir', str(data), '-b', '32']).args
-    log_contrast(args, create_datasets(args), 1)
+    settings = parse_args(['--data-dir', str(data), '-b', '32']).settings
+    log_contrast(settings, create_datasets(settings.data), 1)
     task = CoreTuningTask(timm.create_model('test_resnet', num_classes=4), verbose=False)
     # embeddings that are all alike are at chance
     for p in task.get_trainable_module().criterion.projector.parameters():
@@ -77,15 +79,15 @@ def test_the_contrastive_loss_starts_where_the_log_says(messages, data):
 
 
 def test_the_log_shows_the_first_middle_and_last_rate_of_every_group(messages):
-    flags = ['--lr', '0.1', '--head-lr-scale', '10', '--epochs', '8', '--warmup-epochs', '0', '-b', '16']
-    args = parse_args(['--data-dir', '.', *flags, '--grad-accum-steps', '3']).args
+    settings = OptimizationSettings(head_lr_scale=10, epochs=8, warmup_epochs=0)
     model = timm.create_model('test_resnet', num_classes=4)
     model.conv1.requires_grad_(False)
     task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
-    optimizer = create_optimizer(args, task)
-    scheduler, num_epochs = create_schedule(args, optimizer, 5)
+    optimizer = create_optimizer(settings, task, 0.1)
+    scheduler, num_epochs = create_schedule(settings, optimizer, 5)
     before = len(messages())
-    log_optimization(args, task, optimizer, scheduler, num_epochs, 5, 2)
+    log_update_size(16, 3, 2, 5)
+    log_optimization(task, optimizer, scheduler, num_epochs, 5)
     lines = messages()[before:]
     assert lines[0] == 'An update: 16 images x 3 batch(es) x 2 process(es) = 96 images; 5 updates an epoch.'
     rates = [0.1 * (1 + math.cos(math.pi * t / 8)) / 2 for t in (0, 4, 7)]

@@ -1,6 +1,5 @@
 """Which state of a run is the newest intact one, and which folder a run may write"""
 
-import argparse
 import os
 import subprocess
 import sys
@@ -9,7 +8,8 @@ import pytest
 import torch
 from runs import train
 
-from timm_coretune.train.run.folder import find_newest_state, progress_of, read_state, take_folder
+from timm_coretune.train.cli.settings import OutputSettings
+from timm_coretune.train.run.folder import default_name, find_newest_state, progress_of, read_state, take_folder
 
 # which state
 
@@ -113,17 +113,16 @@ def test_progress_of_a_state_of_timm_is_the_epoch_after_it():
 
 
 def folder_args(output, experiment='run', resume=''):
-    return argparse.Namespace(
-        output=str(output), experiment=experiment, model='hf-hub:timm/test_resnet.r160_in1k', resume=resume
-    )
+    return OutputSettings(output=str(output), experiment=experiment, resume=resume)
 
 
 @pytest.fixture
 def take():
     locks = []
 
-    def take(args, resumed=None):
-        folder, lock = take_folder(args, 96, resumed)
+    def take(settings, resumed=None):
+        name = default_name('hf-hub:timm/test_resnet.r160_in1k', 96)
+        folder, lock = take_folder(settings, name, resumed)
         locks.append(lock)
         return os.path.basename(folder)
 

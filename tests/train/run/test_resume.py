@@ -11,7 +11,6 @@ import pytest
 import runs
 import timm
 import torch
-from accelerate import Accelerator
 from commands import environment_with, run_command
 from paths import ROOT
 from runs import ON_CPU, copy_of, stop_at
@@ -19,7 +18,7 @@ from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
 from timm_coretune.train.run.folder import find_newest_state, progress_of, read_state
-from timm_coretune.train.run.resume import RunState, resume
+from timm_coretune.train.run.resume import resume
 
 
 @pytest.fixture(scope='module')
@@ -195,22 +194,19 @@ def resumed(state, no_resume_opt):
         timm.create_model('test_resnet', num_classes=3), torch.nn.CrossEntropyLoss(), verbose=False
     )
     optimizer = timm.optim.create_optimizer_v2(task.get_trainable_module(), opt='momentum', lr=0.7, weight_decay=0.3)
-    args = argparse.Namespace(no_resume_opt=no_resume_opt, start_epoch=None)
-    run_state = RunState(Accelerator(cpu=True))
-    resume(args, str(state), task, optimizer, run_state)
-    return args, task, optimizer, run_state
+    return task, optimizer, resume(str(state), task, optimizer, not no_resume_opt, {})
 
 
 @pytest.mark.parametrize('no_resume_opt', [False, True])
 def test_weights_are_resumed_with_the_optimizer_unless_told_otherwise(tmp_path, data, straight, no_resume_opt):
     folder = straight('--contrast-weight', 0, '--opt', 'momentum')
     state = torch.load(folder / 'checkpoint-2.pth.tar', weights_only=False)
-    args, task, optimizer, run_state = resumed(folder / 'checkpoint-2.pth.tar', no_resume_opt)
+    task, optimizer, continuation = resumed(folder / 'checkpoint-2.pth.tar', no_resume_opt)
     for name, value in task.get_eval_model().state_dict().items():
         assert torch.equal(value, state['state_dict'][name])
     assert bool(optimizer.state) == (not no_resume_opt)
-    assert bool(run_state.values) == (not no_resume_opt)
-    assert args.start_epoch == (3 if no_resume_opt else None)
+    assert bool(continuation.loop_state) == (not no_resume_opt)
+    assert (continuation.epoch, continuation.batch) == (3, 0)
     assert {group['lr'] for group in optimizer.param_groups} == {0.7}
     assert {group['weight_decay'] for group in optimizer.param_groups} == {0.0, 0.3}
 

@@ -9,7 +9,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...atomic import write_text
-from ...safetensors_images import find_splits, read_split
+from ...data.safetensors_images import find_splits, read_split
 from .folders import TRAIN_SPLITS, Source, resolve_split
 from .masks import IGNORE_INDEX, read_mask
 from .palette import save_image, write_mask

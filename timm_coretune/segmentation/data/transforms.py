@@ -10,6 +10,7 @@ All random numbers come from torch's global generator.
 from typing import Any, Dict, List, Sequence, Tuple
 
 import torch
+from timm.data.loader import adapt_to_chs
 from torch import nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -133,6 +134,24 @@ def create_eval_transform(
 
 def _to_tensors(mean: Sequence[float], std: Sequence[float]) -> Sequence[nn.Module]:
     return v2.ToDtype(TO_FLOAT_AND_INDEX, scale=True), v2.Normalize(list(mean), list(std)), v2.ToPureTensor()
+
+
+def adapt_data_config(data_config: Dict[str, Any]) -> Dict[str, Any]:
+    """The preprocessing of images with masks, from timm's for images.
+
+    Images with masks are tensors, which are resized in fewer ways than PIL's images: where timm names another
+    interpolation it becomes bicubic. Mean and standard deviation get a value for each channel.
+
+    Args:
+        data_config: What timm.data.resolve_data_config returns.
+    """
+    interpolation, channels = data_config['interpolation'], data_config['input_size'][0]
+    return {
+        **data_config,
+        'interpolation': interpolation if interpolation in INTERPOLATIONS else 'bicubic',
+        'mean': adapt_to_chs(data_config['mean'], channels),
+        'std': adapt_to_chs(data_config['std'], channels),
+    }
 
 
 def fitted_size(size: Tuple[int, int], img_size: Tuple[int, int]) -> Tuple[int, int]:

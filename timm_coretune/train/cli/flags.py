@@ -1,93 +1,132 @@
-"""The flags of train.py: ours, in four groups, and timm's"""
+"""From a field of a dataclass to a flag of the command line"""
 
 import argparse
+import dataclasses
 import difflib
-from typing import List, Optional
+import sys
+from dataclasses import dataclass
+from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union, get_args, get_origin, get_type_hints
 
-from ...segmentation.decoder import HEADS
-from .timm_flags import add_timm_flags
-
-PRESETS = ('cnn', 'vit')
+from timm.utils import ParseKwargs
 
 
-class _Parser(argparse.ArgumentParser):
+@dataclass(frozen=True)
+class Flag:
+    """How a field stands on the command line.
+
+    Attributes:
+        help: What it does, in words that need no other flag's help.
+        metavar: What its value is called in the help, where that is not of its kind: N, X or NAME.
+        names: Further names, such as -b.
+        nargs: Number of values, where it is fixed.
+        const: Value of the flag without one.
+        section: Title in the help, from this field on or for this one alone.
+    """
+
+    help: str
+    metavar: Optional[str] = None
+    names: Tuple[str, ...] = ()
+    nargs: Optional[int] = None
+    const: Optional[str] = None
+    section: Optional[str] = None
+
+
+def flag(default: Any, help: str, metavar: Optional[str] = None, **kwargs: Any) -> Any:
+    """A field of a dataclass that is a flag too. Its name and its kind are those of the field."""
+    metadata = {'flag': Flag(help, metavar, **kwargs)}
+    if isinstance(default, (list, dict)):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def default_of(f: 'dataclasses.Field[Any]') -> Any:
+    """Default of a field, a copy of its own where it can be changed."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _kind_of(annotation: Any) -> Dict[str, Any]:
+    """What argparse takes for the values of an annotated field: type, choices, nargs or action."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Union:  # Optional
+        return _kind_of(next(part for part in parts if part is not type(None)))
+    if origin is Literal:
+        return dict(choices=parts)
+    if origin is list:
+        return {**_kind_of(parts[0]), 'nargs': '+'}
+    if origin is dict:
+        return dict(nargs='*', action=ParseKwargs, metavar='K=V')
+    if annotation is bool:
+        return dict(action='store_true')
+    return (
+        dict(metavar='NAME') if annotation is str else dict(type=annotation, metavar='N' if annotation is int else 'X')
+    )
+
+
+def describe(f: 'dataclasses.Field[Any]') -> str:
+    """The help of a field, with its default unless that is nothing or told in words."""
+    text, default = f.metadata['flag'].help, default_of(f)
+    if default in (None, '', [], {}) or default is False or '(default: ' in text:
+        return text
+    shown = ' '.join(map(str, default)) if isinstance(default, list) else str(default)
+    return f'{text} (default: {shown})'
+
+
+def names_of(f: 'dataclasses.Field[Any]') -> List[str]:
+    """The names of a flag, short ones first."""
+    given = f.metadata['flag'].names
+    short = [name for name in given if not name.startswith('--')]
+    return [*short, f'--{f.name.replace("_", "-")}', *(name for name in given if name not in short)]
+
+
+def add_flags(parser: argparse.ArgumentParser, groups: Sequence[type]) -> None:
+    """Add every field of some dataclasses as a flag, below the title of its section."""
+    sections: Dict[Optional[str], Any] = {group.title: group for group in parser._action_groups}
+    for group in groups:
+        hints, current = get_type_hints(group), None
+        for f in dataclasses.fields(group):
+            options: Flag = f.metadata['flag']
+            current = options.section or current
+            kind = _kind_of(hints[f.name])
+            if options.nargs is not None:
+                kind['nargs'] = options.nargs
+            if options.const is not None:
+                kind.update(nargs='?', const=options.const)
+            if options.metavar is not None:
+                kind['metavar'] = options.metavar
+            if current not in sections:
+                sections[current] = parser.add_argument_group(current)
+            sections[current].add_argument(
+                *names_of(f),
+                dest=f.name,
+                default=default_of(f),
+                help=describe(f).replace('%', '%%'),
+                **kind,
+            )
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """A hint at the known name that is most like one that is not known, empty if none is."""
+    near = difflib.get_close_matches(name, known, n=1)
+    return f' (nearest: {near[0]})' if near else ''
+
+
+class _OneLineEach(argparse.HelpFormatter):
+    """Keeps a flag and its help on one line where they are not shown on a terminal, for the sake of grep."""
+
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=60, width=None if sys.stdout.isatty() else 240)
+
+
+class Parser(argparse.ArgumentParser):
     """Answers an unknown flag with the nearest one."""
 
-    def parse_args(self, args: Optional[List[str]] = None, namespace: Optional[argparse.Namespace] = None):
+    def __init__(self, **kwargs: Any):
+        super().__init__(formatter_class=_OneLineEach, **kwargs)
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         namespace, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            name = unknown[0].partition('=')[0]
-            near = difflib.get_close_matches(name, [flag for a in self._actions for flag in a.option_strings], n=1)
-            self.error(f'unrecognized arguments: {" ".join(unknown)}' + (f' (nearest: {near[0]})' if near else ''))
+            known = [name for action in self._actions for name in action.option_strings]
+            hint = nearest(unknown[0].partition('=')[0], known)
+            self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
         return namespace
-
-
-def create_parser() -> argparse.ArgumentParser:
-    """The parser of train.py, one function for each group of its help."""
-    parser = _Parser(
-        prog='train.py',
-        description='Fine-tune a pretrained timm model on labelled images or masks, with --coretune by Core-tuning.',
-        epilog='Without --data-dir and --dataset a bundled sample of Fashion-MNIST is used.',
-    )
-    parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file of defaults; flags win over it')
-    _add_coretune(parser)
-    _add_tuning(parser)
-    _add_segmentation(parser)
-    _add_hub(parser)
-    add_timm_flags(parser)
-    return parser
-
-
-def _add_coretune(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('Core-tuning').add_argument
-    add('--coretune', action='store_true', help='Core-tuning; without it plain cross-entropy tuning')
-    add(
-        '--contrast-weight', type=float, default=0.1, metavar='W', help='weight of the contrast (default: 0.1), 0: none'
-    )
-    add('--coretune-alpha', type=float, default=1.0, metavar='A', help='mixtures by Beta(A, A), > 0 (default: 1)')
-    add(
-        '--coretune-min-positive-lam', type=float, default=0.0, metavar='R',
-        help='least share of the hardest positive in its mixture, 0 to 1 (default: 0)',
-    )  # fmt: skip
-    add('--contrast-temperature', type=float, default=0.07, metavar='T', help='divides cosines, > 0 (default: 0.07)')
-    add('--projection-dim', type=int, default=256, metavar='N', help='width of the contrasted embedding (default: 256)')
-    add('--no-coretune-gather', action='store_true', help='mine and contrast within each process only')
-
-
-def _add_tuning(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('tuning a pretrained model').add_argument
-    add('--preset', choices=PRESETS, help='defaults for tuning that kind of model (docs/flags.md), any flag wins')
-    add('--checkpoint-key', metavar='KEY', help='which copy of the backbone in a checkpoint to take, by its prefix')
-    add('--allow-partial', action='store_true', help='load a checkpoint although parts of the backbone are missing')
-    add('--freeze-epochs', type=int, default=0, metavar='N', help='epochs in which only the head trains (default: 0)')
-    add('--head-lr-scale', type=float, default=1.0, metavar='X', help='learning rate factor of the head (default: 1)')
-    add('--class-balance', action='store_true', help='batches in which every class appears at least twice')
-    add(
-        '--label-fraction', type=float, default=1.0, metavar='R',
-        help='use this share of the training images of each class, drawn by --seed (default: 1)',
-    )  # fmt: skip
-    add('--patience', type=int, metavar='N', help='stop after N validations without a better one')
-    add('--eval-only', action='store_true', help='validate and stop, as --epochs 0 does')
-    add('--metrics', default='', metavar='LIST', help='more metrics, comma-separated: confusion, per-class, ece')
-    add('--log-with', default='', metavar='LIST', help='trackers of accelerate, comma-separated, such as tensorboard')
-
-
-def _add_segmentation(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('segmentation (docs/segmentation.md)').add_argument
-    add('--segmentation', action='store_true', help='classify the pixels of images with masks')
-    add(
-        '--segmentation-head', choices=HEADS,
-        help='on the feature maps (default: fpn where the last is coarser than 1/16, else deeplabv3)',
-    )  # fmt: skip
-    add(
-        '--anchors-per-image', type=int, default=64, metavar='N',
-        help='pixels of an image that --coretune contrasts (default: 64)',
-    )  # fmt: skip
-    add('--reduce-zero-label', action='store_true', help='masks hold 0 for pixels to ignore, classes from 1 on')
-
-
-def _add_hub(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group('publishing (docs/hub.md)').add_argument
-    add('--push-to-hub', metavar='OWNER/NAME', help='push the best weights to this repository when training is over')
-    add('--hub-private', action='store_true', help='make the repository private')
-    add('--hub-revision', metavar='REV', help='branch to push to, made if need be (default: main)')

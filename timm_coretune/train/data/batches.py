@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, IterableDataset
 
-from .resumable import EpochBatchSampler, SeededErasing
+from ...data.resumable import EpochBatchSampler, SeededErasing
 
 _logger = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
     A loader of our own starts there. Any other is read up to there, which is exact only if it draws by epoch.
     """
     sampler = _order_of(loader)
+    part: Any
     for part in (getattr(loader, 'dataset', None), sampler, getattr(loader, 'sampler', None)):
         if hasattr(part, 'set_epoch'):
             part.set_epoch(epoch)

@@ -1,18 +1,18 @@
-"""Data sets: timm's, from the arguments"""
+"""Labelled images: timm's data sets, and parts of them"""
 
-import argparse
 import os
 import random
-from typing import Any, Callable, Dict, List, NamedTuple, Optional
+from collections import Counter
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, cast
 
 import torch
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
-from ..segmentation import open_splits
-from .safetensors_reader import ReaderSafetensors
-from .seeding import make_key
+from ...data.safetensors_reader import ReaderSafetensors
+from ...data.seeding import make_key
+from ..cli.settings import DataSettings
 
 
 class Datasets(NamedTuple):
@@ -52,7 +52,7 @@ class ConvertedImages(Dataset):
     """
 
     def __init__(self, dataset: Dataset, img_mode: str):
-        self.dataset = dataset
+        self.dataset: Any = dataset
         self.img_mode = img_mode
         self.transform = None
 
@@ -64,7 +64,7 @@ class ConvertedImages(Dataset):
     def transform(self, transform: Optional[Callable]) -> None:
         self.dataset.transform = _Convert(self.img_mode, transform)
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 
     def __len__(self) -> int:
@@ -80,41 +80,35 @@ class LabelledSubset(Dataset):
     """
 
     def __init__(self, dataset: Dataset, indices: List[int]):
-        self.dataset = dataset
+        self.dataset: Any = dataset
         self.indices = indices
 
     @property
-    def transform(self):
+    def transform(self) -> Optional[Callable]:
         return self.dataset.transform
 
     @transform.setter
-    def transform(self, transform) -> None:
+    def transform(self, transform: Optional[Callable]) -> None:
         self.dataset.transform = transform
 
-    def __getitem__(self, index: int):
+    def __getitem__(self, index: int) -> Any:
         return self.dataset[self.indices[index]]
 
     def __len__(self) -> int:
         return len(self.indices)
 
 
-def get_in_chans(args: argparse.Namespace) -> int:
-    """Image channels: those asked for, else 3."""
-    if args.in_chans is not None:
-        return args.in_chans
-    return args.input_size[0] if args.input_size is not None else 3
-
-
 def get_labels(dataset: Dataset) -> Optional[List[int]]:
     """Class of every image without reading the images, or None where the data set cannot tell."""
     if isinstance(dataset, LabelledSubset):
-        labels = get_labels(dataset.dataset)
-        return None if labels is None else [labels[index] for index in dataset.indices]
+        whole = get_labels(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
     if isinstance(dataset, ConvertedImages):
         return get_labels(dataset.dataset)
     if getattr(dataset, 'target_transform', None) is not None or isinstance(dataset, IterableDataset):
         return None
-    reader = getattr(dataset, 'reader', dataset)
+    reader: Any = getattr(dataset, 'reader', dataset)
+    labels: List[Any]
     if isinstance(reader, ReaderSafetensors):
         return reader.label.tolist()
     if hasattr(reader, 'iter_targets'):
@@ -129,39 +123,47 @@ def get_labels(dataset: Dataset) -> Optional[List[int]]:
     return labels if all(isinstance(label, int) for label in labels) else None
 
 
-def _get_img_mode(args: argparse.Namespace) -> str:
-    return args.input_img_mode or ('RGB' if get_in_chans(args) == 3 else 'L')
+def count_labels(dataset: Optional[Dataset]) -> Optional[List[int]]:
+    """Images of each class that occurs, None where the data set cannot tell."""
+    labels = None if dataset is None else get_labels(dataset)
+    return None if labels is None else list(Counter(labels).values())
 
 
-def _create_split(args: argparse.Namespace, split: str, is_training: bool) -> Dataset:
-    img_mode = _get_img_mode(args)
-    if not args.dataset and not os.path.exists(args.data_dir):
-        raise ValueError(f'Expected images in --data-dir {args.data_dir!r}, which does not exist. Check the path.')
-    if not args.dataset and args.data_dir.endswith('.safetensors'):
-        return ImageDataset(args.data_dir, reader=ReaderSafetensors(args.data_dir, split), input_img_mode=img_mode)
+def _create_split(settings: DataSettings, split: str, is_training: bool, seed: int) -> Dataset:
+    img_mode = get_img_mode(settings)
+    root = settings.data_dir or ''
+    if not settings.dataset and not os.path.exists(root):
+        raise ValueError(f'Expected images in --data-dir {root!r}, which does not exist. Check the path.')
+    if not settings.dataset and root.endswith('.safetensors'):
+        return ImageDataset(root, reader=ReaderSafetensors(root, split), input_img_mode=img_mode)
     try:
-        dataset = create_dataset(
-            args.dataset,
-            root=args.data_dir,
+        dataset = cast(Any, create_dataset)(
+            settings.dataset,
+            root=settings.data_dir,
             split=split,
             is_training=is_training,
-            class_map=args.class_map,
-            download=args.dataset_download,
-            batch_size=args.batch_size,
-            seed=args.seed,
-            repeats=args.epoch_repeats if is_training else 0,
+            class_map=settings.class_map,
+            download=settings.dataset_download,
+            batch_size=settings.batch_size,
+            seed=seed,
+            repeats=settings.epoch_repeats if is_training else 0,
             input_img_mode=img_mode,
-            input_key=args.input_key,
-            target_key=args.target_key,
-            num_samples=args.train_num_samples if is_training else args.val_num_samples,
-            trust_remote_code=args.dataset_trust_remote_code,
+            input_key=settings.input_key,
+            target_key=settings.target_key,
+            num_samples=settings.train_num_samples if is_training else settings.val_num_samples,
+            trust_remote_code=settings.dataset_trust_remote_code,
         )
     except (RuntimeError, FileNotFoundError) as e:
         raise ValueError(
-            f'Expected images of the {split} split in --data-dir {args.data_dir!r}: {e} Images lie in one folder a '
+            f'Expected images of the {split} split in --data-dir {root!r}: {e} Images lie in one folder a '
             f'class, in a folder {split}/ where there are several splits.'
         ) from e
     return ConvertedImages(dataset, img_mode) if isinstance(dataset, VisionDataset) else dataset
+
+
+def get_img_mode(settings: DataSettings) -> str:
+    """PIL mode of the images: the one asked for, else that of their channels."""
+    return settings.input_img_mode or ('RGB' if settings.num_channels == 3 else 'L')
 
 
 def _class_names(dataset: Dataset) -> Optional[Dict[Any, int]]:
@@ -171,49 +173,52 @@ def _class_names(dataset: Dataset) -> Optional[Dict[Any, int]]:
     return getattr(reader, 'class_to_idx', None) or None
 
 
-def _take_fraction(dataset: Dataset, labels: Optional[List[int]], fraction: float, seed: int) -> Dataset:
-    """The same share of every class, at least one image, in the order of the whole."""
+def take_fraction(dataset: Dataset, labels: Optional[Sequence[int]], fraction: float, seed: int) -> Dataset:
+    """The same share of every class, at least one image, in the order of the whole.
+
+    Raises:
+        ValueError: The labels are not known.
+    """
+    if fraction == 1:
+        return dataset
     if labels is None:
         raise ValueError(
             'Expected a data set that knows the labels of all images for --label-fraction, as folders, safetensors, '
             'torch/ and hfds/ do. A stream does not.'
         )
-    members = {}
+    members: Dict[int, List[int]] = {}
     for index, label in enumerate(labels):
         members.setdefault(label, []).append(index)
-    chosen = []
+    chosen: List[int] = []
     for label, indices in sorted(members.items()):
         draws = random.Random(make_key(seed, label))
         chosen += draws.sample(indices, max(1, round(fraction * len(indices))))
     return LabelledSubset(dataset, sorted(chosen))
 
 
-def _create_segmentation_datasets(args: argparse.Namespace) -> Datasets:
-    train, validation = open_splits(args, _get_img_mode(args))
-    known = validation if train is None else train
-    if train is not None and args.label_fraction < 1:
-        train = _take_fraction(train, [0] * len(train), args.label_fraction, args.seed)
-    return Datasets(train, validation, known.num_classes, known.class_names)
+def create_datasets(settings: DataSettings, with_training: bool = True, seed: int = 42) -> Datasets:
+    """Open both splits.
 
-
-def create_datasets(args: argparse.Namespace) -> Datasets:
-    """Open both splits, the training split unless nothing is trained.
+    Args:
+        settings: Where the images are.
+        with_training: Open the training split too.
+        seed: Seed of the choice of images where a fraction of them is used, and of streams.
 
     Raises:
         ValueError: The data does not exist, holds no images, or the splits have different classes.
     """
-    if args.segmentation:
-        return _create_segmentation_datasets(args)
-    train = _create_split(args, args.train_split, is_training=True) if not args.eval_only else None
-    validation = _create_split(args, args.val_split, is_training=False) if args.val_split else None
-    classes = _class_names(validation if train is None else train)
+    train = _create_split(settings, settings.train_split, True, seed) if with_training else None
+    validation = _create_split(settings, settings.val_split, False, seed) if settings.val_split else None
+    known = validation if train is None else train
+    classes = None if known is None else _class_names(known)
     if train is not None and classes and validation is not None and _class_names(validation) not in (None, classes):
-        difference = sorted(set(classes) ^ set(_class_names(validation)), key=str)
+        difference = sorted(set(classes) ^ set(_class_names(validation) or ()), key=str)
         raise ValueError(
-            f'Expected the same classes in {args.train_split} and {args.val_split} of {args.data_dir!r}, these are in '
-            f'one only: {", ".join(map(str, difference[:5]))}. Check the folders, or --train-split and --val-split.'
+            f'Expected the same classes in {settings.train_split} and {settings.val_split} of {settings.data_dir!r}, '
+            f'these are in one only: {", ".join(map(str, difference[:5]))}. Check the folders, or --train-split and '
+            '--val-split.'
         )
-    if train is not None and args.label_fraction < 1:
-        train = _take_fraction(train, get_labels(train), args.label_fraction, args.seed)
+    if train is not None and settings.label_fraction < 1:
+        train = take_fraction(train, get_labels(train), settings.label_fraction, seed)
     names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])] if classes else None
     return Datasets(train, validation, len(classes) if classes else None, names)

@@ -1,20 +1,23 @@
-"""Loaders: timm's, from the arguments"""
+"""Loaders of labelled images: timm's, which start at any place of an epoch"""
 
-import argparse
-import inspect
-from typing import Any, Dict, NamedTuple, Optional
+from typing import Any, Dict, NamedTuple, Optional, Sized, cast
 
-import timm
 import torch
 from accelerate import Accelerator
-from timm.data import AugMixDataset, FastCollateMixup, Mixup, create_loader
+from timm.data import (
+    AugMixDataset,
+    FastCollateMixup,
+    Mixup,
+    NaFlexMixup,
+    create_loader,
+    create_naflex_loader,
+)
 from torch.utils.data import Dataset, IterableDataset
 
-from ..cli.arguments import mixes_pixels
-from ..segmentation import create_train_loader, create_validation_loader
-from .class_balance import ClassBalancedBatchSampler
+from ...data.class_balance import ClassBalancedBatchSampler
+from ...data.resumable import make_resumable
+from ..cli.settings import DataSettings
 from .datasets import Datasets, get_labels
-from .resumable import make_resumable
 
 
 class Loaders(NamedTuple):
@@ -25,15 +28,15 @@ class Loaders(NamedTuple):
     mixup_fn: Optional[Mixup]
 
 
-def _mixup_kwargs(args: argparse.Namespace, num_classes: int) -> Dict[str, Any]:
+def _mixup_kwargs(settings: DataSettings, smoothing: float, num_classes: int) -> Dict[str, Any]:
     return dict(
-        mixup_alpha=args.mixup,
-        cutmix_alpha=args.cutmix,
-        cutmix_minmax=args.cutmix_minmax,
-        prob=args.mixup_prob,
-        switch_prob=args.mixup_switch_prob,
-        mode=args.mixup_mode,
-        label_smoothing=args.smoothing,
+        mixup_alpha=settings.mixup,
+        cutmix_alpha=settings.cutmix,
+        cutmix_minmax=settings.cutmix_minmax,
+        prob=settings.mixup_prob,
+        switch_prob=settings.mixup_switch_prob,
+        mode=settings.mixup_mode,
+        label_smoothing=smoothing,
         num_classes=num_classes,
     )
 
@@ -42,33 +45,44 @@ class LoaderFactory:
     """Creates timm's loaders of both splits.
 
     Args:
-        args: Arguments of the run.
+        settings: Augmentation, batches and loader processes.
         data_config: What images are resized to and normalised by, from timm's resolve_data_config.
         model: The model, which tells the number of classes and the patch size.
         accelerator: Device and processes.
+        img_dtype: Dtype of the images.
+        smoothing: Label smoothing, which pixel mixup applies to its soft targets.
+        seed: Seed of order and augmentation.
+        epochs: Epochs of the run, over which scheduled sizes grow.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
+        settings: DataSettings,
         data_config: Dict[str, Any],
         model: torch.nn.Module,
         accelerator: Accelerator,
+        img_dtype: torch.dtype = torch.float32,
+        smoothing: float = 0.0,
+        seed: int = 42,
+        epochs: int = 1,
     ):
-        self.args = args
+        self.settings = settings
         self.data_config = data_config
         self.accelerator = accelerator
-        self.num_classes = model.num_classes
-        self.patch_size = model.get_patch_size() if hasattr(model, 'get_patch_size') else (16, 16)
+        self.seed = seed
+        self.epochs = epochs
+        get_patch_size: Any = getattr(model, 'get_patch_size', None)
+        self.patch_size = get_patch_size() if get_patch_size is not None else (16, 16)
+        self.mixup_kwargs = _mixup_kwargs(settings, smoothing, cast(int, model.num_classes))
         self.common = dict(
             mean=data_config['mean'],
             std=data_config['std'],
-            pin_memory=args.pin_mem,
-            img_dtype=getattr(torch, args.model_dtype or 'float32'),
+            pin_memory=settings.pin_mem,
+            img_dtype=img_dtype,
             device=accelerator.device,
             distributed=accelerator.num_processes > 1,
-            use_prefetcher=not args.no_prefetcher,
-            persistent_workers=args.workers > 0,
+            use_prefetcher=not settings.no_prefetcher,
+            persistent_workers=settings.workers > 0,
         )
 
     def create(self, datasets: Datasets) -> Loaders:
@@ -77,97 +91,90 @@ class LoaderFactory:
         Raises:
             ValueError: The training split does not fill one batch, or cannot be read in the order asked for.
         """
-        args, train = self.args, None
+        settings, train = self.settings, None
         if datasets.train is not None:
-            create_train = self._create_naflex_train if args.naflex_loader else self._create_train
+            create_train = self._create_naflex_train if settings.naflex_loader else self._create_train
             train = create_train(datasets.train)
-            if len(train) == 0:
-                raise ValueError(
-                    f'Expected at least one batch of {args.batch_size} images for each of '
-                    f'{self.accelerator.num_processes} process(es), the training split has {len(datasets.train)}. '
-                    'Lower --batch-size.'
-                )
+            check_fills_a_batch(train, datasets.train, settings.batch_size, self.accelerator.num_processes)
         validation = None if datasets.validation is None else self._create_validation(datasets.validation)
         mixup_fn = None
-        if mixes_pixels(args) and args.no_prefetcher and not args.naflex_loader:
-            mixup_fn = Mixup(**_mixup_kwargs(args, self.num_classes))
+        if settings.mixes_pixels and settings.no_prefetcher and not settings.naflex_loader:
+            mixup_fn = Mixup(**self.mixup_kwargs)
         return Loaders(train, validation, mixup_fn)
 
     def _train_kwargs(self) -> Dict[str, Any]:
-        args = self.args
-        interpolation = args.train_interpolation
-        if args.no_aug or not interpolation:
+        settings = self.settings
+        interpolation = settings.train_interpolation
+        if settings.no_aug or not interpolation:
             interpolation = self.data_config['interpolation']
         return dict(
-            batch_size=args.batch_size,
+            batch_size=settings.batch_size,
             is_training=True,
-            no_aug=args.no_aug,
-            re_prob=args.reprob,
-            re_mode=args.remode,
-            re_count=args.recount,
-            re_split=args.resplit,
-            train_crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob or 0.0,
-            gaussian_blur_prob=args.gaussian_blur_prob or 0.0,
-            auto_augment=args.aa,
-            num_aug_repeats=args.aug_repeats,
-            num_aug_splits=args.aug_splits,
+            no_aug=settings.no_aug,
+            re_prob=settings.reprob,
+            re_mode=settings.remode,
+            re_count=settings.recount,
+            re_split=settings.resplit,
+            train_crop_mode=settings.train_crop_mode,
+            scale=settings.scale,
+            ratio=settings.ratio,
+            hflip=settings.hflip,
+            vflip=settings.vflip,
+            color_jitter=settings.color_jitter,
+            color_jitter_prob=settings.color_jitter_prob,
+            grayscale_prob=settings.grayscale_prob or 0.0,
+            gaussian_blur_prob=settings.gaussian_blur_prob or 0.0,
+            auto_augment=settings.aa,
+            num_aug_repeats=settings.aug_repeats,
+            num_aug_splits=settings.aug_splits,
             interpolation=interpolation,
-            num_workers=args.workers,
-            worker_seeding=args.worker_seeding,
+            num_workers=settings.workers,
+            worker_seeding=settings.worker_seeding,
             **self.common,
         )
 
+    def _size_kwargs(self) -> Dict[str, Any]:
+        settings = self.settings
+        if not settings.train_img_sizes:
+            return {}
+        return dict(
+            input_size_choices=settings.train_img_sizes,
+            batch_size_choices=settings.train_batch_sizes,
+            batch_choice_weights=settings.train_size_probs,
+            batch_choice_seed=self.seed,
+            batch_choice_schedule=settings.train_size_schedule,
+            batch_schedule_epochs=self.epochs if settings.train_size_schedule == 'progressive' else None,
+            batch_schedule_spread=settings.train_size_schedule_spread,
+            batch_schedule_random_mix=settings.train_size_random_mix,
+            num_batches=settings.train_batches_per_epoch,
+        )
+
     def _create_train(self, dataset: Dataset) -> Any:
-        args, accelerator = self.args, self.accelerator
-        if args.segmentation:
-            return create_train_loader(args, self.data_config, dataset, accelerator)
+        settings, accelerator = self.settings, self.accelerator
         is_stream = isinstance(dataset, IterableDataset)
-        if args.aug_repeats and accelerator.num_processes == 1:
+        if settings.aug_repeats and accelerator.num_processes == 1:
             raise ValueError('--aug-repeats deals the repeats of an image out to processes, there is one.')
-        batch_sampler = self._create_balanced_sampler(dataset) if args.class_balance else None
-        if args.aug_splits:
-            dataset = AugMixDataset(dataset, num_splits=args.aug_splits)
-        sizes = {}
-        if args.train_img_sizes:
-            if 'input_size_choices' not in inspect.signature(create_loader).parameters:
-                raise ValueError(f'--train-img-sizes needs a newer timm than {timm.__version__}: pip install -U timm')
-            progressive = args.train_size_schedule == 'progressive'
-            sizes = dict(
-                input_size_choices=args.train_img_sizes,
-                batch_size_choices=args.train_batch_sizes,
-                batch_choice_weights=args.train_size_probs,
-                batch_choice_seed=args.seed,
-                batch_choice_schedule=args.train_size_schedule,
-                batch_schedule_epochs=args.epochs if progressive else None,
-                batch_schedule_spread=args.train_size_schedule_spread,
-                batch_schedule_random_mix=args.train_size_random_mix,
-                num_batches=args.train_batches_per_epoch,
-            )
-        in_loader = mixes_pixels(args) and not args.no_prefetcher
-        loader = create_loader(
+        batch_sampler = self._create_balanced_sampler(dataset) if settings.class_balance else None
+        if settings.aug_splits:
+            dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
+        in_loader = settings.mixes_pixels and not settings.no_prefetcher
+        loader = cast(Any, create_loader)(
             dataset,
             input_size=self.data_config['input_size'],
-            collate_fn=FastCollateMixup(**_mixup_kwargs(args, self.num_classes)) if in_loader else None,
-            use_multi_epochs_loader=args.use_multi_epochs_loader,
-            **sizes,
+            collate_fn=FastCollateMixup(**self.mixup_kwargs) if in_loader else None,
+            use_multi_epochs_loader=settings.use_multi_epochs_loader,
+            **self._size_kwargs(),
             **self._train_kwargs(),
         )
         if is_stream:
             return loader
         return make_resumable(
             loader,
-            args.seed,
+            self.seed,
             accelerator.process_index,
             accelerator.num_processes,
             batch_sampler=batch_sampler,
-            mixup_off_epoch=args.mixup_off_epoch,
+            mixup_off_epoch=settings.mixup_off_epoch,
         )
 
     def _create_balanced_sampler(self, dataset: Dataset) -> ClassBalancedBatchSampler:
@@ -179,69 +186,71 @@ class LoaderFactory:
             )
         return ClassBalancedBatchSampler(
             labels,
-            self.args.batch_size,
+            self.settings.batch_size,
             self.accelerator.process_index,
             self.accelerator.num_processes,
-            self.args.seed,
+            self.seed,
         )
 
     def _create_naflex_train(self, dataset: Dataset) -> Any:
-        from timm.data import NaFlexMixup, create_naflex_loader
-
-        args = self.args
+        settings = self.settings
         mixup_fn = None
-        if mixes_pixels(args):
-            kwargs = _mixup_kwargs(args, self.num_classes)
-            for unsupported in ('mode', 'cutmix_minmax'):
-                kwargs.pop(unsupported)
-            mixup_fn = NaFlexMixup(**kwargs)
-            mixup_fn.mixup_off_epoch = args.mixup_off_epoch
-        patches = dict(patch_size=self.patch_size)
-        if args.naflex_patch_sizes:
+        if settings.mixes_pixels:
+            unsupported = ('mode', 'cutmix_minmax')
+            mixup_fn = NaFlexMixup(**{k: v for k, v in self.mixup_kwargs.items() if k not in unsupported})
+            mixup_fn.mixup_off_epoch = settings.mixup_off_epoch
+        patches: Dict[str, Any] = dict(patch_size=self.patch_size)
+        if settings.naflex_patch_sizes:
             patches = dict(
-                patch_size_choices=args.naflex_patch_sizes,
-                patch_size_choice_probs=args.naflex_patch_size_probs,
+                patch_size_choices=settings.naflex_patch_sizes,
+                patch_size_choice_probs=settings.naflex_patch_size_probs,
             )
         return create_naflex_loader(
             dataset,
-            train_seq_lens=args.naflex_train_seq_lens,
+            train_seq_lens=tuple(settings.naflex_train_seq_lens),
             mixup_fn=mixup_fn,
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
-            seed=args.seed,
-            patchify_channels_last=not args.naflex_patchify_channels_first,
+            seed=self.seed,
+            patchify_channels_last=not settings.naflex_patchify_channels_first,
             **patches,
             **self._train_kwargs(),
         )
 
     def _create_validation(self, dataset: Dataset) -> Any:
-        args = self.args
-        if args.segmentation:
-            return create_validation_loader(args, self.data_config, dataset, self.accelerator)
+        settings = self.settings
+        num_workers = settings.workers
+        if self.accelerator.num_processes > 1 and any(name in settings.dataset for name in ('tfds', 'wds')):
+            num_workers = min(2, settings.workers)  # as timm does, their shards pad less with few workers
         kwargs = dict(
-            batch_size=args.validation_batch_size or args.batch_size,
+            batch_size=settings.validation_batch_size or settings.batch_size,
             interpolation=self.data_config['interpolation'],
             crop_pct=self.data_config['crop_pct'],
-            num_workers=args.workers,
+            num_workers=num_workers,
             **self.common,
         )
-        if self.accelerator.num_processes > 1 and any(name in args.dataset for name in ('tfds', 'wds')):
-            kwargs['num_workers'] = min(2, args.workers)  # as timm does, their shards pad less with few workers
-        if args.naflex_loader:
-            from timm.data import create_naflex_loader
-
+        if settings.naflex_loader:
             return create_naflex_loader(
                 dataset,
                 patch_size=self.patch_size,
-                max_seq_len=args.naflex_max_seq_len,
-                patchify_channels_last=not args.naflex_patchify_channels_first,
+                max_seq_len=settings.naflex_max_seq_len,
+                patchify_channels_last=not settings.naflex_patchify_channels_first,
                 **kwargs,
             )
-        return create_loader(dataset, input_size=self.data_config['input_size'], **kwargs)
+        return cast(Any, create_loader)(dataset, input_size=self.data_config['input_size'], **kwargs)
 
 
-def mean_batch_size(args: argparse.Namespace, loader: Any) -> float:
+def check_fills_a_batch(loader: Any, dataset: Dataset, batch_size: int, num_processes: int) -> None:
+    """Raise a ValueError if a training loader has no batch."""
+    if len(loader) == 0:
+        raise ValueError(
+            f'Expected at least one batch of {batch_size} images for each of {num_processes} process(es), the training '
+            f'split has {len(cast(Sized, dataset))}. Lower --batch-size.'
+        )
+
+
+def mean_batch_size(settings: DataSettings, loader: Any) -> float:
     """Images of a batch on average, where sizes are scheduled, as timm scales the learning rate by it."""
-    if args.train_img_sizes and loader is not None:
+    if settings.train_img_sizes and loader is not None:
         return loader.batch_sampler.batches.average_batch_size
-    return float(args.batch_size)
+    return float(settings.batch_size)

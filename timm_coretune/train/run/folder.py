@@ -1,6 +1,5 @@
 """The folder of a run: made, taken by one run at a time, found again"""
 
-import argparse
 import glob
 import logging
 import os
@@ -13,17 +12,16 @@ from filelock import FileLock, Timeout
 from timm.models import safe_model_name
 
 from ...run_folder import ARGS_NAME, STATE_PATTERNS, SUMMARY_NAME
+from ..cli.settings import OutputSettings, SavedArguments
 
 _logger = logging.getLogger(__name__)
 
-DEFAULT_OUTPUT = './output/train'
 LOCK_NAME = '.lock'
 
 
 def _lock(folder: str) -> Optional[FileLock]:
     """Hold the folder until the lock is released or this process ends, None when another run holds it."""
-    # a new object each time: one that this process holds already would be taken once more
-    lock = FileLock(os.path.join(folder, LOCK_NAME), blocking=False, is_singleton=False)
+    lock = FileLock(os.path.join(folder, LOCK_NAME), blocking=False)
     try:
         lock.acquire()
     except Timeout:
@@ -31,37 +29,49 @@ def _lock(folder: str) -> Optional[FileLock]:
     return lock
 
 
-def take_folder(args: argparse.Namespace, img_size: int, resumed: Optional[str]) -> Tuple[str, FileLock]:
-    """Make the folder of a run, named as timm names it, or take that of the state it continues.
+def folder_of(settings: OutputSettings, name: str = '') -> str:
+    """Path of the folder that a run asks for.
+
+    Args:
+        settings: Where runs are written, and what this one is called.
+        name: What it is called otherwise.
+    """
+    return os.path.join(settings.root, settings.experiment or name)
+
+
+def default_name(model: str, img_size: int) -> str:
+    """Name of a run that was given none, as timm names it: of the time, the model and the size of the images."""
+    return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(model), str(img_size)])
+
+
+def take_folder(settings: OutputSettings, name: str, resumed: Optional[str]) -> Tuple[str, FileLock]:
+    """Make the folder of a run, or take that of the state it continues.
 
     A folder that holds a run already is left alone: a number is added to the name.
 
     Args:
-        args: Arguments of the run.
-        img_size: Size of the images, part of the default name.
+        settings: Where runs are written, and what this one is called.
+        name: What it is called otherwise.
         resumed: State that is continued, None for a new run.
 
     Returns:
-        The folder, and what must be kept as long as it is used.
+        The folder, and the lock that keeps it. Release the lock when the run is over.
 
     Raises:
         ValueError: It cannot be written, or another run that is not over writes it.
     """
-    name = args.experiment or '-'.join(
-        [datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(args.model), str(img_size)]
-    )
-    wanted = folder = os.path.join(args.output or DEFAULT_OUTPUT, name)
+    wanted = folder = folder_of(settings, name)
     continues = resumed is not None and os.path.abspath(os.path.dirname(resumed)) == os.path.abspath(folder)
+    # a run that --resume auto found nothing of was stopped before its first epoch ended
+    mark = SUMMARY_NAME if settings.resume == 'auto' else ARGS_NAME
     number = 0
     try:
         while True:
             os.makedirs(folder, exist_ok=True)
             lock = _lock(folder)
-            # a run that --resume auto found nothing of was stopped before its first epoch ended
-            mark = SUMMARY_NAME if args.resume == 'auto' else ARGS_NAME
             if lock is not None and (continues or not os.path.exists(os.path.join(folder, mark))):
                 break
-            if lock is None and (continues or args.resume == 'auto'):
+            if lock is None and (continues or settings.resume == 'auto'):
                 raise ValueError(f'Another run writes {folder!r} at this moment. Wait for it, or choose --experiment.')
             if lock is not None:
                 lock.release()
@@ -85,7 +95,7 @@ def read_state(path: str) -> Dict[str, Any]:
             damaged = archive.testzip()
         if damaged is not None:
             raise ValueError(f'{damaged} in it is damaged')
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([SavedArguments]):
             state = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if 'state_dict' not in state or 'epoch' not in state:
             raise ValueError('it holds no state_dict and epoch')

@@ -1,17 +1,15 @@
-"""What a run leaves on disk: states to continue from, weights to use, a summary
+"""What a run leaves on disk: states to continue from, weights to use, a summary"""
 
-Every file is written beside its place and then renamed, so that whatever stops the run finds the one before intact.
-"""
-
-import argparse
 import contextlib
 import csv
 import glob
 import os
 import shutil
-from typing import Dict, Iterator, List, Optional, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple, cast
 
 import torch
+import torch.nn as nn
+from accelerate import Accelerator
 from timm.task import TrainingTask
 from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -29,9 +27,9 @@ from ...run_folder import (
     UNFINISHED_STATE_NAMES,
     read_summary,
 )
+from ..cli.settings import OutputSettings, SavedArguments
 from ..loop import Trainer
-from .folder import progress_of, read_state
-from .resume import RunState
+from .resume import Continuation, LoopState
 
 
 class _Saver(CheckpointSaver):
@@ -57,71 +55,70 @@ class _Saver(CheckpointSaver):
             metrics: Metric of every epoch that was validated.
         """
         self.best_metric, self.best_epoch = best
-        files = [(self._path(epoch), metric) for epoch, metric in metrics.items()]
+        files = [(self._checkpoint_path(epoch), metric) for epoch, metric in metrics.items()]
         self.checkpoint_files = sorted(
             [(path, metric) for path, metric in files if os.path.exists(path)],
             key=lambda item: item[1],
             reverse=not self.decreasing,
         )[: self.max_history]
-        recoveries = sorted(
-            (os.path.join(self.recovery_dir, name) for name in os.listdir(self.recovery_dir)), key=os.path.getmtime
-        )
-        recoveries = [path for path in recoveries if os.path.basename(path).startswith(self.recovery_prefix + '-')]
-        self.curr_recovery_file = recoveries[-1] if recoveries else ''
-
-    def _path(self, epoch: int) -> str:
-        return os.path.join(self.checkpoint_dir, f'{self.save_prefix}-{epoch}{self.extension}')
+        recoveries = glob.glob(os.path.join(glob.escape(self.recovery_dir), RECOVERY_PATTERN))
+        self.curr_recovery_file = max(recoveries, key=os.path.getmtime, default='')
 
 
 class RunRecord:
     """Writes the folder of a run. It exists on all processes, since collecting a state takes all; one writes.
 
     Args:
-        args: Arguments of the run.
-        args_text: The same as YAML.
         folder: The folder, on the main process.
         task: What is trained.
         optimizer: Its optimizer.
-        run_state: What states hold beside them.
+        accelerator: Processes and trackers.
+        settings: How many states are kept, and whether batches become pictures.
+        saved: All settings of the run, as states keep them. Its eval_metric ranks the epochs.
+        publish_ema: The weights to use are the moving average.
     """
 
     def __init__(
         self,
-        args: argparse.Namespace,
-        args_text: str,
         folder: str,
         task: TrainingTask,
         optimizer: torch.optim.Optimizer,
-        run_state: RunState,
+        accelerator: Accelerator,
+        settings: OutputSettings,
+        saved: SavedArguments,
+        publish_ema: bool = False,
     ):
         self.folder = folder
         self.task = task
-        self.run_state = run_state
-        self.accelerator = run_state.accelerator
-        self.eval_metric = args.eval_metric
-        self.with_images = args.save_images
-        self.publish_ema = args.model_ema and not args.model_ema_force_cpu
+        self.loop_state = LoopState()
+        self.accelerator = accelerator
+        self.eval_metric: str = saved.eval_metric
+        self.with_images = settings.save_images
+        self.publish_ema = publish_ema
         self.last_state: Optional[str] = None
         self.last_row: Optional[Dict[str, float]] = None
         self.saver: Optional[_Saver] = None
-        if not self.accelerator.is_main_process:
-            return
-        self.saver = _Saver(
-            model=task.get_eval_model(),
-            optimizer=optimizer,
-            args=args,
-            amp_scaler=run_state,
-            checkpoint_dir=folder,
-            recovery_dir=folder,
-            decreasing=not SCORES[args.eval_metric].higher_is_better,
-            max_history=args.checkpoint_hist,
-            task=task,
-        )
-        with self._writing():
-            write_text(args_text, self.path(ARGS_NAME))
+        if accelerator.is_main_process:
+            self.saver = _Saver(
+                model=task.get_eval_model(),
+                optimizer=optimizer,
+                args=saved,
+                amp_scaler=self.loop_state,
+                checkpoint_dir=folder,
+                recovery_dir=folder,
+                decreasing=not SCORES[self.eval_metric].higher_is_better,
+                max_history=settings.checkpoint_hist,
+                task=task,
+            )
 
     def path(self, name: str) -> str:
         return os.path.join(self.folder, name)
+
+    def write_args(self, text: str) -> None:
+        """Write the settings of the run as YAML."""
+        if self.saver is not None:
+            with self._writing():
+                write_text(text, self.path(ARGS_NAME))
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -136,19 +133,19 @@ class RunRecord:
                 f'Could not write to {self.folder!r}: {e}. {kept} Make room, then continue with --resume auto.'
             ) from e
 
-    def continue_from(self, path: str) -> None:
+    def continue_from(self, continuation: Continuation) -> None:
         """Go on where a state of this folder stopped: rows and ranks of what came later are dropped."""
-        self.last_state = path
-        if self.saver is None or os.path.abspath(os.path.dirname(path)) != os.path.abspath(self.folder):
+        path = self.last_state = continuation.path
+        if path is None or self.saver is None:
             return
-        values = self.run_state.values
-        epoch = values['epoch'] if values else progress_of(read_state(path))[0]
+        if os.path.abspath(os.path.dirname(path)) != os.path.abspath(self.folder):
+            return
         rows = read_summary(self.path(SUMMARY_NAME))
-        rows = [row for row in rows if int(row['epoch']) < epoch]
+        rows = [row for row in rows if int(row['epoch']) < continuation.epoch]
         self._write_rows(rows)
         column = f'{EVAL_PREFIX}{self.eval_metric}'
         ranked = {int(row['epoch']): float(row.get(column) or row['train_loss']) for row in rows}
-        self.saver.restore(self.run_state.best, ranked)
+        self.saver.restore(continuation.best, ranked)
 
     def _write_rows(self, rows: List[Dict[str, str]]) -> None:
         path = self.path(SUMMARY_NAME)
@@ -161,18 +158,18 @@ class RunRecord:
             writer.writeheader()
             writer.writerows(rows)
 
-    def save_images(self, input: torch.Tensor, batch_idx: int) -> None:
+    def save_images(self, input: Any, batch_idx: int) -> None:
         """Write a batch as a picture, if asked for."""
         if self.with_images and self.saver is not None and isinstance(input, torch.Tensor):
             from torchvision.utils import save_image
 
             save_image(input, self.path(f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
 
-    def save_recovery(self, trainer: Trainer, epoch: int, update: int, next_batch: int) -> None:
+    def save_recovery(self, trainer: Trainer, epoch: int, update: int) -> None:
         """Save a state in the middle of an epoch."""
         if trainer.is_sharded:
             return
-        self.run_state.collect(trainer, epoch, next_batch, metric=None)
+        self.loop_state.values = trainer.state_dict()
         if self.saver is not None:
             with self._writing():
                 self.saver.save_recovery(epoch, batch_idx=update)
@@ -182,7 +179,6 @@ class RunRecord:
         self,
         trainer: Trainer,
         epoch: int,
-        metric: float,
         is_best: bool,
         train_metrics: Dict[str, float],
         eval_metrics: Optional[Dict[str, float]],
@@ -193,7 +189,7 @@ class RunRecord:
         """
         weights = self._published_weights(trainer) if is_best else None
         if not trainer.is_sharded:
-            self.run_state.collect(trainer, epoch + 1, 0, metric)
+            self.loop_state.values = trainer.state_dict()
         lrs = [group['lr'] for group in trainer.optimizer.param_groups]
         row = {f'train_{k}': v for k, v in train_metrics.items()}
         row.update({f'{EVAL_PREFIX}{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
@@ -221,7 +217,7 @@ class RunRecord:
                 if eval_metrics is not None:
                     trainer.evaluator.write(self.folder)
             if not trainer.is_sharded:
-                self.saver.save_checkpoint(epoch, metric=metric)
+                self.saver.save_checkpoint(epoch, metric=trainer.position.metric)
                 self.last_state = self.path(LAST_STATE_NAME)
 
     def finish(self) -> None:
@@ -233,14 +229,16 @@ class RunRecord:
     def _published_weights(self, trainer: Trainer) -> Dict[str, torch.Tensor]:
         """Weights of the plain timm model, or of its moving average. A sharded model is gathered by all processes."""
         if trainer.is_sharded:
-            module = trainer.task.get_trainable_module()
+            module = cast(nn.Module, trainer.task.get_trainable_module())
+            state_dict: Dict[str, Any]
             if trainer.accelerator.is_fsdp2:
                 options = StateDictOptions(full_state_dict=True, cpu_offload=True)
                 state_dict = get_model_state_dict(module, options=options)
             else:
                 state_dict = trainer.accelerator.get_state_dict(module)
             is_wrapped = hasattr(unwrap_model(module), 'criterion')
+            tensors = cast(Dict[str, torch.Tensor], state_dict)
             return {
-                k.removeprefix('model.'): v for k, v in state_dict.items() if not is_wrapped or k.startswith('model.')
+                k.removeprefix('model.'): v for k, v in tensors.items() if not is_wrapped or k.startswith('model.')
             }  # fmt: skip
         return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema))

@@ -6,7 +6,7 @@ key, made of the seed, the epoch and its place in the epoch, and whoever augment
 So nothing is saved, the number of workers does not matter, and neither does the number of processes.
 """
 
-from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Sized, Tuple, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -46,7 +46,7 @@ class EpochBatchSampler(Sampler):
         self.num_processes = num_processes
         self.epoch = 0
         self.num_skipped = 0
-        order = getattr(batch_sampler, 'sampler', None)
+        order: Any = getattr(batch_sampler, 'sampler', None)
         if hasattr(order, 'seed'):
             order.seed = seed
 
@@ -58,7 +58,8 @@ class EpochBatchSampler(Sampler):
         self.num_skipped = num_batches
 
     def _shuffle(self, epoch: int) -> None:
-        order = getattr(self.batches, 'sampler', None)
+        order: Any = getattr(self.batches, 'sampler', None)
+        part: Any
         for part in (self.batches, order):
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(epoch)
@@ -81,7 +82,7 @@ class EpochBatchSampler(Sampler):
         self.epoch = epoch + 1
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(cast(Sized, self.batches))
 
 
 class SeededDataset(Dataset):
@@ -96,7 +97,7 @@ class SeededDataset(Dataset):
             return draw, self.dataset[index]
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(cast(Sized, self.dataset))
 
 
 class SeededCollate:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from loading import global_states
 
-from timm_coretune.train.data.seeding import make_key, seeded
+from timm_coretune.data.seeding import make_key, seeded
 
 # keys and order
 

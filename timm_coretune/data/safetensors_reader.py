@@ -5,7 +5,7 @@ from typing import Tuple
 
 from timm.data.readers.reader import Reader
 
-from ...safetensors_images import read_split
+from .safetensors_images import read_split
 
 
 class ReaderSafetensors(Reader):

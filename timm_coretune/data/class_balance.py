@@ -2,7 +2,7 @@
 
 import math
 import random
-from typing import Iterator, List, Sequence, Tuple
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from torch.utils.data import Sampler
 
@@ -25,7 +25,7 @@ class ClassBalancedBatchSampler(Sampler):
     """
 
     def __init__(self, labels: Sequence[int], batch_size: int, rank: int, num_processes: int, seed: int):
-        self.members = {}
+        self.members: Dict[int, List[int]] = {}
         for index, label in enumerate(labels):
             self.members.setdefault(label, []).append(index)
         self.labels = labels
@@ -58,7 +58,8 @@ class ClassBalancedBatchSampler(Sampler):
         groups = self._groups(draws)
         size = self.batch_size * self.num_processes
         for _ in range(len(self)):
-            batch, waiting = [], []
+            batch: List[int] = []
+            waiting: List[List[int]] = []
             groups = groups or self._groups(draws)
             while len(batch) < size:
                 room = size - len(batch)

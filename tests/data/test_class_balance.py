@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_coretune.train.data.class_balance import ClassBalancedBatchSampler, expected_positives
+from timm_coretune.data.class_balance import ClassBalancedBatchSampler, expected_positives
 
 # batches with two of each class
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DistributedSampler, RandomSampler
 
-from timm_coretune.train.data.resumable import EpochBatchSampler
+from timm_coretune.data.resumable import EpochBatchSampler
 
 
 def epoch_batches(size=23, batch_size=4, seed=0, rank=0, num_processes=1, drop_last=False):

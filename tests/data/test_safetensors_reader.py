@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from timm_coretune.train.data.safetensors_reader import ReaderSafetensors
+from timm_coretune.data.safetensors_reader import ReaderSafetensors
 
 
 def test_the_reader_hands_over_the_pixels_it_was_given(tiny):

@@ -1,0 +1,74 @@
+"""A file is there whole or not at all, and on the disk before it takes the place of another"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import timm_coretune
+from timm_coretune import atomic
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+    path = tmp_path / 'file.txt'
+    atomic.write_text('first\r\n', path)
+    atomic.write_text('zweite Ä\n', path)
+    assert path.read_bytes() == 'zweite Ä\n'.encode()
+    assert os.listdir(tmp_path) == ['file.txt']
+
+
+@pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
+def test_an_error_leaves_the_old_file_alone_and_no_other(tmp_path, error):
+    path = tmp_path / 'file.txt'
+    path.write_text('old')
+
+    def write():
+        with atomic.write_whole(path) as temporary:
+            Path(temporary).write_text('half')
+            raise error
+
+    with pytest.raises(error):
+        write()
+    assert path.read_text() == 'old'
+    assert os.listdir(tmp_path) == ['file.txt']
+
+
+def test_the_file_is_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_path, monkeypatch):
+    path, events = tmp_path / 'file.txt', []
+    fsync, replace = os.fsync, os.replace
+
+    def noting_fsync(descriptor):
+        events.append(os.path.basename(os.readlink(f'/proc/self/fd/{descriptor}')))
+        fsync(descriptor)
+
+    def noting_replace(source, target):
+        events.append('rename')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'fsync', noting_fsync)
+    monkeypatch.setattr(os, 'replace', noting_replace)
+    atomic.write_text('text', path)
+    assert events == ['file.txt.tmp', 'rename', tmp_path.name]
+
+
+def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'file.txt'
+    path.write_text('old')
+    code = (
+        'import os, sys\n'
+        'from timm_coretune.atomic import write_whole\n'
+        'with write_whole(sys.argv[1]) as temporary, open(temporary, "w") as f:\n'
+        '    f.write("half"); f.flush(); os.kill(os.getpid(), 9)\n'
+    )
+    root = str(Path(timm_coretune.__file__).parents[1])
+    finished = subprocess.run([sys.executable, '-c', code, str(path)], env={**os.environ, 'PYTHONPATH': root})
+    assert finished.returncode == -9
+    assert path.read_text() == 'old'
+
+
+def test_no_other_module_renames_a_file():
+    root = Path(timm_coretune.__file__).parent
+    found = {p.name for p in root.rglob('*.py') if 'os.replace(' in p.read_text() or 'os.rename(' in p.read_text()}
+    assert found == {'atomic.py'}

@@ -1,0 +1,196 @@
+"""What a run that classifies images is made of; segmentation.py offers the same functions for pixels"""
+
+import logging
+import math
+import os
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from accelerate import Accelerator
+from timm.data import resolve_data_config
+from timm.loss import create_classification_loss
+from timm.task import (
+    ClassificationTask,
+    FeatureDistillationTask,
+    LogitDistillationTask,
+    TokenDistillationTask,
+    TrainingTask,
+)
+
+from ..data.class_balance import expected_positives
+from ..evaluation.classification import ClassificationEvaluator
+from ..export import create_config, write_json
+from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
+from ..task import CoreTuningTask
+from .cli.conflicts import split_names
+from .cli.settings import LossSettings, ModelSettings, Settings
+from .data.datasets import Datasets, count_labels, create_datasets
+from .data.loaders import LoaderFactory, Loaders
+from .model import create_backbone
+
+_logger = logging.getLogger(__name__)
+
+CONFIG = CONFIG_NAME  # file that describes the model of a run
+
+
+def open_datasets(settings: Settings) -> Datasets:
+    """Open both splits, the training split unless nothing is trained."""
+    return create_datasets(settings.data, not settings.loop.eval_only, settings.loop.seed)
+
+
+def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
+    """The model with what it starts from, and the preprocessing of its images."""
+    model = create_backbone(settings.model, num_classes, settings.data.num_channels)
+    return model, resolve_data_config(vars(settings.data), model=model, verbose=verbose)
+
+
+def create_loaders(
+    settings: Settings,
+    data_config: Dict[str, Any],
+    model: nn.Module,
+    datasets: Datasets,
+    accelerator: Accelerator,
+) -> Loaders:
+    """Loaders of both splits."""
+    factory = LoaderFactory(
+        settings.data,
+        data_config,
+        model,
+        accelerator,
+        img_dtype=getattr(torch, settings.model.model_dtype or 'float32'),
+        smoothing=settings.loss.smoothing,
+        seed=settings.loop.seed,
+        epochs=settings.optimization.epochs,
+    )
+    return factory.create(datasets)
+
+
+def create_criterion(loss: LossSettings, mixes_pixels: bool = False, aug_splits: int = 0) -> nn.Module:
+    """The loss of plain tuning, chosen as timm's script does."""
+    if loss.jsd_loss:
+        return create_classification_loss('jsd', smoothing=loss.smoothing, jsd_splits=aug_splits)
+    if loss.bce_loss and (mixes_pixels or loss.smoothing):
+        return create_classification_loss(
+            'bce',
+            smoothing=loss.smoothing,
+            soft_targets=mixes_pixels,
+            bce_target_thresh=loss.bce_target_thresh,
+            bce_sum=loss.bce_sum,
+            pos_weight=loss.bce_pos_weight,
+        )
+    return create_classification_loss('ce', smoothing=loss.smoothing, soft_targets=mixes_pixels)
+
+
+def _create_distillation_task(loss: LossSettings, model: nn.Module, **kwargs: Any) -> TrainingTask:
+    kwargs.update(
+        student_model=model,
+        teacher_model=loss.kd_model_name,
+        distill_loss_weight=loss.distill_loss_weight,
+        task_loss_weight=loss.task_loss_weight,
+    )
+    if loss.kd_distill_type == 'feature':
+        return FeatureDistillationTask(
+            student_feature_dim=loss.kd_student_feature_dim,
+            teacher_feature_dim=loss.kd_teacher_feature_dim,
+            **kwargs,
+        )
+    if loss.kd_distill_type == 'token':
+        return TokenDistillationTask(
+            distill_type=loss.kd_token_distill_type,
+            temperature=loss.kd_temperature,
+            **kwargs,
+        )
+    return LogitDistillationTask(loss_type=loss.kd_loss_type, temperature=loss.kd_temperature, **kwargs)
+
+
+def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
+    """Core-tuning, or one of timm's tasks to compare with."""
+    loss, data = settings.loss, settings.data
+    dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
+    common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
+    if loss.coretune:
+        if data.mixes_pixels:
+            _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
+        return CoreTuningTask(
+            model,
+            **loss.coretune_kwargs(),
+            generator=torch.Generator().manual_seed(settings.loop.seed),
+            uneven_batches=data.naflex_loader,  # patches of different lengths come in batches of different sizes
+            **common,
+        )
+    common['criterion'] = create_criterion(loss, data.mixes_pixels, data.aug_splits).to(device)
+    if loss.kd_model_name:
+        return _create_distillation_task(loss, model, **common)
+    return ClassificationTask(model, **common)
+
+
+def create_evaluator(
+    settings: Settings,
+    num_classes: int,
+    class_names: Optional[List[str]],
+    device: torch.device,
+) -> ClassificationEvaluator:
+    """What a validation measures."""
+    return ClassificationEvaluator(device, split_names(settings.loop.metrics), num_classes, class_names)
+
+
+def save_config(
+    model: nn.Module,
+    folder: str,
+    data_config: Dict[str, Any],
+    class_names: Optional[List[str]],
+) -> None:
+    """Write what plain timm needs to build the model around the weights of the folder.
+
+    Raises:
+        ValueError: The model was built with an argument that JSON cannot hold.
+    """
+    write_json(create_config(model, data_config, class_names), os.path.join(folder, CONFIG))
+
+
+def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> None:
+    """The batch that is contrasted, what an image finds in it, and where the contrastive loss starts."""
+    data = settings.data
+    num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
+    batch_size = data.batch_size * num_gathered
+    # beside the other images an anchor sees its own hard positive and semi-hard negative
+    chance = math.log(batch_size + 1)
+    message = (
+        f'Contrast over {batch_size} images ({data.batch_size} x {num_gathered} process(es); accumulation does not '
+        f'enlarge it): at chance its loss without the focal factor is ln {batch_size + 1} = {chance:.2f}.'
+    )
+    counts = count_labels(datasets.train)
+    if counts:
+        if data.class_balance:
+            alone = counts.count(1) / sum(counts)
+            message += f' A class in a batch is there at least twice; {100 * alone:.1f} % of the images have no other.'
+        else:
+            positives, alone = expected_positives(counts, batch_size)
+            message += (
+                f' An image finds {positives:.1f} positives on average, {100 * alone:.1f} % of the images find none '
+                'but their mixture.'
+            )
+        if batch_size < 2 * len(counts) and not data.class_balance:
+            _logger.warning(
+                f'A batch of {batch_size} is less than twice the {len(counts)} classes: many images find no positive. '
+                'Consider a larger --batch-size, or --class-balance.'
+            )
+    _logger.info(message)
+
+
+def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
+    """The line of Python that loads the weights of a run."""
+    kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
+    weights = os.path.join(folder, BEST_WEIGHTS_NAME)
+    return f"timm.create_model('{settings.model}'{kwargs}, checkpoint_path='{weights}')"
+
+
+def load_pushed_hint(repo_id: str) -> str:
+    """The line of Python that loads the weights of a run from the Hub."""
+    return f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
+
+
+def draw(folder: str, datasets: Datasets) -> Optional[str]:
+    """Path of a picture of what the saved weights of a run predict, None: there is none of images."""
+    return None

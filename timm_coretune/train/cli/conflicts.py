@@ -1,0 +1,181 @@
+"""Settings that exclude each other, or that nothing here can honour: a function for each group of flags"""
+
+import os
+from typing import Any, Dict, List
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from ...evaluation.scores import FURTHER_OF_IMAGES, OF_PIXELS, scores_of_images
+from ...segmentation.data.transforms import INTERPOLATIONS
+from .settings import Settings
+
+Conditions = Dict[str, Any]  # a sentence, and whether it holds by its truth value
+_DEVICES = ('cpu', 'cuda', 'mps', 'xpu', 'npu', 'hpu', 'mlu', 'musa', 'sdaa')
+
+
+def split_names(names: str) -> List[str]:
+    """The names of a comma-separated list."""
+    return [name.strip() for name in names.split(',') if name.strip()]
+
+
+def find_contradictions(settings: Settings) -> List[str]:
+    """Sentences on settings that exclude each other. Each begins with the flags it is about."""
+    groups = (_of_losses, _of_models, _of_augmentation, _of_batches, _of_segmentation, _of_the_loop, _of_outputs)
+    return [sentence for group in groups for sentence, holds in group(settings).items() if holds]
+
+
+def _of_losses(settings: Settings) -> Conditions:
+    loss, data = settings.loss, settings.data
+    return {
+        '--jsd-loss, --bce-loss: with --coretune the loss is its own; leave them out': (
+            loss.coretune and (loss.jsd_loss or loss.bce_loss)
+        ),
+        '--kd-model-name: distillation and --coretune are two tasks; choose one': loss.coretune and loss.kd_model_name,
+        '--jsd-loss needs --aug-splits of 2 or more': loss.jsd_loss and data.aug_splits < 2,
+        '--anchors-per-image: 1 or more': loss.anchors_per_image < 1,
+    }
+
+
+def _of_models(settings: Settings) -> Conditions:
+    model, optimization = settings.model, settings.optimization
+    return {
+        '--torchscript: the Core-tuning step cannot be scripted; script the tuned model afterwards': (
+            settings.loss.coretune and model.torchscript
+        ),
+        '--torchscript: not with --torchcompile, --sync-bn, --freeze-epochs or --head-lr-scale': (
+            model.torchscript
+            and (
+                model.torchcompile
+                or model.sync_bn
+                or optimization.freeze_epochs
+                or optimization.head_lr_scale != 1
+            )
+        ),
+        "--drop-connect: timm's own script reads it nowhere; use --drop-path": model.drop_connect is not None,
+        '--split-bn needs --aug-splits of 2 or more, or --resplit': (
+            model.split_bn and settings.data.aug_splits < 2 and not settings.data.resplit
+        ),
+        '--split-bn and --sync-bn exclude each other': model.split_bn and model.sync_bn,
+        '--amp needs --model-dtype float32, which it casts by itself': (
+            settings.loop.amp and model.model_dtype not in (None, 'float32')
+        ),
+        '--head-lr-scale: above 0': optimization.head_lr_scale <= 0,
+        '--freeze-epochs: 0 or more': optimization.freeze_epochs < 0,
+    }  # fmt: skip
+
+
+def _of_augmentation(settings: Settings) -> Conditions:
+    data = settings.data
+    return {
+        '--aug-splits: a split of 1 makes no sense; 2 or more, or 0 for none': data.aug_splits == 1,
+        '--aug-splits: not with pixel mixup or --no-prefetcher': (
+            data.aug_splits and (data.mixes_pixels or data.no_prefetcher)
+        ),
+    }
+
+
+def _of_batches(settings: Settings) -> Conditions:
+    data = settings.data
+    sizes = data.train_img_sizes or []
+    per_size = (data.train_batch_sizes, data.train_size_probs)
+    return {
+        '--naflex-loader and --train-img-sizes are alternatives': data.naflex_loader and sizes,
+        '--naflex-loader: not with --use-multi-epochs-loader, --aug-splits, --aug-repeats or --class-balance': (
+            data.naflex_loader
+            and (data.use_multi_epochs_loader or data.aug_splits or data.aug_repeats or data.class_balance)
+        ),
+        '--naflex-patch-size-probs must be as many as --naflex-patch-sizes': (
+            data.naflex_patch_size_probs
+            and len(data.naflex_patch_size_probs) != len(data.naflex_patch_sizes or [])
+        ),
+        '--train-batch-sizes and --train-size-probs must be as many as --train-img-sizes': any(
+            values and len(values) != len(sizes) for values in per_size
+        ),
+        '--train-img-sizes: not with --use-multi-epochs-loader, --aug-splits or --class-balance': (
+            sizes and (data.use_multi_epochs_loader or data.aug_splits or data.class_balance)
+        ),
+        '--class-balance and --aug-repeats both order the images; choose one': data.class_balance and data.aug_repeats,
+        '--class-balance needs a --batch-size of 4 or more': data.class_balance and data.batch_size < 4,
+        '--label-fraction: above 0, at most 1': not 0 < data.label_fraction <= 1,
+    }  # fmt: skip
+
+
+def _of_segmentation(settings: Settings) -> Conditions:
+    data, model, loss = settings.data, settings.model, settings.loss
+    refused: Conditions = {
+        '--segmentation: not with --mixup, --cutmix, --cutmix-minmax, --aug-splits, --aug-repeats, --epoch-repeats, '
+        '--class-balance, --naflex-loader, --train-img-sizes, --use-multi-epochs-loader or --tta': (
+            any((data.mixes_pixels, data.aug_splits, data.aug_repeats, data.epoch_repeats, data.class_balance))
+            or any((data.naflex_loader, data.train_img_sizes, data.use_multi_epochs_loader, settings.loop.tta))
+        ),
+        '--segmentation: --aa, --reprob, --grayscale-prob, --gaussian-blur-prob and --color-jitter-prob know no masks; '
+        'there are --scale, --ratio, --hflip, --vflip and --color-jitter': (
+            any((data.aa, data.reprob, data.grayscale_prob, data.gaussian_blur_prob))
+            or data.color_jitter_prob is not None
+        ),
+        '--segmentation: not with --jsd-loss, --bce-loss, --kd-model-name, --torchscript or --split-bn': any(
+            (loss.jsd_loss, loss.bce_loss, loss.kd_model_name, model.torchscript, model.split_bn)
+        ),
+        '--segmentation: no part in it have --gp, --drop, --head-init-scale, --head-init-bias, --crop-pct, '
+        '--train-crop-mode, --train-num-samples, --val-num-samples and --dataset-trust-remote-code': (
+            any(v is not None for v in (model.gp, model.head_init_scale, model.head_init_bias, data.crop_pct))
+            or any(v is not None for v in (data.train_crop_mode, data.train_num_samples, data.val_num_samples))
+            or any((model.drop, data.dataset_trust_remote_code))
+        ),
+        f'--segmentation: --interpolation and --train-interpolation are among {", ".join(INTERPOLATIONS)}': (
+            data.interpolation not in ('', *INTERPOLATIONS)
+            or data.train_interpolation not in ('', 'random', *INTERPOLATIONS)
+        ),
+        '--segmentation: --metrics are those of images; the scores of pixels are always there': (
+            split_names(settings.loop.metrics)
+        ),
+    }
+    return {
+        **{sentence: data.segmentation and holds for sentence, holds in refused.items()},
+        '--segmentation-head and --reduce-zero-label need --segmentation': (
+            not data.segmentation and (model.segmentation_head or data.reduce_zero_label)
+        ),
+    }
+
+
+def _of_the_loop(settings: Settings) -> Conditions:
+    loop = settings.loop
+    metrics = split_names(loop.metrics)
+    scores = OF_PIXELS if settings.data.segmentation else scores_of_images(metrics)
+    return {
+        '--local_rank: processes are started by accelerate launch --num_processes N train.py': (
+            loop.local_rank and 'LOCAL_RANK' not in os.environ
+        ),
+        '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
+        '--patience: 1 or more': loop.patience is not None and loop.patience < 1,
+        '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
+        f'--metrics: choose from {", ".join(FURTHER_OF_IMAGES)}': set(metrics) - set(FURTHER_OF_IMAGES),
+        f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,
+    }
+
+
+def _of_outputs(settings: Settings) -> Conditions:
+    output = settings.output
+    return {
+        '--wandb-resume-id needs --resume': output.wandb_resume_id and not output.resume,
+        '--push-to-hub: OWNER/NAME, of letters, digits, -, _ and .': (
+            output.push_to_hub is not None and not _is_repo_id(output.push_to_hub)
+        ),
+        '--push-to-hub pushes what was trained: not with --eval-only or --epochs 0': (
+            output.push_to_hub is not None and settings.loop.eval_only
+        ),
+        '--hub-private and --hub-revision need --push-to-hub': (
+            output.push_to_hub is None and (output.hub_private or output.hub_revision is not None)
+        ),
+        '--resume auto needs --experiment NAME, the folder to look into': (
+            output.resume == 'auto' and not output.experiment
+        ),
+    }
+
+
+def _is_repo_id(name: str) -> bool:
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return '/' in name
