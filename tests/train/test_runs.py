@@ -26,7 +26,7 @@ FLAGS = (*SMALL, '-b', '12', '--lr', '0.1', '--smoothing', '0', '--color-jitter'
 train = partial(runs.train, base=FLAGS)
 
 
-# data
+# bad input
 
 
 @pytest.mark.parametrize(
