@@ -1,5 +1,6 @@
 """Core-tuning is found where a timm user looks for it, and nothing else in timm changes."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -10,13 +11,13 @@ import timm.data
 import timm.loss
 import timm.task
 import torch
+from timm.loss import _loss_factory as factory
 
 import timm_coretune
 from timm_coretune import CoreTuningLoss, CoreTuningTask
-from timm_coretune.register import create_coretune_loss, register
+from timm_coretune.register import create_task_loss, register
 
-factory = getattr(timm.loss, '_loss_factory', None)
-needs_factory = pytest.mark.skipif(factory is None, reason='timm has a loss factory since 1.0.31')
+create_coretune_loss = functools.partial(create_task_loss, 'coretune')
 
 OTHER_LOSSES = {
     'default': dict(),
@@ -54,7 +55,7 @@ def describe(loss):
 
 
 def places():
-    return [module for module in (factory, timm.loss, timm.task, timm.task.classification) if module is not None]
+    return [factory, timm.loss, timm.task, timm.task.classification]
 
 
 def test_timm_exposes_the_names():
@@ -64,7 +65,6 @@ def test_timm_exposes_the_names():
     assert timm.task.CoreTuningTask is timm_coretune.CoreTuningTask
 
 
-@needs_factory
 def test_the_factory_creates_the_loss_with_the_arguments_of_timm_and_its_own():
     loss = timm.loss.create_classification_loss(
         'coretune', num_features=12, smoothing=0.2, contrast_weight=0.5, temperature=0.1, projection_dim=7
@@ -75,7 +75,6 @@ def test_the_factory_creates_the_loss_with_the_arguments_of_timm_and_its_own():
     assert loss.projector.fc2.out_features == 7
 
 
-@needs_factory
 @pytest.mark.parametrize('create', [lambda **kw: timm.loss.create_classification_loss(**kw), create_coretune_loss])
 def test_smoothing_is_left_to_pixel_mixup_when_targets_are_soft(create):
     kwargs = dict(num_features=12, smoothing=0.2)
@@ -85,7 +84,6 @@ def test_smoothing_is_left_to_pixel_mixup_when_targets_are_soft(create):
     assert create(soft_targets=True, **kwargs).label_smoothing == 0.0
 
 
-@needs_factory
 def test_types_and_factory_are_the_same_wherever_timm_keeps_them():
     types = [module.LOSS_TYPES for module in places() if hasattr(module, 'LOSS_TYPES')]
     creates = [module.create_classification_loss for module in places()]
@@ -98,12 +96,10 @@ def test_types_and_factory_are_the_same_wherever_timm_keeps_them():
     assert 'coretune' not in timm.loss.MULTI_LABEL_LOSS_TYPES
 
 
-@needs_factory
 def test_the_cases_here_cover_every_other_type():
     assert {case.get('loss_type', 'ce') for case in OTHER_LOSSES.values()} == set(timm.loss.LOSS_TYPES) - {'coretune'}
 
 
-@needs_factory
 @pytest.mark.parametrize('kwargs', OTHER_LOSSES.values(), ids=OTHER_LOSSES)
 def test_every_other_loss_is_what_it_was(kwargs):
     create = timm.loss.create_classification_loss
@@ -111,14 +107,12 @@ def test_every_other_loss_is_what_it_was(kwargs):
     assert describe(create(**kwargs)) == describe(create.__wrapped__(**kwargs))
 
 
-@needs_factory
 def test_the_type_may_be_passed_by_position():
     create = timm.loss.create_classification_loss
     assert describe(create('ce', False, 0.1)) == describe(create.__wrapped__('ce', False, 0.1))
     assert type(create('coretune', 9)) is CoreTuningLoss
 
 
-@needs_factory
 @pytest.mark.parametrize('kwargs', WRONG.values(), ids=WRONG)
 def test_what_timm_refused_it_still_refuses(kwargs):
     create = timm.loss.create_classification_loss
@@ -130,7 +124,6 @@ def test_what_timm_refused_it_still_refuses(kwargs):
     assert str(after.value) == str(before.value)
 
 
-@needs_factory
 def test_an_unknown_type_is_answered_with_a_list_that_has_coretune():
     with pytest.raises(ValueError, match="Unknown loss type 'coretuning', expected one of .*'coretune'"):
         timm.loss.create_classification_loss('coretuning')
@@ -159,12 +152,10 @@ def test_registering_again_changes_nothing():
 def test_wrong_arguments_are_answered_with_the_remedy(kwargs, message):
     with pytest.raises(ValueError, match=message):
         create_coretune_loss(**kwargs)
-    if factory is not None:
-        with pytest.raises(ValueError, match=message):
-            timm.loss.create_classification_loss('coretune', **kwargs)
+    with pytest.raises(ValueError, match=message):
+        timm.loss.create_classification_loss('coretune', **kwargs)
 
 
-@needs_factory
 def test_the_plain_classification_task_with_this_loss_names_the_right_task():
     model = timm.create_model('test_resnet', num_classes=3)
     task = timm.task.ClassificationTask(
@@ -174,7 +165,6 @@ def test_the_plain_classification_task_with_this_loss_names_the_right_task():
         task(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
 
 
-@needs_factory
 def test_a_loss_of_the_factory_trains_in_the_right_task():
     model = timm.create_model('test_resnet', num_classes=3)
     loss = timm.loss.create_classification_loss('coretune', num_features=model.num_features)

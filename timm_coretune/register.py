@@ -9,60 +9,60 @@ import timm.task
 import torch.nn as nn
 from timm.loss import _loss_factory as factory
 
-from .loss.core_tuning import CoreTuningLoss
-from .loss.focal_supcon import FocalSupConLoss
+from .loss import LOSSES, CoreTuningLoss, FocalSupConLoss, TaskLoss
 from .mixup import HardPairMixup
 from .task import CoreTuningTask
 
-LOSS_TYPE = 'coretune'
 
-
-def create_coretune_loss(
+def create_task_loss(
+    loss_type: str,
     num_features: int = 0,
     multi_label: bool = False,
     smoothing: float = 0.0,
     soft_targets: bool = False,
     **kwargs: Any,
-) -> CoreTuningLoss:
-    """Create a CoreTuningLoss from the arguments of timm.loss.create_classification_loss.
+) -> TaskLoss:
+    """Create a loss of this package from the arguments of timm.loss.create_classification_loss.
 
     Args:
+        loss_type: Name of the loss in timm_coretune.loss.LOSSES.
         num_features: Width of the features before the classifier; required.
         multi_label: Whether an image may have several labels. Not supported: True raises an error.
         smoothing: Label smoothing factor. With soft_targets it is ignored, as in timm's other losses.
         soft_targets: Whether targets are soft labels, from timm's Mixup or CutMix.
-        **kwargs: Further arguments of CoreTuningLoss.
+        **kwargs: Further arguments of the loss.
 
     Raises:
         ValueError: Labels are multi-label, num_features is missing, or an argument belongs to another loss.
     """
+    loss: Any = LOSSES[loss_type]
     if multi_label:
-        raise ValueError(f"Loss type '{LOSS_TYPE}' mines pairs by class, it does not support multi-label targets.")
+        raise ValueError(f"Loss type '{loss_type}' mines pairs by class, it does not support multi-label targets.")
     if not num_features:
         raise ValueError(
-            f"Loss type '{LOSS_TYPE}' requires num_features, the width before the classifier "
+            f"Loss type '{loss_type}' requires num_features, the width before the classifier "
             '(model.head_hidden_size or model.num_features).'
         )
     try:
-        return CoreTuningLoss(num_features, label_smoothing=0.0 if soft_targets else smoothing, **kwargs)
+        return loss(num_features, label_smoothing=0.0 if soft_targets else smoothing, **kwargs)
     except TypeError as e:
-        raise ValueError(f"Loss type '{LOSS_TYPE}' takes the arguments of CoreTuningLoss: {e}") from e
+        raise ValueError(f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {e}") from e
 
 
-def _with_coretune(create_classification_loss: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
-    """Wrap timm's factory function so that it knows the type 'coretune' too."""
+def _with_task_losses(create_classification_loss: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Wrap timm's factory function so that it knows the losses of this package too."""
 
     @functools.wraps(create_classification_loss)
     def wrapper(loss_type: Optional[str] = None, *args: Any, **kwargs: Any) -> nn.Module:
-        if loss_type == LOSS_TYPE:
-            return create_coretune_loss(*args, **kwargs)
+        if loss_type in LOSSES:
+            return create_task_loss(loss_type, *args, **kwargs)
         return create_classification_loss(loss_type, *args, **kwargs)
 
     return wrapper
 
 
 def register() -> None:
-    """Add the classes of Core-tuning to timm, and the loss type 'coretune' to its loss factory.
+    """Add the classes of Core-tuning to timm, and the losses of this package to its loss factory.
 
     All other losses of timm stay as they are. A second call changes nothing.
     """
@@ -73,10 +73,10 @@ def register() -> None:
         (timm.task, CoreTuningTask),
     ):
         setattr(place, added.__name__, added)
-    if LOSS_TYPE in factory.LOSS_TYPES:
+    if set(LOSSES) <= set(factory.LOSS_TYPES):
         return
-    create = _with_coretune(factory.create_classification_loss)
-    loss_types = (*factory.LOSS_TYPES, LOSS_TYPE)
+    create = _with_task_losses(factory.create_classification_loss)
+    loss_types = (*factory.LOSS_TYPES, *LOSSES)
     for module in (factory, timm.loss, timm.task, timm.task.classification):
         for name, value in (('create_classification_loss', create), ('LOSS_TYPES', loss_types)):
             if hasattr(module, name):
