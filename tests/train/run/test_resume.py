@@ -113,6 +113,7 @@ CONFIGURATIONS = {
         *('--model-ema', '--model-ema-decay', '0.7', '--sched', 'plateau', '--patience-epochs', '0', '--decay-rate'),
         *('0.5', '-b', '2', '--grad-accum-steps', '2', '--opt', 'adamw', '--lr', '0.003', '--recovery-interval', '1'),
         *('--metrics', 'ece', '--eval-metric', 'ece', '--head-lr-scale', '3', '--freeze-epochs', '1'),
+        *('--checkpoint-hist', '2'),
     ],
     'updates-mixup-erasing': [
         *('--sched-on-updates', '--mixup', '0.5', '--reprob', '0.5', '--drop', '0.2', '--recovery-interval', '1'),
@@ -140,7 +141,8 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(tmp_path, data, monkeyp
     assert (folder / 'summary.csv').read_bytes() != (expected / 'summary.csv').read_bytes()
     assert train(data, tmp_path, *flags, '--resume', 'auto') == folder
     assert outcome(folder) == outcome(expected)
-    assert not list(folder.glob('recovery-*'))
+    states = [sorted(path.name for path in run.glob('*.pth.tar')) for run in (folder, expected)]
+    assert states[0] == states[1]  # the same epochs are kept, and no recovery
     assert os.listdir(tmp_path) == ['run']
 
 
@@ -174,6 +176,15 @@ def test_rows_after_the_state_are_dropped(tmp_path, data, monkeypatch, straight,
     stop_at(monkeypatch, '_step', 0)
     train(data, tmp_path, '--resume', folder / 'checkpoint-0.pth.tar', *flags)
     assert read_csv(folder / 'summary.csv') == read_csv(straight() / 'summary.csv')[:1]
+
+
+def test_a_run_continued_without_its_optimizer_still_knows_its_best(tmp_path, data, straight, messages):
+    path = copy_of(straight(), tmp_path) / 'checkpoint-2.pth.tar'
+    state = torch.load(path, weights_only=False)
+    state['run_state']['best'] = [101.0, 1]  # no epoch after this is better
+    torch.save(state, path)
+    train(data, tmp_path, '--resume', path, '--no-resume-opt')
+    assert '*** Best metric: 101.0 (epoch 1)' in messages()
 
 
 def test_a_state_of_another_folder_starts_a_summary_of_its_own(tmp_path, data, straight, read_csv):
