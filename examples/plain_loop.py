@@ -1,4 +1,4 @@
-"""Core-tuning in a plain PyTorch loop, on the bundled sample of Fashion-MNIST"""
+"""Core-tuning in a plain PyTorch loop, with the bundled sample of Fashion-MNIST"""
 
 from importlib import resources
 

@@ -9,12 +9,12 @@ from timm.scheduler import create_scheduler_v2
 from timm_coretune import CoreTuningTask
 
 torch.manual_seed(0)
-# images of noise; put your own here
+# random images; put your own data set here
 data = torchvision.datasets.FakeData(256, (3, 64, 64), 4, torchvision.transforms.ToTensor())
 loader = torch.utils.data.DataLoader(data, batch_size=32, shuffle=True, drop_last=True)
 model = timm.create_model('test_vit', num_classes=4, img_size=64)
 
-# a plain fine-tuning loop has timm.task.ClassificationTask here, and is otherwise the same
+# for plain fine-tuning use timm.task.ClassificationTask here; the rest of the loop stays the same
 task = CoreTuningTask(model, contrast_weight=0.1)
 optimizer = create_optimizer_v2(task.get_trainable_module(), opt='adamw', lr=1e-3, layer_decay=0.75)
 scheduler, num_epochs = create_scheduler_v2(optimizer, num_epochs=2, updates_per_epoch=len(loader))

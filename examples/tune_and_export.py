@@ -1,4 +1,4 @@
-"""Core-tune on the bundled sample and export to a folder that plain timm loads
+"""Core-tune on the bundled sample and export the model to a folder that plain timm loads
 
 python examples/tune_and_export.py [FOLDER]
 """
@@ -40,7 +40,7 @@ def main(folder: str) -> None:
     results = fine_tune(model, *loaders, epochs=2, lr=0.05)
     print(f'accuracy {results[-1]["validation"]["top1"]:.1f} %')
 
-    # push_to_hub(model, 'owner/name', DATA_CONFIG, NAMES) takes the same to the Hub
+    # push_to_hub(model, 'owner/name', DATA_CONFIG, NAMES) uploads the same files to the Hub
     export_model(model, folder, DATA_CONFIG, NAMES)
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()

@@ -1,7 +1,7 @@
 """Core-tuning task
 
-Everything trainable runs inside one call of one module, so that DistributedDataParallel, autocast and torch.compile see
-it. Checks of the target and random draws stay outside: neither can be in a compiled graph.
+Everything trainable runs inside one call of one module, so that DistributedDataParallel, autocast and torch.compile
+cover it. Checks of the target and random draws stay outside, since a compiled graph can contain neither.
 """
 
 import logging
@@ -27,7 +27,7 @@ _logger = logging.getLogger(__name__)
 
 
 class _ClassifierInput:
-    """Forward pre-hook that keeps what a classifier is called with, so that one pass gives features and logits."""
+    """Forward pre-hook that keeps the input of the classifier, so that one pass gives features and logits."""
 
     def __init__(self) -> None:
         self.armed = False
@@ -39,13 +39,13 @@ class _ClassifierInput:
 
 
 class CoreTuningModule(nn.Module):
-    """Model and criterion as the one module that is wrapped, compiled and given to the optimizer.
+    """Model and criterion in one module, which is wrapped, compiled and given to the optimizer.
 
-    In training mode it returns losses, in evaluation mode the model's output.
+    In training mode it returns losses, in evaluation mode the output of the model.
 
     Args:
         model: A timm classifier.
-        criterion: The loss. Its parameters train along with the model.
+        criterion: The loss. Its parameters are trained together with the model.
     """
 
     def __init__(self, model: nn.Module, criterion: TaskLoss):
@@ -67,14 +67,14 @@ class CoreTuningModule(nn.Module):
         self,
         input: Union[torch.Tensor, Dict[str, torch.Tensor]],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Pre-logits features (B, D) and logits (B, C) of one pass through the backbone.
+        """Pre-logits features (B, D) and logits (B, C) from one pass through the backbone.
 
-        Features are the classifier's own input. Where it has none of that shape (several classifiers, a classifier on
-        feature maps) they come from `forward_head(pre_logits=True)`, which repeats what the head does before.
+        The features are the input of the classifier. If that does not have their shape (several classifiers, or a
+        classifier on feature maps), they come from `forward_head(pre_logits=True)`, which runs the head once more.
         """
         feature_map = None if isinstance(input, dict) else self.model.forward_features(input)
         self._classifier_input.armed = True
-        # patches and their coordinates are taken apart by the model's own forward only
+        # only the model's own forward accepts a dictionary of patches and coordinates
         logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
         features, self._classifier_input.value = self._classifier_input.value, None
         self._classifier_input.armed = False
@@ -84,7 +84,7 @@ class CoreTuningModule(nn.Module):
                 'model with distillation heads call model.set_distilled_training(False).'
             )
         if isinstance(features, torch.Tensor):
-            features = features.flatten(1)  # (B, D, 1, 1) before a 1 x 1 convolution
+            features = features.flatten(1)  # (B, D, 1, 1) if the classifier is a 1 x 1 convolution
         if features is None or features.shape[1] != (self.criterion.num_features or features.shape[1]):
             features = self.model.forward_head(feature_map, pre_logits=True)
         return features, logits
@@ -104,25 +104,25 @@ class CoreTuningModule(nn.Module):
 
 
 class CoreTuningTask(TrainingTask):
-    """Tunes a timm classifier with a loss on its features and logits, by default that of Core-tuning.
+    """Fine-tunes a timm classifier with a loss on its features and logits, by default that of Core-tuning.
 
-    The evaluation model and the checkpointed weights are the plain timm model. What the loss keeps (projection head,
-    random generator) is checkpointed apart, as task state.
+    The evaluation model and the weights in checkpoints are those of the plain timm model. The state of the loss
+    (projection head, random generator) is saved apart from them, as task state.
 
-    A loop calls `after_update()` after each step of the optimizer. The Core-tuning loss does not need it; losses that
-    keep a moving encoder do.
+    A loop should call `after_update()` after each optimizer step. The Core-tuning loss does not need it, but a loss
+    with a momentum encoder does.
 
     Args:
         model: A timm classifier with num_classes > 0.
-        criterion: The loss. A CoreTuningLoss of loss_kwargs when None.
+        criterion: The loss. When None, a CoreTuningLoss with loss_kwargs.
         device: Device for task tensors and the parameters of the loss.
-        dtype: Dtype of the parameters of the loss, as the model's when it is not float32.
+        dtype: Dtype of the parameters of the loss. It should be that of the model, None for float32.
         verbose: Enable info logging.
-        **loss_kwargs: Arguments of CoreTuningLoss, but num_features, which the model tells.
+        **loss_kwargs: Arguments of CoreTuningLoss except num_features, which follows from the model.
 
     Raises:
-        ValueError: The model is no classifier, an argument of the loss is out of range, or criterion and loss_kwargs
-            are both given.
+        ValueError: The model is not a classifier, an argument of the loss is out of range, or both criterion and
+            loss_kwargs are given.
 
     Examples:
 
@@ -160,11 +160,11 @@ class CoreTuningTask(TrainingTask):
         check_classifier(model)
 
     def get_feature_dim(self, model: nn.Module) -> int:
-        """Width of the features that the loss gets."""
+        """Width D of the features that the loss gets."""
         return get_feature_dim(model)
 
     def create_module(self, model: nn.Module, criterion: TaskLoss) -> CoreTuningModule:
-        """The one module that trains."""
+        """Create the module that contains everything trainable."""
         return CoreTuningModule(model, criterion)
 
     @property
@@ -173,11 +173,11 @@ class CoreTuningTask(TrainingTask):
 
     @property
     def is_global_mean(self) -> bool:
-        """Whether the average of the loss over processes is the mean over all their images, whatever their batches."""
+        """Whether the loss, averaged over processes, is the mean over all images even if batches differ in size."""
         return self.criterion.is_global_mean
 
     def after_update(self) -> None:
-        """Let the loss follow an update of the weights. Call it after each step of the optimizer."""
+        """Tell the loss that the weights were updated. Call this after each optimizer step."""
         module = unwrap_model(self.trainable_module)
         module.criterion.after_update(module.model)
 
@@ -194,7 +194,7 @@ class CoreTuningTask(TrainingTask):
         mode: Optional[str] = None,
         **compile_kwargs: Any,
     ) -> nn.Module:
-        """Compile the training step and the evaluation model. Returns the latter."""
+        """Compile the training step and the evaluation model. Returns the compiled evaluation model."""
         module = self.trainable_module
         self.eval_model: Any = torch.compile(module.model, backend=backend, mode=mode, **compile_kwargs)
         self.trainable_module = torch.compile(module, backend=backend, mode=mode, **compile_kwargs)
@@ -239,14 +239,14 @@ class CoreTuningTask(TrainingTask):
             target: Class indices (B,) or soft targets (B, C).
 
         Returns:
-            'loss' to minimise and its parts, scalars: of Core-tuning 'task_loss' and (unless its weight is 0)
-            'contrast_loss'. 'output', the logits of the clean images (B, C).
+            Scalars in nats: 'loss' to minimise and its parts, for Core-tuning 'task_loss' and, unless its weight is 0,
+            'contrast_loss'. In addition 'output', the logits of the clean images (B, C).
 
         Raises:
             ValueError: target does not fit the batch or the classes of the model.
         """
         module = unwrap_model(self.trainable_module)
-        # images, or a dictionary of patches whose batch size the loss compares with that of target
+        # a dictionary of patches has no shape, so target gives the batch size
         batch_size = input.shape[0] if isinstance(input, torch.Tensor) else len(target)
         check_target(target, batch_size, module.model.num_classes)
         prepared = module.criterion.prepare(batch_size, target.device)

@@ -77,11 +77,11 @@ def test_it_is_inspected_and_converted_for_plain_timm(saved, tmp_path):
 
 
 def test_every_row_of_the_table_has_a_file_that_it_reads():
-    # transformers and plain files are in test_checkpoint_libraries.py
+    # transformers and plain files are in test_libraries.py
     tested = {fmt.method for fmt in FORMATS}
     assert {rule.method for rule in RULES if not rule.method.startswith('Hugging Face')} <= tested
 
 
 def test_the_page_of_the_docs_is_that_of_these_tests():
     written = ROOT / 'docs' / 'checkpoints.md'
-    assert written.read_text() == page(), 'python tests/checkpoint_docs.py > docs/checkpoints.md'
+    assert written.read_text() == page(), 'python tests/helpers/checkpoint_docs.py > docs/checkpoints.md'

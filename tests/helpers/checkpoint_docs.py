@@ -17,21 +17,27 @@ HEAD = """# Checkpoints
 `load_checkpoint(model, source)`, `train.py --pretrained-path SOURCE` and
 `python -m timm_coretune.checkpoint inspect SOURCE` take a file (safetensors, `.pth`, `.pth.tar`, `.pt`, `.ckpt`,
 `.bin`, and `.npz` where timm reads it), a folder (of shards, or of Hugging Face), `hf-hub:owner/name[@revision]`, an
-`https://` URL, or a short name. Pickles are never run: a file that needs more than tensors and plain data is refused,
-with what it wanted to import.
+`https://` URL, or a short name. Code in pickles is never run. A file that needs more than tensors and plain data is
+refused, and the error names what the file wanted to import.
 
-All of the backbone must be found, and no block of the file may be left over. Otherwise the model stays as it was, and
-the error names the timm models that would fit. `python -m timm_coretune.checkpoint convert SOURCE FILE.safetensors`
-writes the backbone for plain `timm.create_model(name, num_classes=0, checkpoint_path='FILE.safetensors')`.
+The file must have all of the backbone, and no block of the file may be left over. Otherwise the model stays unchanged,
+and the error names the timm models that would fit. `python -m timm_coretune.checkpoint convert SOURCE FILE.safetensors`
+writes the backbone to a file for plain timm:
+`timm.create_model(name, num_classes=0, checkpoint_path='FILE.safetensors')`.
 
-This page is written by `tests/checkpoint_docs.py` from the cases of the tests, and a test holds it to them.
+`tests/helpers/checkpoint_docs.py` writes this page from the cases of the tests. A test checks that it is up to date.
 
 ## Formats
 
-- layout: every tensor of a file with the keys of the published code equals the one it was made from
-- outputs: the timm model computes what the module of that library computes, to 1e-5
-- online: the encoder that gradients train, which the linear evaluation of its authors loads
-- averaged: the weights averaged over training, which the evaluation of its authors loads
+How a format is tested with an architecture:
+
+- layout: a file is written with the keys of the published code, and every loaded tensor equals the one written
+- outputs: the timm model gives the same outputs as the model of the library that wrote the file, to 1e-5
+
+Why this copy of the backbone is loaded:
+
+- online: the encoder that is trained by gradients, which the authors load for their linear evaluation
+- averaged: the moving average of the weights, which the authors load for their evaluation
 
 """
 WHY = {ONLINE: 'online', TEACHER: 'averaged', ONLY: 'the only one'}

@@ -1,1 +1,1 @@
-"""Images for any loop: order and augmentation that follow from a seed, balanced batches, images in safetensors files"""
+"""Data for any training loop: resumable loaders, class-balanced batches, images in safetensors files"""

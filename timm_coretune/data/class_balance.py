@@ -1,4 +1,4 @@
-"""Batches in which an image finds positives, and how many it finds without them"""
+"""Class-balanced batches, and the number of positives that an image can expect in batches without balance"""
 
 import math
 import random
@@ -12,15 +12,15 @@ from .seeding import make_key
 class ClassBalancedBatchSampler(Sampler):
     """Batches in which each class that appears does so at least twice, so that every image has a positive.
 
-    An image appears once an epoch, as without it; only the company it is in changes. A class goes into batches in twos
-    (the last three images of an odd class together), a class of one image goes alone. Where a place is left that no
-    group fits into, an image of a class that is in the batch already fills it.
+    As in plain shuffling, an epoch has every image once; only the batch it is in changes. The images of a class go into
+    batches in pairs, the last three together if their number is odd. A class of one image goes alone. If a place is
+    left that no group fits into, an extra image of a class in the batch fills it.
 
     Args:
         labels: Class of every image.
-        batch_size: Images of one process.
+        batch_size: Images per batch and process.
         rank: Index of this process.
-        num_processes: Processes that mine together; what is said of a batch holds for all their images.
+        num_processes: Number of processes that mine together. Classes are balanced over the batches of all of them.
         seed: Seed of the run.
     """
 
@@ -79,15 +79,15 @@ def expected_positives(
     counts: Sequence[int],
     batch_size: int,
 ) -> Tuple[float, float]:
-    """Positives an image can expect in a batch drawn without replacement, and the share of images without any.
+    """Number of positives an image can expect in a randomly drawn batch, and the share of images without any.
 
     Args:
-        counts: Images of each class.
-        batch_size: Images in a batch over all processes.
+        counts: Number of images of each class.
+        batch_size: Number of images in a batch, over all processes.
 
     Returns:
-        Mean over the images of a batch of the expected number of other images of their class, and of the probability
-        that there is none.
+        The expected number of other images of the same class in the batch, and the probability that there is none. Both
+        are means over the images. The batch is drawn without replacement.
     """
     total = sum(counts)
     if total < 2:

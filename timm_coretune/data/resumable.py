@@ -1,9 +1,9 @@
-"""Order and augmentation of the training images, as functions of the seed and of the place in the run
+"""Loaders whose order and augmentation of images depend only on the seed and on the place in the run
 
 timm's loaders draw both from generators that run on from epoch to epoch, one in each process and each loader worker. To
-continue such a run in the middle of an epoch all of them would have to be saved. Here every image and every batch has a
-key, made of the seed, the epoch and its place in the epoch, and whoever augments it seeds his generators with the key.
-So nothing is saved, the number of workers does not matter, and neither does the number of processes.
+continue such a run in the middle of an epoch, all of these generators would have to be saved. Here every image and
+every batch has a key, made of the seed, the epoch and its place in the epoch. Generators are seeded with it before an
+image is augmented. Nothing has to be saved, and the numbers of workers and processes do not matter.
 """
 
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Sized, Tuple, cast
@@ -15,10 +15,10 @@ from .seeding import make_key, seeded
 
 
 class Draw(NamedTuple):
-    """What an image or a batch is augmented by.
+    """Determines the augmentation of an image or a batch.
 
     Attributes:
-        epoch: Epoch it is loaded for.
+        epoch: Epoch in which it is used.
         key: Seed of its random draws.
     """
 
@@ -27,13 +27,13 @@ class Draw(NamedTuple):
 
 
 class EpochBatchSampler(Sampler):
-    """Batches in an order that depends on seed and epoch alone, each index with the draw of its image.
+    """Yields batches in an order that depends only on seed and epoch. Each index comes with the Draw of its image.
 
     With DistributedSampler, or one process and RandomSampler, the images of a global batch are the same for any number
     of processes, and so is their augmentation.
 
     Args:
-        batch_sampler: Batches of indices for this process.
+        batch_sampler: Sampler that yields batches of indices for this process.
         seed: Seed of the run.
         rank: Index of this process.
         num_processes: Processes that train together.
@@ -54,7 +54,7 @@ class EpochBatchSampler(Sampler):
         self.epoch = epoch
 
     def skip(self, num_batches: int) -> None:
-        """Leave out the first batches of the next pass."""
+        """Skip the first batches of the next pass."""
         self.num_skipped = num_batches
 
     def _shuffle(self, epoch: int) -> None:
@@ -64,7 +64,7 @@ class EpochBatchSampler(Sampler):
             if hasattr(part, 'set_epoch'):
                 part.set_epoch(epoch)
         if isinstance(order, torch.utils.data.RandomSampler):
-            # as DistributedSampler seeds itself
+            # the same seed that DistributedSampler uses
             order.generator = torch.Generator().manual_seed(self.seed + epoch)
 
     def __iter__(self) -> Iterator[List[Tuple[Draw, Any]]]:
@@ -78,7 +78,7 @@ class EpochBatchSampler(Sampler):
                 yield [
                     (Draw(epoch, make_key(self.seed, epoch, i)), index) for i, index in zip(places, batch, strict=True)
                 ]
-        # loaders that never end ask for the next epoch before it is announced
+        # loaders that never end start the next epoch before set_epoch is called
         self.epoch = epoch + 1
 
     def __len__(self) -> int:
@@ -86,7 +86,7 @@ class EpochBatchSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """Loads the indices of an EpochBatchSampler, each under its own seed."""
+    """Loads the images of an EpochBatchSampler, each under its own seed."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -101,12 +101,12 @@ class SeededDataset(Dataset):
 
 
 class SeededCollate:
-    """Makes a batch under a seed of its own, as pixel mixup draws while it does.
+    """Collates a batch under a seed of its own, since collating may draw the shares of pixel mixup.
 
     Args:
-        collate_fn: What makes batches, maybe timm's FastCollateMixup.
-        mixup_off_epoch: Epoch from which on it does not mix, 0 for never. Told here, since loader workers that live on
-            from epoch to epoch do not see attributes change.
+        collate_fn: Function that makes a batch of samples, such as timm's FastCollateMixup.
+        mixup_off_epoch: First epoch without pixel mixup, 0 for never. It is set in advance, since loader workers that
+            live from epoch to epoch do not see later changes of attributes.
     """
 
     def __init__(self, collate_fn: Callable, mixup_off_epoch: int = 0):
@@ -122,7 +122,7 @@ class SeededCollate:
 
 
 class SeededErasing:
-    """Random erasing on the device, where timm's loader does it, under a seed for every batch.
+    """Random erasing on the device, as in timm's prefetching loader, under a seed for every batch.
 
     Args:
         erasing: timm's RandomErasing.
@@ -155,24 +155,24 @@ def make_resumable(
     batch_sampler: Optional[Sampler] = None,
     mixup_off_epoch: int = 0,
 ) -> Any:
-    """Let a training loader of timm draw from seed and epoch, and start at any batch.
+    """Make a training loader depend only on seed and epoch, and start at any batch.
 
     Args:
-        loader: What timm's create_loader returned, for a data set with indices.
+        loader: Loader from timm's create_loader, or torch's, of a data set with indices.
         seed: Seed of the run.
         rank: Index of this process.
         num_processes: Processes that train together.
-        batch_sampler: In place of the loader's own.
-        mixup_off_epoch: Epoch from which on pixel mixup in the loader is off, 0 for never.
+        batch_sampler: Replaces the loader's own batch sampler.
+        mixup_off_epoch: First epoch without pixel mixup in the loader, 0 for never.
 
     Returns:
-        The same kind of loader.
+        A loader of the same kind.
     """
     inner = getattr(loader, 'loader', loader)
     if batch_sampler is None:
         batch_sampler = inner.batch_sampler
         if not isinstance(batch_sampler, Sampler):
-            batch_sampler = batch_sampler.sampler  # timm's loader of many epochs wraps it
+            batch_sampler = batch_sampler.sampler  # timm's multi-epochs loader wraps it
     resumable: DataLoader = type(inner)(
         SeededDataset(inner.dataset),
         batch_sampler=EpochBatchSampler(batch_sampler, seed, rank, num_processes),

@@ -1,4 +1,4 @@
-"""Images and labels from one safetensors file, read as timm reads folders and tars"""
+"""A timm reader, like those for folders and tar files, for images and labels in a safetensors file"""
 
 import io
 from typing import Tuple
@@ -12,12 +12,12 @@ class ReaderSafetensors(Reader):
     """Reads the split `name` of a safetensors file from its tensors `name.image` and `name.label`.
 
     Images are uint8 (N, H, W) or (N, H, W, 3), labels integers (N,). The names of the classes come from the metadata of
-    the file, as a JSON list under `class_names`; without it the classes are called by their indices. Each image is
+    the file, as a JSON list under `class_names`; without it the names are the class indices. Each image is
     handed over as a PGM or PPM file in memory: a line of header, then the bytes of the image. Code that uses a reader
     therefore works as with real files.
 
     Args:
-        root: The file.
+        root: Path of the file.
         split: Name of the split to read.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Seeds made of the seed of a run and a place in it, and drawing from them"""
+"""Seeds that depend on the seed of a run and on a place in it, and random draws from them"""
 
 import contextlib
 import hashlib
@@ -11,13 +11,13 @@ from torch.utils.data import get_worker_info
 
 
 def make_key(*numbers: int) -> int:
-    """A seed that looks unrelated for any change of the numbers, in [0, 2**63)."""
+    """Hash numbers to a seed in [0, 2**63). Seeds of different numbers are unrelated."""
     digest = hashlib.blake2b(b'%d,' * len(numbers) % numbers, digest_size=8).digest()
     return int.from_bytes(digest, 'little') >> 1
 
 
 def seed_generators(key: int, device: Optional[torch.device] = None) -> None:
-    """Seed Python, NumPy, and torch on the CPU and on an accelerator if one is given."""
+    """Seed the generators of Python, NumPy and torch, on the CPU and, if given, on a device."""
     random.seed(key)
     np.random.seed(key % 2**32)  # noqa: NPY002, timm draws from this generator
     torch.default_generator.manual_seed(key)
@@ -27,7 +27,7 @@ def seed_generators(key: int, device: Optional[torch.device] = None) -> None:
 
 @contextlib.contextmanager
 def seeded(key: int, device: Optional[torch.device] = None) -> Iterator[None]:
-    """Draw from key inside. In a loader worker, which draws nothing else, the generators are not put back."""
+    """Seed all generators in the context and restore them after it. Loader workers draw nothing else and skip that."""
     if get_worker_info() is not None:
         seed_generators(key)
         yield

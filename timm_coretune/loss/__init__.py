@@ -1,4 +1,4 @@
-"""Losses on features and logits, one paper a file"""
+"""Losses on features and logits, with one file per paper"""
 
 from typing import Dict, Type
 
@@ -7,4 +7,4 @@ from .core_tuning import CoreTuningLoss as CoreTuningLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
 from .projection import ProjectionHead as ProjectionHead
 
-LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss}  # by their names in timm's loss factory
+LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss}  # by name in timm's loss factory

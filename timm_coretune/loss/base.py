@@ -1,6 +1,6 @@
-"""What a training task asks of a loss on the features and logits of labelled rows
+"""Base class of losses on the features and logits of labelled rows
 
-`CoreTuningTask` and `SegmentationTask` work with any loss of this kind. A row is an image, or an anchor pixel of one.
+`CoreTuningTask` and `SegmentationTask` work with any subclass. A row is an image, or an anchor pixel of an image.
 """
 
 from typing import Any, Dict, Optional, Tuple
@@ -12,23 +12,23 @@ from ..distributed import GlobalBatch, process_index_and_count
 
 
 class TaskLoss(nn.Module):
-    """Base of the losses. A subclass writes `compute`; everything else has a default.
+    """Base class of the losses. A subclass defines `compute`; everything else has a default.
 
-    Parameters and buffers of the loss train and travel with it. Its random generator is part of its `state_dict`, so
-    any loop that saves the loss continues with the draws of an uninterrupted run.
+    A loss may have parameters, which are trained, and buffers. The random generator is part of the `state_dict`, so a
+    loop that saves the loss and is resumed draws the same numbers as an uninterrupted run.
 
     Args:
-        gather: Compare rows with those of all processes. Otherwise each process is on its own.
-        uneven_batches: Processes may hold batches of different size. Their sizes are exchanged in every step, which
-            synchronises with the device. Without it sizes must agree, as they do when the loader drops the last batch.
-        label_smoothing: Share of a class index target that goes to all classes evenly, in [0, 1).
-        generator: Source of all random draws. A new one on the CPU, seeded from torch's global seed, when None. With
-            several processes, seed it alike on all: each takes its share of the same draws.
+        gather: Compare rows with those of all processes. Otherwise each process compares only its own rows.
+        uneven_batches: Processes may hold batches of different sizes. These are exchanged in every step, which waits
+            for the device. When False, sizes must be equal, as they are when the loader drops the last batch.
+        label_smoothing: Share of a class index target that is spread evenly over all classes, in [0, 1).
+        generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
+            several processes it needs the same seed on all of them, since each uses its part of the same draws.
 
     Attributes:
-        num_features: Width D of the features, None where any width will do.
-        is_global_mean: Whether the average of the loss over processes is the mean over all their rows, also where
-            batches differ in size. The training loop scales the losses of other tasks to make it so.
+        num_features: Width D of the features, None if any width is accepted.
+        is_global_mean: Whether averaging the loss over processes gives the mean over all rows, even if batches differ
+            in size. When False, the training loop scales the loss to make it so.
 
     Raises:
         ValueError: label_smoothing is out of its range.
@@ -53,25 +53,25 @@ class TaskLoss(nn.Module):
         self.generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
 
     def attach(self, model: nn.Module) -> None:
-        """Meet the model, once, before anything is wrapped, compiled or given to the optimizer.
+        """Called once with the model, before anything is wrapped, compiled or given to the optimizer.
 
-        A loss that needs a copy of the model, such as a moving encoder, makes it here.
+        A loss that needs a copy of the model, such as a momentum encoder, creates it here.
         """
 
     def check_shapes(self, features: torch.Tensor, logits: torch.Tensor) -> None:
-        """Raise a ValueError unless features (B, D) and logits (B, C) belong together. It must compile."""
+        """Raise a ValueError unless features (B, D) and logits (B, C) fit each other. torch.compile traces this."""
 
     def prepare(self, batch_size: int, device: torch.device, rows_per_image: int = 1) -> Tuple[Any, ...]:
-        """What a step needs from outside a compiled region, such as random draws.
+        """Prepare what a step needs from outside the compiled region, such as random draws.
 
         Args:
-            batch_size: Images of this process.
+            batch_size: Number of images on this process.
             device: Device of the features.
-            rows_per_image: Rows that each image gives.
+            rows_per_image: Number of rows per image.
 
         Returns:
-            Further arguments of `compute`. The first is the GlobalBatch: where the rows of this process lie among
-            those of all.
+            Further arguments of `compute`. The first is the GlobalBatch, which gives the place of the rows of this
+            process among those of all processes.
         """
         return (GlobalBatch.create(batch_size, self.gather, self.uneven_batches, device, rows_per_image),)
 
@@ -83,29 +83,29 @@ class TaskLoss(nn.Module):
         *prepared: Any,
         clean_loss: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
-        """The losses of a step. It runs inside the compiled, distributed region: no checks, no synchronisation.
+        """Compute the losses of a step. It runs in the compiled, distributed region: no checks, no synchronisation.
 
         Args:
-            features: Pre-logits features, any floating dtype (B, D).
-            logits: What the classifier made of them, any floating dtype (B, C).
-            target: Class indices int64 (B,), negative for rows that take no part, or soft targets (B, C).
+            features: Pre-logits features (B, D) of any floating dtype.
+            logits: Output of the classifier for these features (B, C), any floating dtype.
+            target: Class indices (B,) int64, negative for rows that take no part, or soft targets (B, C).
             *prepared: What `prepare` returned.
-            clean_loss: Cross-entropy of the batch, where the task knows more of it than these rows tell: that of all
-                pixels, where the rows are a few of them. A scalar.
+            clean_loss: Cross-entropy of the batch, a scalar, if the task has computed it. In segmentation it is the
+                mean over all pixels, of which the rows are only a few. When None, it is computed from the rows.
 
         Returns:
-            Scalars in float32 or better: 'loss', which is minimised, and its parts, whose names end in '_loss'.
+            Scalars in float32 or float64: 'loss', which is minimised, and its parts, whose names end in '_loss'.
         """
         raise NotImplementedError(f'{type(self).__name__} must define compute().')
 
     def after_update(self, model: nn.Module) -> None:
-        """Follow an update of the weights, outside any graph. A moving encoder takes its step here."""
+        """Called after each update of the weights, outside autograd. A momentum encoder is updated here."""
 
     def draw_image_seeds(self, batch: GlobalBatch, device: torch.device) -> torch.Tensor:
-        """A random integer in [0, 2**32) for each image of this process (B,) int64.
+        """Draw a random integer in [0, 2**32) for each image of this process (B,) int64.
 
-        Image b of process r takes the draw of image b * num_processes + r, the place it has in a single process that
-        reads the same data. All processes draw equally many numbers, so their generators stay in step.
+        Image b of process r uses draw b * num_processes + r, which is also its draw in a single process that reads the
+        same data. All processes draw equally many numbers, so their generators stay in step.
         """
         rank, num_processes = process_index_and_count()
         most_images = max(batch.sizes) // batch.rows_per_image
@@ -115,14 +115,14 @@ class TaskLoss(nn.Module):
         return seeds[rank::num_processes][:own_images].to(device, non_blocking=True)
 
     def task_state(self) -> Dict[str, Any]:
-        """What a checkpoint of the task holds of the loss."""
+        """State of the loss for a checkpoint of the task."""
         return {'criterion': self.state_dict()}
 
     def load_task_state(self, state: Dict[str, Any], strict: bool = True) -> None:
         """Load what `task_state` returned.
 
         Raises:
-            RuntimeError: The state does not fit this loss, and strict is set.
+            RuntimeError: The state does not fit this loss and strict is True.
         """
         if strict and 'criterion' not in state:
             raise RuntimeError(
@@ -132,13 +132,13 @@ class TaskLoss(nn.Module):
         self.load_state_dict(state.get('criterion', {}), strict=strict)
 
     def get_extra_state(self) -> torch.Tensor:
-        """State of the generator as a tensor, so that also safetensors can hold the `state_dict`."""
+        """State of the generator as a uint8 tensor, so that safetensors can hold the `state_dict` too."""
         return self.generator.get_state()
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         self.generator.set_state(state.cpu())
 
     def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any) -> None:
-        # a state of before the generator was in it still loads; the generator goes on from where it is
+        # older states have no generator; they still load, and the generator keeps its own state
         state_dict.setdefault(f'{prefix}_extra_state', self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -3,8 +3,8 @@
 Paper: `Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning`
     - Yifan Zhang et al., NeurIPS 2021, https://arxiv.org/abs/2102.06605
 
-Written from the paper. Unlike in the released code, which has no licence and was not copied, clean features receive
-gradient, and nothing is run twice for a meter. A loss that is not finite is never replaced.
+Written from the paper. The released code has no licence and was not copied. Here, unlike there, gradients reach the
+clean features, no forward pass is repeated for logging, and a loss that is not finite is not replaced.
 """
 
 from typing import Any, Dict, Optional, Tuple
@@ -23,30 +23,30 @@ from .projection import ProjectionHead
 class CoreTuningLoss(TaskLoss):
     """Soft-target cross-entropy over a batch and its mixtures + contrast_weight x focal contrastive loss.
 
-    The mixtures' logits are mixed from the logits of the clean batch, as a classifier is affine in its features, and
-    the cross-entropy is linear in the target, so neither mixed features nor mixed targets are ever built.
+    A classifier is affine in its features, so the logits of mixtures are mixed from the logits of the clean batch. The
+    cross-entropy is linear in the target. Mixed features and mixed targets are therefore never computed.
 
-    With several processes the pairs are mined over the rows of all, each process averages over its own anchors, and
-    the gradient average of DistributedDataParallel is that of one process with the global batch. Gradient accumulation
-    does not enlarge the batch that is contrasted.
+    With several processes, pairs are mined over the rows of all, and each process averages over its own anchors. The
+    gradients that DistributedDataParallel averages are then those of one process with the global batch. Gradient
+    accumulation does not enlarge the batch that is contrasted.
 
     Args:
-        num_features: Width D of the features before the classifier: `model.head_hidden_size` if the model has it, else
+        num_features: Width D of the pre-logits features: `model.head_hidden_size` if the model has it, else
             `model.num_features`.
-        contrast_weight: Weight of the contrastive loss, >= 0. 0 builds no projection head.
-        mixup_alpha: Mixture shares are drawn from Beta(alpha, alpha), > 0.
-        temperature: Divides the cosine similarity in the contrastive loss, > 0.
-        projection_dim: Width P of the embedding that is contrasted.
-        label_smoothing: Moves this share of a class index target to all classes evenly, in [0, 1). Soft targets are
-            taken as they are.
-        gather: Mine and contrast over all processes. Otherwise each process is on its own.
-        min_positive_lam: Least share of the hardest positive in its mixture, in [0, 1]. 0 is the paper's.
-        min_negative_lam: Least share of the random negative in its mixture, in [0, 1]. 0.8 is the paper's.
-        focal: Weight positives by how badly they are predicted.
-        uneven_batches: Processes may hold batches of different size. Their sizes are exchanged in every step, which
-            synchronises with the device. Without it sizes must agree, as they do when the loader drops the last batch.
-        generator: Source of all random draws. A new one on the CPU, seeded from torch's global seed, when None. With
-            several processes, seed it alike on all: each takes its share of the same draws.
+        contrast_weight: Weight of the contrastive loss, >= 0. With 0 there is no projection head.
+        mixup_alpha: Parameter alpha of Beta(alpha, alpha), from which mixing shares are drawn, > 0.
+        temperature: Temperature of the contrastive loss, which divides cosine similarities, > 0.
+        projection_dim: Width P of the embedding that the contrastive loss compares.
+        label_smoothing: Share of a class index target that is spread evenly over all classes, in [0, 1). Soft targets
+            are used as they are.
+        gather: Mine and contrast over the rows of all processes. Otherwise each process uses only its own rows.
+        min_positive_lam: Least share of the hardest positive in its mixture, in [0, 1]. The paper uses 0.
+        min_negative_lam: Least share of the random negative in its mixture, in [0, 1]. The paper uses 0.8.
+        focal: Weight each positive by 1 minus its predicted probability.
+        uneven_batches: Processes may hold batches of different sizes. These are exchanged in every step, which waits
+            for the device. When False, sizes must be equal, as they are when the loader drops the last batch.
+        generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
+            several processes it needs the same seed on all of them, since each uses its part of the same draws.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -95,7 +95,7 @@ class CoreTuningLoss(TaskLoss):
         return f'contrast_weight={self.contrast_weight}, label_smoothing={self.label_smoothing}, mixup={self.mixup}'
 
     def check_shapes(self, features: torch.Tensor, logits: torch.Tensor) -> None:
-        """Raise a ValueError unless features (B, num_features) and logits (B, C) belong together."""
+        """Raise a ValueError unless features (B, num_features) and logits (B, C) fit each other."""
         check_features(features, allow_empty=self.uneven_batches)
         if features.shape[1] != self.num_features:
             raise ValueError(
@@ -114,10 +114,10 @@ class CoreTuningLoss(TaskLoss):
         device: torch.device,
         rows_per_image: int = 1,
     ) -> Tuple[GlobalBatch, Optional[MixupDraws]]:
-        """Where the rows of this process lie among those of all, and the random draws of their mixtures.
+        """The place of the rows of this process among those of all, and the random draws for their mixtures.
 
-        Image b of process r takes the draws of image b * num_processes + r, the place it has in a single process that
-        reads the same data.
+        Image b of process r uses draws b * num_processes + r, which are also its draws in a single process that reads
+        the same data.
         """
         (batch,) = super().prepare(batch_size, device, rows_per_image)
         if not self.mixup.mixup_enabled:
@@ -134,7 +134,7 @@ class CoreTuningLoss(TaskLoss):
         *prepared: Any,
         clean_loss: Optional[torch.Tensor] = None,
     ) -> Dict[str, torch.Tensor]:
-        """The losses, given the batch and the draws that `prepare` returned; without draws there are no mixtures."""
+        """Compute the losses from the batch and the draws that `prepare` returned. Without draws nothing is mixed."""
         batch, draws = prepared
         label = batch.gather(hard_label(target))
         own = batch.own_rows(features.device)
@@ -158,16 +158,17 @@ class CoreTuningLoss(TaskLoss):
         logits: torch.Tensor,
         target: torch.Tensor,
     ) -> Dict[str, torch.Tensor]:
-        """
+        """Compute the loss to minimise and its parts.
+
         Args:
-            features: Pre-logits features of the clean batch, any floating dtype (B, D).
-            logits: What the classifier made of them, any floating dtype (B, C).
-            target: Class indices of an integer dtype (B,), or soft targets (B, C), whose most probable class is mined.
+            features: Pre-logits features of the clean batch (B, D), any floating dtype.
+            logits: Output of the classifier for these features (B, C), any floating dtype.
+            target: Class indices of an integer dtype (B,), or soft targets (B, C), mined by their most probable class.
 
         Returns:
-            Scalars of float32 or better, in nats: 'loss', the sum to minimise; 'task_loss', the cross-entropy over
-            clean rows and mixtures; 'contrast_loss', before its weight, absent when the weight is 0. With several
-            processes, the share of this process: their average is the global mean.
+            Scalars in float32 or float64, in nats: 'loss', the weighted sum to minimise; 'task_loss', the cross-entropy
+            over clean rows and mixtures; 'contrast_loss', without its weight, absent if the weight is 0. With several
+            processes each has its own values, and their average over processes is the global mean.
 
         Raises:
             ValueError: Shapes, dtypes or labels do not fit.

@@ -2,11 +2,11 @@
 
 Paper: `Unleashing the Power of Contrastive Self-Supervised Visual Models via Contrast-Regularized Fine-Tuning`
     - Yifan Zhang et al., NeurIPS 2021, https://arxiv.org/abs/2102.06605
-Without mixtures and focal factor it is SupCon
+Without extra positives and negatives and without the focal factor it is SupCon:
     - Prannay Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362
 
 Written from the papers. Unlike in the released code of Core-tuning, labels are compared rather than hashed, the mean is
-over the positives, and anchors are the clean images only.
+over the positives, and only clean images are anchors.
 """
 
 from typing import Optional
@@ -21,15 +21,15 @@ from ..mining import hard_label, normalize
 class FocalSupConLoss(nn.Module):
     """Pulls images of one class together, weighting each positive by how badly it is predicted.
 
-    With p_ij the softmax over A_i of v_i.v_j / temperature, the loss is -(1 - p_ij) log p_ij, averaged over the
-    positives P_i of an anchor and then over all anchors. A_i is the batch but the anchor, and its own extra positive
-    and negative; P_i is its class in the batch but the anchor, and its extra positive. An anchor without any positive
-    counts 0. The factor (1 - p_ij) is differentiated. At chance the loss without it is near ln |A_i|.
+    For an anchor i, p_ij is the softmax of v_i.v_j / temperature over the candidates A_i. The loss -(1 - p_ij) log p_ij
+    is averaged over the positives P_i, then over all anchors. A_i is the rest of the batch, and the anchor's extra
+    positive and negative. P_i is the rest of the anchor's class in the batch, and its extra positive. An anchor without
+    positives counts as 0. Gradients flow through (1 - p_ij) too. At chance the loss without it is near ln |A_i|.
 
-    Positional arguments of the call are those of pytorch-metric-learning's losses: embeddings, then labels.
+    It is called like the losses of pytorch-metric-learning: embeddings, then labels.
 
     Args:
-        temperature: Divides the cosine similarity, > 0. Lower values look harder at the nearest images.
+        temperature: Divides the cosine similarity, > 0. The lower it is, the more the nearest images weigh.
         focal: Weight positives by (1 - p_ij). Without it and without extras this is SupCon.
 
     Raises:
@@ -53,16 +53,17 @@ class FocalSupConLoss(nn.Module):
         extra_positive: Optional[torch.Tensor] = None,
         extra_negative: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """
+        """Compute the mean loss of the anchors.
+
         Args:
-            embedding: Embeddings of the anchors, of any scale; normalised here (B, P).
+            embedding: Embeddings of the anchors (B, P), of any scale and floating dtype. They are normalised here.
             label: Class indices of an integer dtype (B,), or soft targets (B, C), whose most probable class counts.
-            extra_positive: One more positive for each anchor, not shared with the others (B, P).
-            extra_negative: One more negative for each anchor, not shared with the others (B, P).
+            extra_positive: One more positive for each anchor (B, P). Other anchors do not see it.
+            extra_negative: One more negative for each anchor (B, P). Other anchors do not see it.
 
         Returns:
-            Mean over the anchors in nats, a scalar of float32 or better. It is attached to the graph also when no
-            anchor has a positive and it is 0.
+            Mean over the anchors in nats, a scalar in float32 or float64. If no anchor has a positive it is 0, but
+            still attached to the graph.
 
         Raises:
             ValueError: Shapes or dtypes do not fit.
@@ -89,18 +90,18 @@ class FocalSupConLoss(nn.Module):
         has_negative: Optional[torch.Tensor] = None,
         anchor: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:
-        """The loss of each anchor, on embeddings of unit length in float32 or better; nothing is checked.
+        """The loss of each anchor, for embeddings of unit length in float32 or float64. Arguments are not checked.
 
         Args:
             unit: Embeddings of the batch (N, P).
-            label: Class index of each, negative for those that take no part (N,) int64.
+            label: Class index of each embedding (N,) int64, negative for those that take no part.
             unit_positive: Extra positive of each anchor (B, P).
             unit_negative: Extra negative of each anchor (B, P).
             has_negative: False for anchors whose extra negative does not exist (B,) bool.
-            anchor: Rows of the batch that are anchors (B,) int64, all in order when None.
+            anchor: Rows of the batch that are anchors (B,) int64. When None, all rows in order.
 
         Returns:
-            Loss per anchor in nats, 0 for those that take no part (B,).
+            Loss of each anchor in nats (B,), 0 for those that take no part.
         """
         candidate = torch.arange(unit.shape[0], device=unit.device)
         anchor = candidate if anchor is None else anchor

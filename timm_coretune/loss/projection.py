@@ -1,4 +1,4 @@
-"""Projection head: from features to the embedding that is contrasted"""
+"""Projection head: maps features to the embedding that the contrastive loss compares"""
 
 from typing import Optional
 
@@ -11,7 +11,7 @@ from ..mixup import HardMixtures
 
 
 class ProjectionHead(nn.Module):
-    """Linear, ReLU, Linear: maps features to the space of the contrast. It is dropped after training.
+    """Linear, ReLU, Linear: maps features to the embedding of the contrastive loss. It is dropped after training.
 
     Args:
         num_features: Width D of the features and of the hidden layer.
@@ -30,10 +30,10 @@ class ProjectionHead(nn.Module):
         mixtures: Optional[HardMixtures] = None,
         batch: Optional[GlobalBatch] = None,
     ) -> torch.Tensor:
-        """Embed features (B, D), and their mixtures if given, as unit vectors in float32 or better (B or 3B, P).
+        """Embed features (B, D), and their mixtures if given, as unit vectors (B or 3B, P) in float32 or float64.
 
-        The first layer is affine, so its output for a mixture of inputs is the same mixture of its outputs: the D x D
-        product is paid for B rows. Mixture indices count the rows of the global batch.
+        The first layer is affine, so its output for a mixture is the mixture of its outputs. It is therefore computed
+        for B rows only. Indices in mixtures refer to rows of the global batch.
         """
         hidden = self.fc1(features.to(self.fc1.weight.dtype))
         if mixtures is not None:

@@ -1,4 +1,4 @@
-"""Core-tuning of pixels: the task of images, on anchors sampled from the feature map"""
+"""Core-tuning for segmentation: the task for images, applied to anchor pixels of the feature map"""
 
 from typing import Any, Dict, Optional, Union, cast
 
@@ -14,7 +14,7 @@ from .model import SegmentationModel
 
 
 def label_of_cells(target: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Class in the middle of each cell of a feature map (B, height * width), of masks (B, H, W)."""
+    """Class (B, height * width) at the middle of each cell of a feature map, from masks (B, H, W)."""
     rows, columns = (
         (2 * torch.arange(num_cells, device=target.device) + 1) * num_pixels // (2 * num_cells)
         for num_cells, num_pixels in ((height, target.shape[1]), (width, target.shape[2]))
@@ -23,13 +23,13 @@ def label_of_cells(target: torch.Tensor, height: int, width: int) -> torch.Tenso
 
 
 class SegmentationModule(CoreTuningModule):
-    """Model and criterion as the one module that is wrapped, compiled and given to the optimizer.
+    """Model and criterion in one module, which is wrapped, compiled and given to the optimizer.
 
     Args:
-        model: Classifies pixels.
-        criterion: The loss of anchors, whose projection head is trained along.
-        dense_loss: The loss of all pixels.
-        anchors_per_image: Pixels of an image that are contrasted.
+        model: The segmentation model.
+        criterion: The loss of the anchors. Its parameters are trained together with the model.
+        dense_loss: The cross-entropy of all pixels.
+        anchors_per_image: Number of anchor pixels per image.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class SegmentationModule(CoreTuningModule):
         target: Optional[torch.Tensor] = None,
         *prepared: Any,
     ) -> Any:
-        """Losses of images and masks in training mode, with the seeds of the images and what the loss prepared."""
+        """In training mode the losses, given the seeds of the images and what the loss prepared, else the logits."""
         if not self.training:
             return self.model(input)
         target = cast(torch.Tensor, target)
@@ -73,30 +73,30 @@ class SegmentationModule(CoreTuningModule):
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Rows (B * A, D) of a feature map (B, D, h, w) at places (B, A)."""
+    """Rows (B * A, D) of a feature map (B, D, h, w) at pixel indices (B, A)."""
     taken = x.flatten(2).gather(2, index[:, None].expand(-1, x.shape[1], -1))
     return taken.transpose(1, 2).flatten(0, 1)
 
 
 class SegmentationTask(CoreTuningTask):
-    """Core-tunes a segmentation model.
+    """Fine-tunes a segmentation model with Core-tuning.
 
-    To pixels what CoreTuningTask is to images, with the same losses and the same mining over the batch of all
-    processes. In place of images there are anchors: pixels of the feature map, so many of an image, of all its classes
-    alike and the badly predicted first. The cross-entropy of the clean batch is that of all pixels of the images.
+    It does for pixels what CoreTuningTask does for images, with the same losses and the same mining over all processes.
+    Mining and contrast use anchors, which are pixels of the feature map. Each image gives equally many anchors, from
+    all its classes alike and badly predicted pixels first. The cross-entropy of clean images covers all pixels.
 
     Args:
-        model: From create_segmentation_model.
-        criterion: The loss of anchors. A CoreTuningLoss of loss_kwargs when None.
-        anchors_per_image: Anchors of an image; places that it has no pixels for stay empty.
-        ignore_index: Class of pixels that do not count.
-        device: Device for task tensors and the projection head.
-        dtype: Dtype of the projection head, as the model's when it is not float32.
+        model: A model from create_segmentation_model.
+        criterion: The loss of the anchors. When None, a CoreTuningLoss with loss_kwargs.
+        anchors_per_image: Number of anchors per image. If it has fewer labelled pixels, some places stay empty.
+        ignore_index: Mask value of pixels that are left out.
+        device: Device for task tensors and the parameters of the loss.
+        dtype: Dtype of the parameters of the loss. It should be that of the model, None for float32.
         verbose: Enable info logging.
-        **loss_kwargs: Arguments of CoreTuningLoss, but num_features, which the model tells.
+        **loss_kwargs: Arguments of CoreTuningLoss except num_features, which follows from the model.
 
     Raises:
-        ValueError: An argument is out of range, or criterion and loss_kwargs are both given.
+        ValueError: An argument is out of range, or both criterion and loss_kwargs are given.
 
     Examples:
 
@@ -125,7 +125,7 @@ class SegmentationTask(CoreTuningTask):
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
 
     def check_model(self, model: nn.Module) -> None:
-        """Any SegmentationModel will do."""
+        """Does nothing: every SegmentationModel can be trained."""
 
     def get_feature_dim(self, model: nn.Module) -> int:
         return cast(SegmentationModel, model).num_features
@@ -139,11 +139,11 @@ class SegmentationTask(CoreTuningTask):
 
         Args:
             input: Images (B, 3, H, W).
-            target: Class indices (B, H, W) int64.
+            target: Class indices (B, H, W) int64, ignore_index for pixels that are left out.
 
         Returns:
-            'loss' to minimise, 'task_loss', 'dense_loss' (the part of it that is the cross-entropy of all pixels) and
-            (unless its weight is 0) 'contrast_loss', scalars; 'output', the logits of all pixels (B, C, H, W).
+            Scalars in nats: 'loss' to minimise, 'task_loss', 'dense_loss' (cross-entropy of all pixels, a part of
+            'task_loss') and, unless its weight is 0, 'contrast_loss'. Also 'output', the logits (B, C, H, W).
 
         Raises:
             ValueError: target does not fit the images or the classes of the model.

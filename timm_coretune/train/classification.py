@@ -1,4 +1,4 @@
-"""What a run that classifies images is made of; segmentation.py offers the same functions for pixels"""
+"""Creates the parts of a run that classifies images. segmentation.py has the same functions for pixels"""
 
 import logging
 import math
@@ -31,16 +31,16 @@ from .model import create_backbone
 
 _logger = logging.getLogger(__name__)
 
-CONFIG = CONFIG_NAME  # file that describes the model of a run
+CONFIG = CONFIG_NAME  # name of the file that describes the model in a run folder
 
 
 def open_datasets(settings: Settings) -> Datasets:
-    """Open both splits, the training split unless nothing is trained."""
+    """Open the validation split and, unless nothing is trained, the training split."""
     return create_datasets(settings.data, not settings.loop.eval_only, settings.loop.seed)
 
 
 def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
-    """The model with what it starts from, and the preprocessing of its images."""
+    """Create the model, load its checkpoint, and return it with the preprocessing of its images."""
     model = create_backbone(settings.model, num_classes, settings.data.num_channels)
     return model, resolve_data_config(vars(settings.data), model=model, verbose=verbose)
 
@@ -52,7 +52,7 @@ def create_loaders(
     datasets: Datasets,
     accelerator: Accelerator,
 ) -> Loaders:
-    """Loaders of both splits."""
+    """Create the loaders of both splits."""
     factory = LoaderFactory(
         settings.data,
         data_config,
@@ -67,7 +67,7 @@ def create_loaders(
 
 
 def create_criterion(loss: LossSettings, mixes_pixels: bool = False, aug_splits: int = 0) -> nn.Module:
-    """The loss of plain tuning, chosen as timm's script does."""
+    """Create the loss of plain tuning, by the rules of timm's script."""
     if loss.jsd_loss:
         return create_classification_loss('jsd', smoothing=loss.smoothing, jsd_splits=aug_splits)
     if loss.bce_loss and (mixes_pixels or loss.smoothing):
@@ -105,7 +105,7 @@ def _create_distillation_task(loss: LossSettings, model: nn.Module, **kwargs: An
 
 
 def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
-    """Core-tuning, or one of timm's tasks to compare with."""
+    """Create the Core-tuning task, or without --coretune one of timm's tasks."""
     loss, data = settings.loss, settings.data
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
@@ -116,7 +116,7 @@ def create_task(settings: Settings, model: nn.Module, device: torch.device, verb
             model,
             **loss.coretune_kwargs(),
             generator=torch.Generator().manual_seed(settings.loop.seed),
-            uneven_batches=data.naflex_loader,  # patches of different lengths come in batches of different sizes
+            uneven_batches=data.naflex_loader,  # batches of different sequence lengths differ in size
             **common,
         )
     common['criterion'] = create_criterion(loss, data.mixes_pixels, data.aug_splits).to(device)
@@ -131,7 +131,7 @@ def create_evaluator(
     class_names: Optional[List[str]],
     device: torch.device,
 ) -> ClassificationEvaluator:
-    """What a validation measures."""
+    """Create what computes the validation metrics."""
     return ClassificationEvaluator(device, split_names(settings.loop.metrics), num_classes, class_names)
 
 
@@ -141,7 +141,7 @@ def save_config(
     data_config: Dict[str, Any],
     class_names: Optional[List[str]],
 ) -> None:
-    """Write what plain timm needs to build the model around the weights of the folder.
+    """Write the file with which plain timm builds the model for the weights in this folder.
 
     Raises:
         ValueError: The model was built with an argument that JSON cannot hold.
@@ -150,11 +150,11 @@ def save_config(
 
 
 def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> None:
-    """The batch that is contrasted, what an image finds in it, and where the contrastive loss starts."""
+    """Log the size of the contrasted batch, the positives per image, and the contrastive loss at chance."""
     data = settings.data
     num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
     batch_size = data.batch_size * num_gathered
-    # beside the other images an anchor sees its own hard positive and semi-hard negative
+    # an anchor is compared with the other images, and with its own hard positive and semi-hard negative
     chance = math.log(batch_size + 1)
     message = (
         f'Contrast over {batch_size} images ({data.batch_size} x {num_gathered} process(es); accumulation does not '
@@ -180,17 +180,17 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
 
 
 def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
-    """The line of Python that loads the weights of a run."""
+    """A line of Python that loads the best weights of a run."""
     kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     return f"timm.create_model('{settings.model}'{kwargs}, checkpoint_path='{weights}')"
 
 
 def load_pushed_hint(repo_id: str) -> str:
-    """The line of Python that loads the weights of a run from the Hub."""
+    """A line of Python that loads the weights of a run from the Hub."""
     return f"timm.create_model('hf-hub:{repo_id}', pretrained=True)"
 
 
 def draw(folder: str, datasets: Datasets) -> Optional[str]:
-    """Path of a picture of what the saved weights of a run predict, None: there is none of images."""
+    """Always None: predictions are drawn in segmentation only."""
     return None

@@ -1,4 +1,4 @@
-"""The head trained alone for the first epochs, then everything: linear probing, then tuning
+"""Trains only the head in the first epochs, then everything: linear probing, then fine-tuning
 
 Paper: `Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution`
     - Ananya Kumar et al., ICLR 2022, https://arxiv.org/abs/2202.10054
@@ -19,7 +19,7 @@ def _plain_model(task: TrainingTask) -> nn.Module:
 
 
 def head_parameters(task: TrainingTask) -> List[nn.Parameter]:
-    """Parameters of the classifier, and all that the task trains beside the model, as the projection head."""
+    """Parameters of the classifier, and of all that is trained besides the model, such as the projection head."""
     model = _plain_model(task)
     classifier = {id(p) for p in classifier_parameters(model)}
     backbone = {id(p) for p in model.parameters()} - classifier
@@ -27,14 +27,14 @@ def head_parameters(task: TrainingTask) -> List[nn.Parameter]:
 
 
 class BackboneFreezer:
-    """Keeps all but the head from training in the first epochs.
+    """Keeps the backbone from training in the first epochs.
 
-    What did not require gradients before is left alone. Nothing is taken from the optimizer, which passes over
-    parameters without gradient.
+    Parameters that did not require gradients before are left alone. Frozen parameters stay in the optimizer, which
+    skips parameters without gradient.
 
     Args:
-        task: What is trained; the optimizer must have been created.
-        num_epochs: Epochs in which only the head trains.
+        task: Task that is trained. Its optimizer must already exist.
+        num_epochs: Number of first epochs in which only the head trains.
     """
 
     def __init__(self, task: TrainingTask, num_epochs: int):
@@ -46,7 +46,7 @@ class BackboneFreezer:
         self.backbone = [p for p in parameters if p.requires_grad and id(p) not in head]
 
     def start_epoch(self, epoch: int) -> bool:
-        """Freeze or unfreeze for an epoch. Whether that changed anything, so that wrappers must be made anew."""
+        """Freeze or unfreeze the backbone. Returns whether that changed anything, so that DDP must be rebuilt."""
         frozen = epoch < self.num_epochs
         changed = frozen != self.frozen
         for p in self.backbone:
@@ -55,11 +55,11 @@ class BackboneFreezer:
         return changed
 
     def after_train_mode(self) -> None:
-        """Put a frozen backbone into evaluation mode: no dropout, and no update of statistics in any normalization."""
+        """Put a frozen backbone into evaluation mode: no dropout, and no update of normalization statistics."""
         if not self.frozen:
             return
         model = _plain_model(self.task)
         model.eval()
         for classifier in get_classifiers(model):
             classifier.train()
-        model.training = True  # itself only: tasks and heads take the mode from it
+        model.training = True  # sets the flag of the model alone, which tasks and heads read

@@ -28,26 +28,26 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """How to train and validate.
+    """Options of the training loop.
 
     Attributes:
-        seed: All random draws of a step follow from it and from the place of the step in the run.
-        grad_accum_steps: Batches an update.
-        channels_last: Memory layout of the images.
-        dtype: Dtype of the images, where the loader does not make it, float32 when None.
-        loss_scale: Scale the loss by the size of the batch over reference_batch_size: none, sqrt or linear.
-        reference_batch_size: Images of a batch whose loss is not scaled.
-        uneven_batches: Processes may hold batches of different size.
+        seed: Random seed. The draws of a step depend on it and on the process, epoch and batch of the step.
+        grad_accum_steps: Batches per update.
+        channels_last: Put images into the channels_last memory layout.
+        dtype: Dtype that images are cast to. None leaves them as the loader made them.
+        loss_scale: How the loss is scaled by batch size / reference_batch_size: 'none', 'sqrt' or 'linear'.
+        reference_batch_size: Batch size at which the loss is not scaled.
+        uneven_batches: Whether processes may hold batches of different sizes.
         log_interval: Updates between log lines.
         val_interval: Epochs between validations.
-        recovery_interval: Updates between recovery checkpoints, 0 for none.
+        recovery_interval: Updates between training states saved within an epoch, 0 for none.
         synchronize_step: Wait for the device after every update.
-        dist_bn: What to do with BatchNorm statistics of several processes after an epoch: reduce, broadcast or nothing.
-        validate_ema: Validate the moving average of the weights too, and count it.
-        tta: Outputs of so many neighbouring images are averaged in validation.
-        eval_metric: Name of the metric that decides on the best.
-        patience: Validations without a better one before training stops, None for no end.
-        mixup_off_epoch: Epoch from which on pixel mixup is off, 0 for never.
+        dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', '' for not at all.
+        validate_ema: Validate the moving average of the weights too. Its score then selects the best epoch.
+        tta: Number of neighbouring images whose outputs are averaged in validation, 0 for none.
+        eval_metric: Name of the score that selects the best epoch.
+        patience: Validations without improvement after which training stops, None for never.
+        mixup_off_epoch: First epoch without pixel mixup, 0 for never.
     """
 
     seed: int = 42
@@ -70,12 +70,12 @@ class LoopConfig:
 
 
 class Position(NamedTuple):
-    """Where training is.
+    """The place at which training continues.
 
     Attributes:
         epoch: Epoch to continue with.
-        batch: Batch of it to continue with.
-        metric: Metric of the epoch before, if it was just validated.
+        batch: Batch of this epoch to continue with.
+        metric: Score of the epoch before, None if it was not validated.
     """
 
     epoch: int = 0
@@ -92,19 +92,19 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 class Trainer:
-    """Trains and validates a task with whatever accelerate was configured for.
+    """Trains and validates a task, on the devices and processes that accelerate was configured for.
 
     Args:
         task: A timm training task. Its trainable module and the optimizer are prepared here.
         optimizer: Optimizer of the task's trainable module.
-        accelerator: Device, processes and precision. Its own gradient accumulation stays at 1.
-        scheduler: A timm scheduler.
-        config: How to train and validate.
-        mixup_fn: Pixel mixup, where the loader does not do it.
+        accelerator: Device, processes and precision. Its gradient accumulation stays at 1, since the loop accumulates.
+        scheduler: A timm scheduler, which the loop steps.
+        config: Options of the training loop.
+        mixup_fn: Pixel mixup, if the loader does not apply it.
         clip_gradients: Called with the prepared optimizer before an update.
-        freezer: Keeps the backbone from training in the first epochs.
-        record: Writes the folder of the run (`record.RunRecord`), on all processes.
-        evaluator: What a validation measures, loss and accuracy of images when None.
+        freezer: Freezes the backbone in the first epochs.
+        record: Writes the run folder (`record.RunRecord`). All processes need one.
+        evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
     """
 
     def __init__(
@@ -120,7 +120,7 @@ class Trainer:
         record: Optional[Any] = None,
         evaluator: Optional[Evaluator] = None,
     ):
-        # Only these two are prepared: timm's loaders are no DataLoader, its schedulers count updates themselves.
+        # Loaders and scheduler are not prepared: timm's loaders are not all DataLoaders, its schedulers count updates.
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
         self.task = task
         self.accelerator = accelerator
@@ -144,7 +144,7 @@ class Trainer:
         )  # fmt: skip
 
     def _scale(self, loss: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """The loss scaled for a batch that is larger or smaller than most, or than those of other processes."""
+        """Scale the loss of a batch whose size differs from the reference size or from that of other processes."""
         config = self.config
         if config.loss_scale != 'none':
             ratio = batch_size / config.reference_batch_size
@@ -161,7 +161,7 @@ class Trainer:
         return result
 
     def _step(self, input: Input, target: torch.Tensor, num_accum: int, need_update: bool) -> Dict[str, torch.Tensor]:
-        """Forward and backward of one batch, and the update if it is due."""
+        """Run the forward and backward pass of one batch, and the update if it is due."""
         if not need_update:
             with self.task.no_sync():
                 return self._forward_backward(input, target, num_accum)
@@ -176,7 +176,7 @@ class Trainer:
         return result
 
     def _switch_mixup(self, epoch: int, loader: Any) -> None:
-        # a loader that draws by epoch looks for itself
+        # a resumable loader switches mixup off by itself
         enabled = not self.config.mixup_off_epoch or epoch < self.config.mixup_off_epoch
         if self.mixup_fn is not None:
             self.mixup_fn.mixup_enabled = enabled
@@ -184,15 +184,15 @@ class Trainer:
             loader.mixup_enabled = False
 
     def train_one_epoch(self, epoch: int, loader: Any, start_batch: int = 0) -> Dict[str, float]:
-        """Train on every batch of loader once.
+        """Train for one epoch.
 
         Args:
             epoch: Index of the epoch.
-            loader: Images and targets.
-            start_batch: Batch to start at, the first of an update; the losses of those before were loaded.
+            loader: Batches of images and targets.
+            start_batch: Batch to start at, the first of an update. `load_state_dict` restored the losses before it.
 
         Returns:
-            Mean losses by name over all processes, in nats.
+            Losses by name, averaged over the epoch and all processes, in nats.
 
         Raises:
             DivergedError: A loss is not finite.
@@ -205,8 +205,8 @@ class Trainer:
             self.meter = LossMeter(self.accelerator)
         meter, config, device = self.meter, self.config, self.accelerator.device
         num_batches, accum = count_batches(loader, self.accelerator), config.grad_accum_steps
-        num_updates = -(-num_batches // accum)  # the last may accumulate fewer batches
-        # reading a value is free on one CPU process; elsewhere it waits for the device, or for the others
+        num_updates = -(-num_batches // accum)  # the last update may accumulate fewer batches
+        # a check costs nothing in a single CPU process; otherwise it waits for the device or for other processes
         check_always = device.type == 'cpu' and self.accelerator.num_processes == 1
         update_time, data_time, num_images = AverageMeter(), AverageMeter(), 0
         update_start = data_start = time.perf_counter()
@@ -239,7 +239,7 @@ class Trainer:
                 recovery_due = (
                     config.recovery_interval > 0
                     and (update + 1) % config.recovery_interval == 0
-                    and update + 1 < num_updates  # the checkpoint of the epoch follows
+                    and update + 1 < num_updates  # after the last one the state of the epoch is saved
                 )
                 if due or recovery_due or check_always:
                     meter.check()
@@ -271,21 +271,21 @@ class Trainer:
         return meter.average()
 
     def _eval_model(self, ema: bool) -> nn.Module:
-        # a sharded model gathers its weights in the forward of the module that was wrapped
+        # a sharded model gathers its weights only in the forward pass of the wrapped module
         model = self.task.get_trainable_module() if self.is_sharded else self.task.get_eval_model(ema=ema)
         return cast(nn.Module, model)
 
     @torch.no_grad()
     def validate(self, loader: Any, ema: bool = False) -> Dict[str, float]:
-        """Loss in nats, and what else the evaluator measures, over all processes.
+        """Compute the loss in nats and the other metrics of the evaluator, over all processes.
 
         Args:
-            loader: Images and class indices.
-            ema: Validate the moving average of the weights.
+            loader: Batches of images and class indices.
+            ema: Whether to validate the moving average of the weights instead of the weights.
         """
         model, tta = self._eval_model(ema), self.config.tta
         model.eval()
-        # what comes later are repetitions of a distributed sampler
+        # a distributed sampler repeats images at the end, so that processes have equally many; those are left out
         num_left = num_own_samples(loader, self.accelerator)
         self.evaluator.reset()
         name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
@@ -317,7 +317,7 @@ class Trainer:
             )
 
     def evaluate(self, loader: Any) -> Dict[str, float]:
-        """Validate the weights, and their moving average where it counts, whose metrics are returned then."""
+        """Validate the weights, then their moving average if config.validate_ema is set. Returns the last metrics."""
         metrics = self.validate(loader)
         if self.task.has_ema() and self.config.validate_ema:
             self._distribute_batch_norm(ema=True)
@@ -328,7 +328,7 @@ class Trainer:
         if self.freezer is not None and self.freezer.start_epoch(epoch):
             _logger.info(f'Epoch {epoch}: {"only the head trains" if self.freezer.frozen else "everything trains"}.')
             if self.accelerator.num_processes > 1:
-                # what reduces gradients must learn which parameters have some
+                # DistributedDataParallel is rebuilt, since it must know which parameters get gradients
                 module = self.accelerator.unwrap_model(self.task.trainable_module, keep_fp32_wrapper=False)
                 self.task.trainable_module = self.accelerator.prepare_model(module)
 
@@ -342,13 +342,13 @@ class Trainer:
         """Train, validate and save, epoch by epoch.
 
         Args:
-            train_loader: Images and targets.
-            validation_loader: Images and class indices; without it the training loss decides on the best.
-            epochs: The epochs, from the first one to train.
+            train_loader: Batches of images and targets.
+            validation_loader: Batches of images and class indices. When None, the training loss selects the best epoch.
+            epochs: Indices of the epochs to train.
             start_batch: Batch of the first epoch to start at.
 
         Returns:
-            For each validated epoch its index, 'epoch', and the metrics of 'train' and 'validation'.
+            A dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and 'validation'.
         """
         results = []
         config = self.config
@@ -376,7 +376,7 @@ class Trainer:
         return results
 
     def _own_buffers(self) -> Dict[str, torch.Tensor]:
-        """Buffers that processes do not share: those of the model and of its moving average."""
+        """Buffers that may differ between processes, by name: those of the model and of its moving average."""
         buffers = {}
         for ema in (False, True):
             module = self.task.get_trainable_module(ema=ema)
@@ -386,10 +386,10 @@ class Trainer:
         return buffers
 
     def state_dict(self) -> Dict[str, Any]:
-        """What training continues from, beside weights, optimizer and task. All processes must call this together.
+        """What training needs to continue, besides weights, optimizer and task. All processes must call this together.
 
-        Random generators are not among it: all draws follow from the seed and the place in the run, but those of the
-        task, which keeps its own.
+        Random generators are not included. The draws of the loop depend only on the seed and the place in the run, and
+        the task saves its own generator.
         """
         own: Dict[str, Any] = dict(meter=self.meter.state_dict(), buffers={})
         if self.accelerator.num_processes > 1:
@@ -408,7 +408,7 @@ class Trainer:
         )  # fmt: skip
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        """Continue from what `state_dict` returned, once everything is set up."""
+        """Continue from what `state_dict` returned. Call this when everything else is set up."""
         self.best = tuple(state['best'])
         self.position = Position(state['epoch'], state['batch'], state['metric'])
         if self.accelerator.scaler is not None and state['scaler'] is not None:

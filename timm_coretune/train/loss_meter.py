@@ -1,4 +1,4 @@
-"""Running losses of training, kept on the device so that a step never waits for it"""
+"""Averages of the training losses, kept on the device so that no step has to wait for it"""
 
 from collections import OrderedDict
 from typing import Any, Dict, Iterable, List, Tuple
@@ -24,7 +24,7 @@ class LossMeter:
         self.num_steps = 0
 
     def _start(self, names: Iterable[str]) -> None:
-        # 'task_loss' is called 'task' in the log, the sum of all stays 'loss'
+        # in the log 'task_loss' is called 'task', and the total stays 'loss'
         self.names = tuple(name.removesuffix('_loss') for name in names)
         device = self.accelerator.device
         self.total = torch.zeros(len(self.names), device=device)
@@ -33,7 +33,7 @@ class LossMeter:
         self.first_bad_step = torch.full((), -1.0, device=device)
 
     def update(self, result: Dict[str, torch.Tensor], step: int) -> None:
-        """Take the losses of a step out of what a task returned."""
+        """Add the losses of one step, from the dictionary that the task returned."""
         losses = {k: v for k, v in result.items() if k.endswith('loss')}
         if not self.names:
             self._start(losses)
@@ -46,10 +46,10 @@ class LossMeter:
         self.num_steps += 1
 
     def check(self) -> None:
-        """Stop a diverged run. All processes must call this together.
+        """Raise an error if training has diverged. All processes must call this together.
 
         Raises:
-            DivergedError: A loss was not finite; the message holds the step and the last finite losses.
+            DivergedError: A loss was not finite. The message gives the update and the last finite losses.
         """
         values = torch.stack([*self.last_finite, self.first_bad_step])
         rows: List[List[float]] = self.accelerator.gather(values[None]).tolist()
@@ -63,7 +63,7 @@ class LossMeter:
                 )
 
     def state_dict(self) -> Dict[str, Any]:
-        """What this process needs to go on in the middle of an epoch."""
+        """The sums of this process, with which it continues in the middle of an epoch."""
         return dict(names=list(self.names), total=self.total.tolist(), num_steps=self.num_steps)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
@@ -75,9 +75,9 @@ class LossMeter:
         return OrderedDict(zip(self.names, self.accelerator.reduce(values, 'mean').tolist(), strict=True))
 
     def now(self) -> Dict[str, float]:
-        """Losses of the last step, over all processes."""
+        """Losses of the last step, averaged over all processes."""
         return self._by_name(self.last)
 
     def average(self) -> Dict[str, float]:
-        """Mean losses of all steps so far, over all processes."""
+        """Losses averaged over all steps so far and all processes."""
         return self._by_name(self.total / self.num_steps)

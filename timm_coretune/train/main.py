@@ -1,4 +1,4 @@
-"""A run from the command line to the last line of its log"""
+"""One training run, from its command line to its results"""
 
 import functools
 import importlib
@@ -36,17 +36,17 @@ _logger = logging.getLogger(__name__)
 
 
 def kind_of(settings: Settings) -> ModuleType:
-    """The module whose functions make the parts of this run: of images, or of pixels. Both offer the same."""
+    """The module that creates the parts of this run: `segmentation` or `classification`, with the same functions."""
     return segmentation if settings.data.segmentation else classification
 
 
 class Resolved(NamedTuple):
-    """What settings came to, once data, processes and model were known.
+    """Values that follow from the settings once data, processes and model are known.
 
     Attributes:
         lr: Learning rate.
-        eval_metric: Score that decides on the best weights: the loss of training where nothing is validated.
-        num_classes: Classes of the model.
+        eval_metric: Score that selects the best epoch. 'loss', the training loss, if nothing is validated.
+        num_classes: Number of classes of the model.
     """
 
     lr: float
@@ -55,15 +55,15 @@ class Resolved(NamedTuple):
 
 
 class Run(NamedTuple):
-    """All that trains.
+    """A run that is set up and ready to train.
 
     Attributes:
-        trainer: What trains and validates.
-        loaders: What it trains and validates on.
+        trainer: Trains and validates.
+        loaders: Training and validation batches.
         epochs: Epochs still to train.
-        start_batch: Batch of the first of them to start at.
-        resolved: What settings came to.
-        lock: Held as long as the folder is written.
+        start_batch: Batch of the first of these epochs to start at.
+        resolved: Values that follow from the settings.
+        lock: Lock on the run folder, None on processes that do not write into it.
     """
 
     trainer: Trainer
@@ -75,12 +75,12 @@ class Run(NamedTuple):
 
 
 def create_loop_config(settings: Settings, eval_metric: str, reference_batch_size: float = 1.0) -> LoopConfig:
-    """What the loop takes from the settings.
+    """Options of the training loop, taken from the settings.
 
     Args:
         settings: The settings.
-        eval_metric: Score that decides on the best weights.
-        reference_batch_size: Images of a batch whose loss is not scaled.
+        eval_metric: Score that selects the best epoch.
+        reference_batch_size: Batch size at which the loss is not scaled.
     """
     data, loop = settings.data, settings.loop
     loss_scale = 'none'
@@ -110,7 +110,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
 
 
 def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, datasets: Datasets) -> Run:
-    """Create everything, in the order timm's script does."""
+    """Create all parts of a run, in the order of timm's script."""
     settings = parsed.settings
     is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
     state_path = resolve_resume(settings.output, accelerator)
@@ -162,7 +162,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
             _logger.info(f'Output: {folder}')
             try:
                 kind.save_config(plain_model, folder, data_config, datasets.class_names)
-            except ValueError as e:  # no reason not to train
+            except ValueError as e:  # training works without it
                 _logger.warning(f'There will be no {kind.CONFIG}, and no push to the Hub: {e}')
         record = RunRecord(
             folder,
@@ -196,9 +196,9 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
 
 
 def _prepare_process(parsed: ParsedArguments) -> Accelerator:
-    """Logging, device, processes and seeds of this process."""
+    """Set up logging, device, processes and random seeds in this process."""
     loop = parsed.settings.loop
-    for name in loop.device_modules or ():  # they bring further kinds of devices
+    for name in loop.device_modules or ():  # importing them registers further kinds of devices
         importlib.import_module(name)
     setup_default_logging(default_level=logging.INFO if int(os.environ.get('RANK', 0)) == 0 else logging.WARNING)
     quiet_requests()
@@ -213,7 +213,7 @@ def _prepare_process(parsed: ParsedArguments) -> Accelerator:
     if accelerator.device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    # alike on all processes: the weights that the checkpoint lacks must be; the loop seeds each process by itself
+    # all processes need the same seed to create the same new weights; later the loop seeds each process differently
     random_seed(loop.seed)
     return accelerator
 
@@ -221,7 +221,7 @@ def _prepare_process(parsed: ParsedArguments) -> Accelerator:
 def _summarize(
     kind: ModuleType, settings: ModelSettings, record: RunRecord, trainer: Trainer, datasets: Datasets
 ) -> None:
-    """Say what came out and where it is, and draw it."""
+    """Log the best score and where its weights are, and draw pictures of the run."""
     if trainer.best[0] is None:
         return
     num_classes = unwrap_model(trainer.task.get_eval_model()).num_classes
@@ -236,7 +236,7 @@ def _summarize(
 
 
 def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
-    """Train as parsed, and return what each validated epoch gave. The command that continues is made of argv."""
+    """Train and return the metrics of each validated epoch. argv only serves to log the command that continues."""
     settings, output = parsed.settings, parsed.settings.output
     kind = kind_of(settings)
     accelerator = _prepare_process(parsed)
@@ -257,7 +257,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         record.finish()
         is_over = True
     except KeyboardInterrupt:
-        # also one that was in its place when the record had not noted it yet
+        # the file of a state may be complete although the record has not noted it yet
         if record.last_state or (record.folder and find_newest_state(record.folder)):
             _logger.info(f'Interrupted. Continue with:\n{continue_command(argv, record.folder)}')
         else:

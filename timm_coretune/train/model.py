@@ -18,10 +18,10 @@ _logger = logging.getLogger(__name__)
 
 
 def resolve_num_classes(asked: Optional[int], num_data_classes: Optional[int]) -> Optional[int]:
-    """Classes of the model: those asked for, else those of the data, else None, the model's own.
+    """Number of classes: the number asked for, else that of the data, else None, which means the model's default.
 
     Raises:
-        ValueError: Fewer were asked for than the data has.
+        ValueError: Fewer classes were asked for than the data has.
     """
     if asked is None:
         return num_data_classes
@@ -36,13 +36,13 @@ def resolve_num_classes(asked: Optional[int], num_data_classes: Optional[int]) -
 def create_backbone(
     settings: ModelSettings, num_classes: Optional[int], in_chans: int, whole: bool = True
 ) -> nn.Module:
-    """Create the model and load the checkpoint it starts from.
+    """Create the model or backbone and load the checkpoint it starts from.
 
     Args:
-        settings: The model and its checkpoints.
-        num_classes: Its classes, None for as many as it has by default.
-        in_chans: Image channels.
-        whole: This is the whole model, which --initial-checkpoint is of. Otherwise it is the backbone of one.
+        settings: Model and checkpoints.
+        num_classes: Number of classes, None for the model's default.
+        in_chans: Number of image channels.
+        whole: Load --initial-checkpoint too. False for a backbone, as that checkpoint is of the model around it.
     """
     if settings.fuser:
         set_jit_fuser(settings.fuser)
@@ -85,7 +85,7 @@ def create_backbone(
 
 
 def load_initial_checkpoint(settings: ModelSettings, model: nn.Module) -> None:
-    """Load --initial-checkpoint, if there is one, with its classifier where that fits."""
+    """Load --initial-checkpoint if it is given, with its classifier if that fits the model."""
     if settings.initial_checkpoint:
         load_checkpoint(
             model,
@@ -97,7 +97,7 @@ def load_initial_checkpoint(settings: ModelSettings, model: nn.Module) -> None:
 
 
 def place_model(settings: ModelSettings, model: nn.Module, accelerator: Accelerator, aug_splits: int = 0) -> nn.Module:
-    """Move the model to its device, dtype, memory layout and kind of BatchNorm."""
+    """Move the model to its device, dtype and memory layout, and convert its BatchNorm layers."""
     if settings.split_bn:
         model = convert_splitbn_model(model, max(aug_splits, 2))
     model.to(device=accelerator.device, dtype=getattr(torch, settings.model_dtype or 'float32'))
@@ -110,7 +110,7 @@ def place_model(settings: ModelSettings, model: nn.Module, accelerator: Accelera
 
 
 def setup_ema(settings: ModelSettings, task: TrainingTask, resumed: Optional[str]) -> None:
-    """Start the moving average of the weights, or continue that of a state."""
+    """Start the moving average of the weights, or load it from the training state that is resumed."""
     if not settings.model_ema:
         return
     task.setup_ema(
@@ -123,7 +123,7 @@ def setup_ema(settings: ModelSettings, task: TrainingTask, resumed: Optional[str
 
 
 def compile_task(settings: ModelSettings, task: TrainingTask) -> None:
-    """Compile the training step, the evaluation model and its moving average, if asked for."""
+    """With --torchcompile, compile the training step, the evaluation model and its moving average."""
     if not settings.torchcompile:
         return
     task.compile(backend=settings.torchcompile, mode=settings.torchcompile_mode)

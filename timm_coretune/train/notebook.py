@@ -1,4 +1,4 @@
-"""train.py's loop for a notebook or another script: a model and two loaders"""
+"""The training loop of train.py for a notebook or script that has a model and two loaders"""
 
 import functools
 from typing import Any, Dict, List, Optional
@@ -27,27 +27,27 @@ def fine_tune(
     optimization: Optional[OptimizationSettings] = None,
     **loss_kwargs: Any,
 ) -> List[Dict[str, Any]]:
-    """Tune a timm classifier in place, by default with Core-tuning, cosine schedule and what accelerate finds.
+    """Fine-tune a timm classifier in place, by default with Core-tuning and a cosine schedule.
 
     Args:
         model: A timm classifier with its checkpoint loaded.
-        train_loader: Batches of images (B, 3, H, W) and class indices (B,), all of the same size on all processes.
-        validation_loader: The same to validate on; without it the training loss decides on the best.
-        epochs: Epochs to train.
+        train_loader: Batches of float images (B, 3, H, W) and int64 class indices (B,), with one B on all processes.
+        validation_loader: Batches to validate on. When None, the training loss selects the best epoch.
+        epochs: Number of epochs.
         lr: Learning rate at the start.
-        opt: Optimizer by timm's name.
+        opt: Name of a timm optimizer.
         weight_decay: Weight decay.
-        coretune: Core-tuning, or plain cross-entropy tuning to compare with.
-        accelerator: Device, processes and precision; created with accelerate's defaults when None.
-        config: How to train and validate.
-        optimization: Optimizer and schedule as train.py has them, in place of epochs, lr, opt and weight_decay.
+        coretune: Whether to use Core-tuning. Otherwise the loss is plain cross-entropy.
+        accelerator: Device, processes and precision. When None, accelerate's defaults.
+        config: Options of the training loop.
+        optimization: train.py's settings of optimizer and schedule, which replace epochs, lr, opt and weight_decay.
         **loss_kwargs: Arguments of CoreTuningLoss, such as contrast_weight.
 
     Returns:
-        For each epoch its index, 'epoch', and the metrics of 'train' and 'validation'.
+        A dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and 'validation'.
 
     Raises:
-        ValueError: The model is no classifier, or an argument is out of range.
+        ValueError: The model is not a classifier, or an argument is out of range.
         DivergedError: A loss was not finite.
     """
     accelerator = accelerator or Accelerator()

@@ -19,7 +19,7 @@ _logger = logging.getLogger(__name__)
 
 
 def resolve_lr(settings: OptimizationSettings, batch_size: float, num_processes: int) -> float:
-    """The learning rate: the one asked for, else the base rate scaled by the global batch as in timm."""
+    """The learning rate: --lr if given, else --lr-base scaled by the global batch size as in timm."""
     if settings.lr:
         return settings.lr
     global_batch_size = batch_size * num_processes * settings.grad_accum_steps
@@ -35,7 +35,7 @@ def resolve_lr(settings: OptimizationSettings, batch_size: float, num_processes:
 
 
 def _scale_head(optimizer: torch.optim.Optimizer, task: TrainingTask, scale: float) -> None:
-    """Give the head groups of its own, with a factor that timm's schedulers apply."""
+    """Put the head into parameter groups of its own, with an lr_scale that timm's schedulers apply."""
     head = {id(p) for p in head_parameters(task)}
     groups: List[dict] = []
     for group in optimizer.param_groups:
@@ -48,7 +48,7 @@ def _scale_head(optimizer: torch.optim.Optimizer, task: TrainingTask, scale: flo
 
 
 def create_optimizer(settings: OptimizationSettings, task: TrainingTask, lr: float) -> torch.optim.Optimizer:
-    """timm's optimizer for everything the task trains, at the resolved learning rate."""
+    """Create timm's optimizer for all that the task trains, at the learning rate lr."""
     kwargs = {**optimizer_kwargs(cfg=settings), 'lr': lr}
     optimizer = create_optimizer_v2(cast(nn.Module, task.get_trainable_module()), **kwargs, **settings.opt_kwargs)
     for group in optimizer.param_groups:
@@ -67,12 +67,12 @@ def create_schedule(
     eval_metric: str = 'top1',
     seed: int = 42,
 ) -> Tuple[Any, int]:
-    """timm's scheduler, which the loop steps itself, and the number of epochs.
+    """Create timm's scheduler, which the training loop steps, and return it with the number of epochs.
 
     Args:
-        settings: The schedule.
-        optimizer: Its groups are scheduled.
-        updates_per_epoch: Updates in an epoch.
+        settings: Kind and shape of the schedule.
+        optimizer: Optimizer whose learning rates are scheduled.
+        updates_per_epoch: Number of updates per epoch.
         eval_metric: Score that a plateau schedule watches.
         seed: Seed of the noise in the learning rate.
     """
@@ -90,7 +90,7 @@ def clip_gradients(
     task: TrainingTask,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    """Clip the gradients of what the task names, all but the classifier in mode agc."""
+    """Clip the gradients of the task's parameters, in mode agc without the classifier."""
     if settings.clip_grad is None:
         return
     parameters = list(task.get_clip_parameters(exclude_head='agc' in settings.clip_mode))

@@ -1,4 +1,4 @@
-"""What accelerate is told: device, processes, precision and trackers"""
+"""Sets up accelerate: device, processes, precision and trackers"""
 
 import logging
 import os
@@ -15,12 +15,12 @@ _logger = logging.getLogger(__name__)
 
 
 def create_accelerator(loop: LoopSettings, output: OutputSettings, device_given: bool = False) -> Accelerator:
-    """Device, processes and precision: those of accelerate launch, and --amp where it was given no precision.
+    """Create the Accelerator. What was given to accelerate launch wins over --amp.
 
     Args:
         loop: Device and precision.
-        output: Trackers, and where they write.
-        device_given: The device was asked for, not left at its default.
+        output: Trackers and their folder.
+        device_given: Whether --device was given. The default device is not enforced.
 
     Raises:
         ValueError: A tracker is not installed, or accelerate finds another device than the one asked for.
@@ -43,11 +43,11 @@ def create_accelerator(loop: LoopSettings, output: OutputSettings, device_given:
         mixed_precision=mixed_precision,
         cpu=loop.device == 'cpu' or not torch.accelerator.is_available(),
         log_with=trackers or None,
-        project_dir=output.root,  # until the folder of the run is known
+        project_dir=output.root,  # until the run folder is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not loop.no_ddp_bb)],
     )
     missing = sorted(set(trackers) - {'all'} - {str(getattr(name, 'value', name)) for name in accelerator.log_with})
-    if missing:  # accelerate leaves them out in silence
+    if missing:  # accelerate silently leaves out trackers that are not installed
         raise ValueError(f'--log-with {", ".join(missing)}: not installed. Install the package of that name.')
     if device_given and accelerator.device.type != loop.device:
         raise ValueError(
@@ -58,15 +58,15 @@ def create_accelerator(loop: LoopSettings, output: OutputSettings, device_given:
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether no process holds whole weights, or whole optimizer state."""
+    """Whether weights or optimizer state are split over the processes, by FSDP or DeepSpeed."""
     return accelerator.is_fsdp2 or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
-    """Stop where the way of distributing excludes a setting.
+    """Check that FSDP or DeepSpeed, if used, supports all settings.
 
     Raises:
-        ValueError: It does.
+        ValueError: A setting is not supported.
     """
     if os.environ.get('ACCELERATE_USE_FSDP') == 'true' and not is_sharded(accelerator):
         _logger.warning('accelerate does not shard by FSDP on this device: training by DistributedDataParallel.')
@@ -89,10 +89,10 @@ def start_trackers(output: OutputSettings, values: Mapping[str, Any], accelerato
     """Start the trackers of accelerate.
 
     Args:
-        output: Project and name of the run there.
-        values: Settings of the run by name, which the trackers show.
-        accelerator: It holds the trackers.
-        folder: Folder of the run.
+        output: Project, tags and id of the run in the trackers.
+        values: Settings of the run by name, shown by the trackers.
+        accelerator: Accelerator that was created with the trackers.
+        folder: Run folder.
     """
     if not accelerator.log_with:
         return

@@ -1,4 +1,4 @@
-"""What a run that classifies pixels is made of; classification.py offers the same functions for images"""
+"""Creates the parts of a run that classifies pixels. classification.py has the same functions for images"""
 
 import logging
 import math
@@ -41,7 +41,7 @@ from .model import create_backbone, load_initial_checkpoint
 
 _logger = logging.getLogger(__name__)
 
-CONFIG = SEGMENTATION_CONFIG_NAME  # file that describes the model of a run
+CONFIG = SEGMENTATION_CONFIG_NAME  # name of the file that describes the model in a run folder
 
 
 def _read_names(path: str) -> Optional[List[str]]:
@@ -52,7 +52,7 @@ def _read_names(path: str) -> Optional[List[str]]:
 
 
 def open_datasets(settings: Settings) -> Datasets:
-    """Open both splits, the training split unless nothing is trained. The validation split has its classes."""
+    """Open both splits, the validation split with the classes of the training split, which --eval-only leaves out."""
     data = settings.data
     options: Dict[str, Any] = dict(
         reduce_zero_label=data.reduce_zero_label,
@@ -78,7 +78,7 @@ def open_datasets(settings: Settings) -> Datasets:
 
 
 def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
-    """A head on the backbone, with what they start from, and the preprocessing of the images."""
+    """Create backbone and head, load the checkpoint, and return the model with the preprocessing of its images."""
     backbone = create_backbone(settings.model, 0, settings.data.num_channels, whole=False)
     data_config = adapt_data_config(
         resolve_data_config(vars(settings.data), model=backbone, verbose=verbose)
@@ -114,11 +114,11 @@ def _create_train_loader(
     accelerator: Accelerator,
     seed: int,
 ) -> DataLoader:
-    """Batches of augmented images and masks, which start at any place of an epoch."""
+    """Create the loader of augmented images and masks, which can start at any batch of an epoch."""
     size = data_config['input_size'][1:]
     normalization = dict(mean=data_config['mean'], std=data_config['std'])
     interpolation = settings.train_interpolation
-    if settings.no_aug or interpolation not in INTERPOLATIONS:  # random by default
+    if settings.no_aug or interpolation not in INTERPOLATIONS:  # such as 'random', the default
         interpolation = data_config['interpolation']
     if settings.no_aug:
         dataset.transform = create_eval_transform(size, **normalization, interpolation=interpolation)
@@ -147,7 +147,7 @@ def _create_validation_loader(
     dataset: Any,
     accelerator: Accelerator,
 ) -> DataLoader:
-    """Batches of images and masks, fitted into the size of the training images."""
+    """Create the loader of validation images and masks, which are fitted into the size of training images."""
     dataset.transform = create_eval_transform(
         data_config['input_size'][1:],
         mean=data_config['mean'],
@@ -168,7 +168,7 @@ def create_loaders(
     datasets: Datasets,
     accelerator: Accelerator,
 ) -> Loaders:
-    """Loaders of both splits."""
+    """Create the loaders of both splits."""
     train = validation = None
     if datasets.train is not None:
         train = _create_train_loader(settings.data, data_config, datasets.train, accelerator, settings.loop.seed)
@@ -178,7 +178,7 @@ def create_loaders(
 
 
 def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
-    """Core-tuning of pixels, or plain tuning with the cross-entropy that is a part of it."""
+    """Create the Core-tuning task for pixels, or without --coretune a task with cross-entropy over all pixels."""
     loss = settings.loss
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
@@ -199,7 +199,7 @@ def create_evaluator(
     class_names: Optional[List[str]],
     device: torch.device,
 ) -> SegmentationEvaluator:
-    """What a validation measures."""
+    """Create what computes the validation metrics."""
     return SegmentationEvaluator(num_classes, class_names, device=device)
 
 
@@ -209,7 +209,7 @@ def save_config(
     data_config: Dict[str, Any],
     class_names: Optional[List[str]],
 ) -> None:
-    """Write what load_segmentation_model needs to build the model around the weights of the folder.
+    """Write the file with which load_segmentation_model builds the model for the weights in this folder.
 
     Raises:
         ValueError: The backbone was built with an argument that JSON cannot hold.
@@ -219,7 +219,7 @@ def save_config(
 
 
 def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> None:
-    """The pixels that are contrasted, and where the contrastive loss starts."""
+    """Log the number of contrasted pixels, and the contrastive loss at chance."""
     num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
     anchors_per_image, batch_size = settings.loss.anchors_per_image, settings.data.batch_size
     num_anchors = batch_size * num_gathered * anchors_per_image
@@ -231,20 +231,20 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
 
 
 def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
-    """The line of Python that loads the weights of a run."""
+    """A line of Python that loads the best weights of a run."""
     return f"timm_coretune.load_segmentation_model('{folder}')"
 
 
 def load_pushed_hint(repo_id: str) -> str:
-    """The line of Python that loads the weights of a run from the Hub."""
+    """A line of Python that loads the weights of a run from the Hub."""
     return f"timm_coretune.load_segmentation_model('hf-hub:{repo_id}')"
 
 
 def draw(folder: str, datasets: Datasets, num_images: int = 6) -> Optional[str]:
-    """Draw the first validation images with their masks and what the saved weights of a run predict.
+    """Draw the first validation images with their masks and the predictions of the best weights of a run.
 
     Returns:
-        Path of the picture, None without validation images.
+        Path of the picture, None if there are no validation images.
 
     Raises:
         ImportError: matplotlib is not installed.

@@ -1,4 +1,4 @@
-"""From a command line to settings: flags over YAML over preset over the sample's recipe over defaults"""
+"""Parses a command line. Flags win over the YAML file, then come the preset, the sample's recipe and defaults"""
 
 import argparse
 import dataclasses
@@ -17,13 +17,13 @@ PRESETS = ('cnn', 'vit')
 
 
 class ParsedArguments(NamedTuple):
-    """What a command line says.
+    """Result of parsing a command line.
 
     Attributes:
         settings: The settings of the run.
-        text: The same as YAML, as written beside the weights; with the names of config and preset.
-        given: Names of the flags that were not left at their default.
-        assumed: One sentence on what was not given and therefore assumed, or None.
+        text: The settings as YAML, with the names of config and preset, to be written into the run folder.
+        given: Names of the settings that were given by flags or in the YAML file.
+        assumed: Message about data that was assumed because none was given, or None.
     """
 
     settings: Settings
@@ -33,7 +33,7 @@ class ParsedArguments(NamedTuple):
 
 
 def create_parser() -> Parser:
-    """The parser of train.py: a flag for every setting, and those that bring settings from elsewhere."""
+    """Create the parser of train.py: a flag for every setting, and flags that read settings from files."""
     parser = Parser(
         prog='train.py',
         description='Fine-tune a pretrained timm model on labelled images or masks, with --coretune by Core-tuning.',
@@ -45,7 +45,7 @@ def create_parser() -> Parser:
     parser.add_argument_group(TUNING).add_argument(
         '--preset',
         choices=PRESETS,
-        help='defaults for tuning that kind of model (docs/flags.md); flags win over it',
+        help='defaults for tuning a CNN or a ViT (docs/flags.md); flags win over them',
     )
     add_flags(parser, [type(getattr(Settings(), group.name)) for group in dataclasses.fields(Settings)])
     return parser
@@ -56,7 +56,7 @@ def _assets() -> Any:
 
 
 def _sample_recipe(name: str) -> Dict[str, Any]:
-    """A recipe of the bundled sample, its paths made absolute."""
+    """A recipe of the bundled sample, with absolute paths."""
     recipe = yaml.safe_load((_assets() / name).read_text())
     for key in ('data_dir', 'pretrained_path'):
         recipe[key] = str(_assets() / recipe[key])
@@ -80,7 +80,7 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
 
 
 def _assume_sample(parser: argparse.ArgumentParser, named_model: Optional[str], segmentation: bool) -> str:
-    """Make the sample and its recipe the defaults, and say so. What was given, a model above all, is left alone."""
+    """Make the bundled sample and its recipe the defaults, except for a model that was named. Returns a message."""
     name, data = 'sample.yaml', 'the bundled Fashion-MNIST sample'
     if segmentation:
         name, data = 'sample_segmentation.yaml', 'scenes made of the bundled Fashion-MNIST sample'
@@ -100,9 +100,9 @@ def _assume_sample(parser: argparse.ArgumentParser, named_model: Optional[str], 
 
 
 def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
-    """Parse a command line and stop with a sentence where it contradicts itself."""
+    """Parse a command line. Exits with an error message if settings contradict each other."""
     parser = create_parser()
-    # what was given explicitly: the same parser without defaults
+    # a parser without defaults tells what was given explicitly
     bare = create_parser()
     for action in bare._actions:
         action.default = argparse.SUPPRESS
@@ -114,7 +114,7 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     if not any(given.get(key) for key in ('data', 'data_dir', 'dataset')):
         assumed = _assume_sample(parser, given.get('model'), given.get('segmentation', False))
     if given.keys() & {'preset', 'lr_base', 'lr_base_size', 'lr_base_scale'}:
-        parser.set_defaults(lr=None)  # else the rate of the sample's recipe would win over them
+        parser.set_defaults(lr=None)  # otherwise the lr of the sample's recipe would win over them
     if given.get('preset'):
         if given['preset'] not in PRESETS:
             parser.error(f'argument --preset: {given["preset"]!r} in the config, choose from {", ".join(PRESETS)}')
@@ -126,7 +126,7 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     args.data_dir = args.data_dir or args.data
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     args.eval_only = args.eval_only or args.epochs == 0
-    args.epochs = args.epochs or 1  # a schedule needs an epoch, which is not trained
+    args.epochs = args.epochs or 1  # a schedule needs an epoch, though none is trained
     settings = Settings.from_flat(vars(args))
     for problem in find_contradictions(settings):
         parser.error(problem)

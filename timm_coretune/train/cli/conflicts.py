@@ -1,4 +1,4 @@
-"""Settings that exclude each other, or that nothing here can honour: a function for each group of flags"""
+"""Finds settings that exclude each other or are not supported, with a function for each group of flags"""
 
 import os
 from typing import Any, Dict, List
@@ -9,7 +9,7 @@ from ...evaluation.scores import FURTHER_OF_IMAGES, OF_PIXELS, scores_of_images
 from ...segmentation.data.transforms import INTERPOLATIONS
 from .settings import Settings
 
-Conditions = Dict[str, Any]  # a sentence, and whether it holds by its truth value
+Conditions = Dict[str, Any]  # error message -> a value that is true if the error is present
 _DEVICES = ('cpu', 'cuda', 'mps', 'xpu', 'npu', 'hpu', 'mlu', 'musa', 'sdaa')
 
 
@@ -19,7 +19,7 @@ def split_names(names: str) -> List[str]:
 
 
 def find_contradictions(settings: Settings) -> List[str]:
-    """Sentences on settings that exclude each other. Each begins with the flags it is about."""
+    """Error messages about settings that exclude each other. Each begins with the flags that it is about."""
     groups = (_of_losses, _of_models, _of_augmentation, _of_batches, _of_segmentation, _of_the_loop, _of_outputs)
     return [sentence for group in groups for sentence, holds in group(settings).items() if holds]
 

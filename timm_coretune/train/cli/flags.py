@@ -1,4 +1,4 @@
-"""From a field of a dataclass to a flag of the command line"""
+"""Turns the fields of dataclasses into flags of the command line"""
 
 import argparse
 import dataclasses
@@ -12,15 +12,15 @@ from timm.utils import ParseKwargs
 
 @dataclass(frozen=True)
 class Flag:
-    """How a field stands on the command line.
+    """How a field appears on the command line.
 
     Attributes:
-        help: What it does, in words that need no other flag's help.
-        metavar: What its value is called in the help, where that is not of its kind: N, X or NAME.
-        names: Further names, such as -b.
-        nargs: Number of values, where it is fixed.
-        const: Value of the flag without one.
-        section: Title in the help, from this field on or for this one alone.
+        help: What the flag does. It must be clear without the help of other flags.
+        metavar: Name of the value in the help. When None, it follows from the type: N, X or NAME.
+        names: Further names of the flag, such as -b.
+        nargs: Number of values, if it is fixed.
+        const: Value if the flag is given without one.
+        section: Title of the section in the help that starts with this field.
     """
 
     help: str
@@ -32,7 +32,7 @@ class Flag:
 
 
 def flag(default: Any, help: str, metavar: Optional[str] = None, **kwargs: Any) -> Any:
-    """A field of a dataclass that is a flag too. Its name and its kind are those of the field."""
+    """A field of a dataclass that is also a flag. Name and type of the flag are those of the field."""
     metadata = {'flag': Flag(help, metavar, **kwargs)}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
@@ -40,12 +40,12 @@ def flag(default: Any, help: str, metavar: Optional[str] = None, **kwargs: Any) 
 
 
 def default_of(f: 'dataclasses.Field[Any]') -> Any:
-    """Default of a field, a copy of its own where it can be changed."""
+    """Default of a field. A list or dictionary is a new copy in each call."""
     return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
 
 
 def _kind_of(annotation: Any) -> Dict[str, Any]:
-    """What argparse takes for the values of an annotated field: type, choices, nargs or action."""
+    """Arguments of argparse for a field with this annotation: type, choices, nargs or action."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin is Union:  # Optional
         return _kind_of(next(part for part in parts if part is not type(None)))
@@ -63,7 +63,7 @@ def _kind_of(annotation: Any) -> Dict[str, Any]:
 
 
 def describe(f: 'dataclasses.Field[Any]') -> str:
-    """The help of a field, with its default unless that is nothing or told in words."""
+    """The help of a field, with its default, unless that is empty or already in the text."""
     text, default = f.metadata['flag'].help, default_of(f)
     if default in (None, '', [], {}) or default is False or '(default: ' in text:
         return text
@@ -79,7 +79,7 @@ def names_of(f: 'dataclasses.Field[Any]') -> List[str]:
 
 
 def add_flags(parser: argparse.ArgumentParser, groups: Sequence[type]) -> None:
-    """Add every field of some dataclasses as a flag, below the title of its section."""
+    """Add every field of these dataclasses to a parser as a flag, below the title of its section."""
     sections: Dict[Optional[str], Any] = {group.title: group for group in parser._action_groups}
     for group in groups:
         hints, current = get_type_hints(group), None
@@ -105,20 +105,20 @@ def add_flags(parser: argparse.ArgumentParser, groups: Sequence[type]) -> None:
 
 
 def nearest(name: str, known: Sequence[str]) -> str:
-    """A hint at the known name that is most like one that is not known, empty if none is."""
+    """A hint that gives the known name most similar to an unknown one, empty if none is similar."""
     near = difflib.get_close_matches(name, known, n=1)
     return f' (nearest: {near[0]})' if near else ''
 
 
 class _OneLineEach(argparse.HelpFormatter):
-    """Keeps a flag and its help on one line where they are not shown on a terminal, for the sake of grep."""
+    """Prints a flag and its help on one line unless stdout is a terminal, so that grep finds both."""
 
     def __init__(self, prog: str):
         super().__init__(prog, max_help_position=60, width=None if sys.stdout.isatty() else 240)
 
 
 class Parser(argparse.ArgumentParser):
-    """Answers an unknown flag with the nearest one."""
+    """A parser that answers an unknown flag with the most similar known one."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=_OneLineEach, **kwargs)

@@ -61,7 +61,7 @@ class DataSettings:
     workers: int = flag(4, 'data loading processes per training process', names=('-j',))
     pin_mem: bool = flag(False, 'load images into page-locked memory, to copy them faster to a GPU')
     no_prefetcher: bool = flag(False, 'normalise images in the data loading processes, not on the device')
-    worker_seeding: Literal['all', 'part'] = flag('all', "seed all generators of data loading, or not NumPy's")
+    worker_seeding: Literal['all', 'part'] = flag('all', "seed loader processes: all generators, or part (not NumPy's)")
     use_multi_epochs_loader: bool = flag(False, 'keep data loading processes running between epochs')
 
     no_aug: bool = flag(False, 'do not augment training images', section='augmentation')
@@ -93,7 +93,7 @@ class DataSettings:
     train_img_sizes: Optional[List[int]] = flag(
         None, 'image sizes in pixels; every training batch has one of them', section=SIZES
     )
-    train_batch_sizes: Optional[List[int]] = flag(None, 'batch size of each of --train-img-sizes (default: the same)')
+    train_batch_sizes: Optional[List[int]] = flag(None, 'batch sizes for --train-img-sizes (default: --batch-size)')
     train_size_probs: Optional[List[float]] = flag(None, 'probability of each of --train-img-sizes (default: even)')
     train_size_schedule: Literal['constant', 'progressive'] = flag('constant', 'how --train-img-sizes vary over time')
     train_size_schedule_spread: float = flag(0.65, 'how widely a progressive --train-size-schedule draws sizes')
@@ -114,7 +114,7 @@ class DataSettings:
     naflex_patchify_channels_first: bool = flag(False, 'order the values of a NaFlex patch by channel first')
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
-    class_balance: bool = flag(False, 'batches in which every class appears at least twice')
+    class_balance: bool = flag(False, 'batches in which a class appears at least twice or not at all')
 
     segmentation: bool = flag(False, 'segmentation: classify pixels, on images with masks', section=SEGMENTATION)
     reduce_zero_label: bool = flag(False, 'ignore mask value 0; value 1 is the first class', section=SEGMENTATION)
@@ -207,7 +207,7 @@ class LossSettings:
     kd_temperature: float = flag(4.0, 'temperature of distillation, which divides the logits')
     kd_student_feature_dim: Optional[int] = flag(None, 'feature width of the student (default: from the model)')
     kd_teacher_feature_dim: Optional[int] = flag(None, 'feature width of the teacher (default: from the model)')
-    kd_token_distill_type: Literal['soft', 'hard'] = flag('soft', 'teacher output that the token learns')
+    kd_token_distill_type: Literal['soft', 'hard'] = flag('soft', 'teacher output for the distillation token')
 
     def coretune_kwargs(self) -> Dict[str, Any]:
         """Arguments for CoreTuningLoss, except num_features, which depends on the model."""
@@ -248,8 +248,8 @@ class OptimizationSettings:
     lr_noise: Optional[List[float]] = flag(None, 'start and end of learning rate noise, as shares of the run')
     lr_noise_pct: float = flag(0.67, 'limit of the learning rate noise, as a share of the rate')
     lr_noise_std: float = flag(1.0, 'standard deviation of the learning rate noise')
-    lr_cycle_mul: float = flag(1.0, 'factor of the length of each learning rate cycle over the last')
-    lr_cycle_decay: float = flag(0.5, 'factor of the learning rate of each cycle over the last')
+    lr_cycle_mul: float = flag(1.0, 'length of each learning rate cycle relative to the one before')
+    lr_cycle_decay: float = flag(0.5, 'learning rate of each cycle relative to the one before')
     lr_cycle_limit: int = flag(1, 'number of learning rate cycles')
     lr_k_decay: float = flag(1.0, 'k of the k-decay of cosine and poly schedules')
     warmup_lr: float = flag(1e-5, 'learning rate at the start of warm-up')
@@ -310,7 +310,7 @@ class OutputSettings:
 
     log_with: str = flag('', 'experiment trackers, comma-separated, such as tensorboard', 'LIST', section=TUNING)
 
-    push_to_hub: Optional[str] = flag(None, 'Hub repository for the best weights', 'OWNER/NAME', section=PUBLISHING)
+    push_to_hub: Optional[str] = flag(None, 'push the best weights to this Hub repo', 'OWNER/NAME', section=PUBLISHING)
     hub_private: bool = flag(False, 'make the repository of --push-to-hub private')
     hub_revision: Optional[str] = flag(None, 'branch of --push-to-hub, created if missing (default: main)')
 

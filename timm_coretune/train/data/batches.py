@@ -1,4 +1,4 @@
-"""Batches on their way to the model: from any place in an epoch, in step over processes, on the device"""
+"""Feeds batches to the model: from any batch of an epoch, equally many on all processes, on the device"""
 
 import itertools
 import logging
@@ -16,15 +16,15 @@ Input = Union[torch.Tensor, Dict[str, Any]]
 
 
 def _order_of(loader: Any) -> Any:
-    """What orders the batches of a loader. timm's loader of many epochs wraps it, as torch's batches wrap an order."""
-    sampler = getattr(getattr(loader, 'loader', loader), 'batch_sampler', None)  # behind a prefetching loader
+    """The sampler that orders the batches of a loader, taken out of the wrappers that torch and timm put around it."""
+    sampler = getattr(getattr(loader, 'loader', loader), 'batch_sampler', None)  # under a prefetching loader
     return sampler if isinstance(sampler, EpochBatchSampler) else getattr(sampler, 'sampler', sampler)
 
 
 def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
-    """The batches of an epoch from `start` on.
+    """The batches of an epoch from batch `start` on.
 
-    A loader of our own starts there. Any other is read up to there, which is exact only if it draws by epoch.
+    A resumable loader starts there. Any other has to read the batches before, and its later ones may then differ.
     """
     sampler = _order_of(loader)
     part: Any
@@ -37,7 +37,7 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
         if isinstance(erasing, SeededErasing):
             erasing.start(epoch, start)
         inner = getattr(loader, 'loader', loader)
-        if hasattr(inner, 'iterator'):  # timm's loader of many epochs: anew, unless it comes to this place by itself
+        if hasattr(inner, 'iterator'):  # timm's multi-epochs loader: restart it unless its next batch is the right one
             if start or getattr(inner, 'next_epoch', None) != epoch:
                 inner.iterator = DataLoader.__iter__(inner)
             inner.next_epoch = None if start else epoch + 1
@@ -51,19 +51,19 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
 
 
 def is_even(loader: Any, accelerator: Accelerator) -> bool:
-    """Whether all processes are known to have as many batches."""
+    """Whether all processes are known to have equally many batches."""
     return accelerator.num_processes == 1 or isinstance(_order_of(loader), EpochBatchSampler)
 
 
 def count_batches(loader: Any, accelerator: Accelerator) -> int:
-    """Batches an epoch that every process expects to have."""
+    """Number of batches per epoch that every process expects to have."""
     if is_even(loader, accelerator):
         return len(loader)
     return int(accelerator.gather(torch.tensor([len(loader)], device=accelerator.device)).min())
 
 
 def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> Iterator[Any]:
-    """End on every process when the first runs out, as the others would wait for it for ever."""
+    """End on all processes when the first runs out of batches, since the others would wait for it forever."""
     if is_even(loader, accelerator):
         yield from batches
         return
@@ -78,7 +78,7 @@ def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> It
 
 
 def num_own_samples(loader: Any, accelerator: Accelerator) -> Optional[int]:
-    """Validation images of this process without those a distributed sampler repeats to even out, None without one."""
+    """Number of validation images of this process, without a sampler's repetitions. None if nothing is repeated."""
     if accelerator.num_processes == 1 or isinstance(getattr(loader, 'dataset', None), IterableDataset):
         return None
     return len(range(accelerator.process_index, len(loader.dataset), accelerator.num_processes))
@@ -90,7 +90,7 @@ def to_device(
     channels_last: bool = False,
     dtype: Optional[torch.dtype] = None,
 ) -> Tuple[Input, torch.Tensor]:
-    """Images, or patches by name, and labels on the device, where a prefetching loader has put them already."""
+    """Move images (or a dictionary of NaFlex patches) and labels to the device, unless the loader has done so."""
     input, target = batch[0], batch[1].to(device, non_blocking=True)
     if isinstance(input, dict):
         moved = {k: v.to(device, non_blocking=True) for k, v in input.items() if isinstance(v, torch.Tensor)}

@@ -1,4 +1,4 @@
-"""Labelled images: timm's data sets, and parts of them"""
+"""Opens data sets of labelled images through timm, whole or in part"""
 
 import os
 import random
@@ -16,13 +16,13 @@ from ..cli.settings import DataSettings
 
 
 class Datasets(NamedTuple):
-    """What is trained and validated on.
+    """The two splits of a run.
 
     Attributes:
-        train: Labelled training images.
+        train: Labelled training images, None if nothing is trained.
         validation: Labelled validation images, None without a validation split.
-        num_classes: Classes of the training split, None where the data set cannot tell.
-        class_names: Their names by index, None where the data set cannot tell.
+        num_classes: Number of classes, None if the data set cannot tell.
+        class_names: Names of the classes by index, None if the data set cannot tell.
     """
 
     train: Optional[Dataset]
@@ -32,7 +32,7 @@ class Datasets(NamedTuple):
 
 
 class _Convert:
-    """A transform behind a conversion of the image."""
+    """Converts an image to a PIL mode, then applies a transform."""
 
     def __init__(self, img_mode: str, transform: Optional[Callable]):
         self.img_mode = img_mode
@@ -44,7 +44,7 @@ class _Convert:
 
 
 class ConvertedImages(Dataset):
-    """Images of a torchvision data set in another PIL mode, as timm's own data sets hand them over.
+    """A torchvision data set whose images are converted to a PIL mode, as timm does in its own data sets.
 
     Args:
         dataset: A data set that applies its `transform` to PIL images.
@@ -72,11 +72,11 @@ class ConvertedImages(Dataset):
 
 
 class LabelledSubset(Dataset):
-    """Part of a data set, which takes the transform that timm's loader sets.
+    """Part of a data set. Its `transform`, which timm's loader sets, is that of the whole data set.
 
     Args:
-        dataset: The whole.
-        indices: The part.
+        dataset: The whole data set.
+        indices: Indices of the images that belong to the part.
     """
 
     def __init__(self, dataset: Dataset, indices: List[int]):
@@ -99,7 +99,7 @@ class LabelledSubset(Dataset):
 
 
 def get_labels(dataset: Dataset) -> Optional[List[int]]:
-    """Class of every image without reading the images, or None where the data set cannot tell."""
+    """Class of every image, known without reading the images, or None if the data set cannot tell."""
     if isinstance(dataset, LabelledSubset):
         whole = get_labels(dataset.dataset)
         return None if whole is None else [whole[index] for index in dataset.indices]
@@ -113,9 +113,9 @@ def get_labels(dataset: Dataset) -> Optional[List[int]]:
         return reader.label.tolist()
     if hasattr(reader, 'iter_targets'):
         labels = list(reader.iter_targets())
-    elif hasattr(reader, 'targets'):  # of torchvision
+    elif hasattr(reader, 'targets'):  # a torchvision data set
         labels = list(reader.targets)
-    elif hasattr(reader, 'samples'):  # of folders
+    elif hasattr(reader, 'samples'):  # a data set of folders
         labels = [sample[1] for sample in reader.samples]
     else:
         return None
@@ -124,7 +124,7 @@ def get_labels(dataset: Dataset) -> Optional[List[int]]:
 
 
 def count_labels(dataset: Optional[Dataset]) -> Optional[List[int]]:
-    """Images of each class that occurs, None where the data set cannot tell."""
+    """Number of images of each class that occurs, None if the data set cannot tell."""
     labels = None if dataset is None else get_labels(dataset)
     return None if labels is None else list(Counter(labels).values())
 
@@ -162,7 +162,7 @@ def _create_split(settings: DataSettings, split: str, is_training: bool, seed: i
 
 
 def get_img_mode(settings: DataSettings) -> str:
-    """PIL mode of the images: the one asked for, else that of their channels."""
+    """PIL mode of the images: --input-img-mode if given, else RGB for three channels, else L."""
     return settings.input_img_mode or ('RGB' if settings.num_channels == 3 else 'L')
 
 
@@ -174,7 +174,7 @@ def _class_names(dataset: Dataset) -> Optional[Dict[Any, int]]:
 
 
 def take_fraction(dataset: Dataset, labels: Optional[Sequence[int]], fraction: float, seed: int) -> Dataset:
-    """The same share of every class, at least one image, in the order of the whole.
+    """Take the same share of the images of each class, at least one, in their original order.
 
     Raises:
         ValueError: The labels are not known.
@@ -197,12 +197,12 @@ def take_fraction(dataset: Dataset, labels: Optional[Sequence[int]], fraction: f
 
 
 def create_datasets(settings: DataSettings, with_training: bool = True, seed: int = 42) -> Datasets:
-    """Open both splits.
+    """Open the training split and the validation split.
 
     Args:
-        settings: Where the images are.
-        with_training: Open the training split too.
-        seed: Seed of the choice of images where a fraction of them is used, and of streams.
+        settings: Where the images are and how they are read.
+        with_training: Whether to open the training split.
+        seed: Seed for choosing the images of --label-fraction, and for shuffling streams.
 
     Raises:
         ValueError: The data does not exist, holds no images, or the splits have different classes.

@@ -1,4 +1,4 @@
-"""Loaders of labelled images: timm's, which start at any place of an epoch"""
+"""Creates timm's loaders of labelled images, made to start at any batch of an epoch"""
 
 from typing import Any, Dict, NamedTuple, Optional, Sized, cast
 
@@ -21,7 +21,7 @@ from .datasets import Datasets, get_labels
 
 
 class Loaders(NamedTuple):
-    """Loaders of both splits, and pixel mixup where the training loader does not do it itself."""
+    """Loaders of both splits, and pixel mixup if the training loader does not apply it itself."""
 
     train: Any
     validation: Any
@@ -46,13 +46,13 @@ class LoaderFactory:
 
     Args:
         settings: Augmentation, batches and loader processes.
-        data_config: What images are resized to and normalised by, from timm's resolve_data_config.
-        model: The model, which tells the number of classes and the patch size.
+        data_config: Size, normalisation and interpolation of images, from timm's resolve_data_config.
+        model: Model that gives the number of classes and the patch size.
         accelerator: Device and processes.
         img_dtype: Dtype of the images.
         smoothing: Label smoothing, which pixel mixup applies to its soft targets.
-        seed: Seed of order and augmentation.
-        epochs: Epochs of the run, over which scheduled sizes grow.
+        seed: Seed for the order and the augmentation of images.
+        epochs: Number of epochs, over which a progressive schedule of image sizes grows.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class LoaderFactory:
         """Create the loaders.
 
         Raises:
-            ValueError: The training split does not fill one batch, or cannot be read in the order asked for.
+            ValueError: The training split does not fill one batch, or --class-balance or --aug-repeats is impossible.
         """
         settings, train = self.settings, None
         if datasets.train is not None:
@@ -221,7 +221,7 @@ class LoaderFactory:
         settings = self.settings
         num_workers = settings.workers
         if self.accelerator.num_processes > 1 and any(name in settings.dataset for name in ('tfds', 'wds')):
-            num_workers = min(2, settings.workers)  # as timm does, their shards pad less with few workers
+            num_workers = min(2, settings.workers)  # as in timm: with fewer workers these data sets repeat fewer images
         kwargs = dict(
             batch_size=settings.validation_batch_size or settings.batch_size,
             interpolation=self.data_config['interpolation'],
@@ -241,7 +241,7 @@ class LoaderFactory:
 
 
 def check_fills_a_batch(loader: Any, dataset: Dataset, batch_size: int, num_processes: int) -> None:
-    """Raise a ValueError if a training loader has no batch."""
+    """Raise a ValueError if a training loader has not a single batch."""
     if len(loader) == 0:
         raise ValueError(
             f'Expected at least one batch of {batch_size} images for each of {num_processes} process(es), the training '
@@ -250,7 +250,7 @@ def check_fills_a_batch(loader: Any, dataset: Dataset, batch_size: int, num_proc
 
 
 def mean_batch_size(settings: DataSettings, loader: Any) -> float:
-    """Images of a batch on average, where sizes are scheduled, as timm scales the learning rate by it."""
+    """Mean number of images per batch and process. As in timm, the learning rate is scaled by it if sizes vary."""
     if settings.train_img_sizes and loader is not None:
         return loader.batch_sampler.batches.average_batch_size
     return float(settings.batch_size)

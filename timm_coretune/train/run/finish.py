@@ -1,4 +1,4 @@
-"""How a run ends: what came out, where it is, and on its way to the Hub"""
+"""The end of a run: logs the results, draws pictures and pushes to the Hub"""
 
 import json
 import logging
@@ -27,22 +27,22 @@ _logger = logging.getLogger(__name__)
 
 
 def continue_command(argv: List[str], folder: str) -> str:
-    """The command that continues an interrupted run in its folder."""
+    """The shell command that continues an interrupted run in its folder."""
     output, name = os.path.split(os.path.abspath(folder))
     words = ['--output', output, '--experiment', name, '--resume', 'auto']
-    # neither a __main__.py nor the script timm-coretune can be launched with the flags of training alone
+    # accelerate cannot launch a __main__.py or an installed script by its path with the flags of training alone
     installed = os.path.basename(sys.argv[0]) in ('__main__.py', 'timm-coretune', 'timm-coretune-train')
     script = '-m timm_coretune.train' if installed else shlex.quote(sys.argv[0])
     return f'accelerate launch {script} {shlex.join([*argv, *words])}'
 
 
 def log_best(record: RunRecord, trainer: Trainer, load_hint: str) -> None:
-    """Say how good the best weights and those of the last epoch are, and where they lie.
+    """Log the scores of the best and the last epoch, and where the best weights are.
 
     Args:
-        record: Knows the folder and the last epoch.
-        trainer: Knows the best.
-        load_hint: The line of Python that loads the weights.
+        record: Has the run folder and the score of the last epoch.
+        trainer: Has the best score and its epoch.
+        load_hint: A line of Python that loads the best weights.
     """
     metric, epoch = trainer.best
     _logger.info(f'*** Best metric: {metric} (epoch {epoch})')
@@ -54,7 +54,7 @@ def log_best(record: RunRecord, trainer: Trainer, load_hint: str) -> None:
 
 
 def draw_tables(record: RunRecord) -> None:
-    """Draw the curves of a run, and its confusion matrix where there is one.
+    """Draw the learning curves of a run, and its confusion matrix if there is one.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -67,10 +67,10 @@ def draw_tables(record: RunRecord) -> None:
 
 
 def push(settings: OutputSettings, folder: str, is_over: bool) -> None:
-    """Push the run, and say how to try again before a failure can keep it from saying so.
+    """Push the run to the Hub. The command to try again is logged first, in case the process is killed.
 
     Raises:
-        SystemExit: It was trained, but not pushed.
+        SystemExit: The run was trained, but not pushed.
     """
     repo_id: Optional[str] = settings.push_to_hub
     assert repo_id is not None

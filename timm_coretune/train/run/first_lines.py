@@ -1,4 +1,4 @@
-"""The first lines of the log: what people otherwise ask about a run that goes wrong"""
+"""The first lines of the log, with what one needs to know when a run goes wrong"""
 
 import logging
 from typing import Any, Dict, List, Optional, Sized, Tuple, cast
@@ -13,7 +13,7 @@ _logger = logging.getLogger(__name__)
 
 
 def describe_counts(name: str, counts: Optional[List[int]], num_images: int, num_classes: Optional[int]) -> str:
-    """Images and classes of a split in a few words."""
+    """Describe the number of images and classes of a split in one line."""
     if not counts:
         what = f'{num_classes} classes' if num_classes else 'classes unknown before they are read'
         return f'{name}: {num_images} images, {what}'
@@ -21,7 +21,7 @@ def describe_counts(name: str, counts: Optional[List[int]], num_images: int, num
 
 
 def log_data(datasets: Datasets) -> None:
-    """Images and classes of both splits."""
+    """Log the number of images and classes of both splits."""
     for name, dataset in (('Training', datasets.train), ('Validation', datasets.validation)):
         if dataset is not None:
             num_images = len(cast(Sized, dataset))
@@ -31,14 +31,14 @@ def log_data(datasets: Datasets) -> None:
 def _learning_rates(scheduler: Any, optimizer: torch.optim.Optimizer, t: int) -> Optional[List[float]]:
     try:
         values = scheduler._get_lr(t)
-    except (AttributeError, AssertionError):  # none, or one that waits for metrics
+    except (AttributeError, AssertionError):  # no scheduler, or one that waits for metrics
         return None
     values = values if isinstance(values, (list, tuple)) else [values] * len(optimizer.param_groups)
     return [v * group.get('lr_scale', 1.0) for v, group in zip(values, optimizer.param_groups, strict=True)]
 
 
 def log_update_size(batch_size: int, grad_accum_steps: int, num_processes: int, updates_per_epoch: int) -> None:
-    """The images of an update, and the updates of an epoch."""
+    """Log the number of images per update and of updates per epoch."""
     _logger.info(
         f'An update: {batch_size} images x {grad_accum_steps} batch(es) x {num_processes} process(es) = '
         f'{batch_size * grad_accum_steps * num_processes} images; {updates_per_epoch} updates an epoch.'
@@ -52,7 +52,7 @@ def log_optimization(
     num_epochs: int,
     updates_per_epoch: int,
 ) -> None:
-    """The first, middle and last learning rate of every group of parameters, and what does not train."""
+    """Log the first, middle and last learning rate of every parameter group, and how much is frozen."""
     per_epoch = scheduler is None or scheduler.t_in_epochs
     end = num_epochs if per_epoch else num_epochs * updates_per_epoch
     moments = [_learning_rates(scheduler, optimizer, t) for t in (0, end // 2, max(end - 1, 0))]

@@ -1,4 +1,4 @@
-"""The folder of a run: made, taken by one run at a time, found again"""
+"""The run folder: created, locked by one run at a time, and searched for training states"""
 
 import glob
 import logging
@@ -20,7 +20,7 @@ LOCK_NAME = '.lock'
 
 
 def _lock(folder: str) -> Optional[FileLock]:
-    """Hold the folder until the lock is released or this process ends, None when another run holds it."""
+    """Lock the folder until the lock is released or this process ends. Returns None if another run holds it."""
     lock = FileLock(os.path.join(folder, LOCK_NAME), blocking=False)
     try:
         lock.acquire()
@@ -30,39 +30,39 @@ def _lock(folder: str) -> Optional[FileLock]:
 
 
 def folder_of(settings: OutputSettings, name: str = '') -> str:
-    """Path of the folder that a run asks for.
+    """Path of the run folder that the settings ask for.
 
     Args:
-        settings: Where runs are written, and what this one is called.
-        name: What it is called otherwise.
+        settings: Parent folder and name of the run.
+        name: Name of the run if the settings have none.
     """
     return os.path.join(settings.root, settings.experiment or name)
 
 
 def default_name(model: str, img_size: int) -> str:
-    """Name of a run that was given none, as timm names it: of the time, the model and the size of the images."""
+    """Default name of a run, as in timm: time, model and image size."""
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(model), str(img_size)])
 
 
 def take_folder(settings: OutputSettings, name: str, resumed: Optional[str]) -> Tuple[str, FileLock]:
-    """Make the folder of a run, or take that of the state it continues.
+    """Create and lock the folder of a run, or lock that of the training state it continues.
 
-    A folder that holds a run already is left alone: a number is added to the name.
+    A folder that already holds another run is not touched. A number is appended to the name instead.
 
     Args:
-        settings: Where runs are written, and what this one is called.
-        name: What it is called otherwise.
-        resumed: State that is continued, None for a new run.
+        settings: Parent folder and name of the run.
+        name: Name of the run if the settings have none.
+        resumed: Path of the training state that is continued, None for a new run.
 
     Returns:
-        The folder, and the lock that keeps it. Release the lock when the run is over.
+        The folder and its lock. Release the lock when the run is over.
 
     Raises:
-        ValueError: It cannot be written, or another run that is not over writes it.
+        ValueError: The folder cannot be written, or another run is writing into it.
     """
     wanted = folder = folder_of(settings, name)
     continues = resumed is not None and os.path.abspath(os.path.dirname(resumed)) == os.path.abspath(folder)
-    # a run that --resume auto found nothing of was stopped before its first epoch ended
+    # --resume auto takes over a folder whose run was stopped before its first epoch ended
     mark = SUMMARY_NAME if settings.resume == 'auto' else ARGS_NAME
     number = 0
     try:
@@ -85,10 +85,10 @@ def take_folder(settings: OutputSettings, name: str, resumed: Optional[str]) -> 
 
 
 def read_state(path: str) -> Dict[str, Any]:
-    """Read a state of train.py, unpickling nothing but tensors, plain values and the namespace of arguments.
+    """Read a training state. Only tensors, plain values and the namespace of arguments are unpickled.
 
     Raises:
-        ValueError: The file is cut, corrupt or no state.
+        ValueError: The file is truncated, damaged or not a training state.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -105,15 +105,15 @@ def read_state(path: str) -> Dict[str, Any]:
 
 
 def progress_of(state: Dict[str, Any]) -> Tuple[int, int]:
-    """Epoch and batch a state continues with."""
+    """Epoch and batch at which training continues from a state."""
     run = state.get('run_state')
-    if run is None:  # of timm's own script
+    if run is None:  # written by timm's own script
         return state['epoch'] + (1 if state.get('version', 1) > 1 else 0), 0
     return run['epoch'], run['batch']
 
 
 def find_newest_state(folder: str) -> Optional[str]:
-    """Path of the intact state that got farthest, None if there is none. Damaged files are named and passed over."""
+    """Path of the intact state with the most training, None if there is none. Logs damaged files and skips them."""
     best: Optional[Tuple[Tuple[int, int], str]] = None
     paths: List[str] = []
     for pattern in STATE_PATTERNS:

@@ -1,4 +1,4 @@
-"""What a run leaves on disk: states to continue from, weights to use, a summary"""
+"""Writes the run folder: training states to continue from, the best weights and a summary"""
 
 import contextlib
 import csv
@@ -33,7 +33,7 @@ from .resume import Continuation, LoopState
 
 
 class _Saver(CheckpointSaver):
-    """timm's, but a file is in its place at every moment; timm removes the old one before it puts the new one there."""
+    """timm's saver, but files are replaced in one step. timm's own removes the old file before it moves the new one."""
 
     def _replace(self, src: str, dst: str) -> None:
         move_into_place(src, dst)
@@ -48,11 +48,11 @@ class _Saver(CheckpointSaver):
                 shutil.copy2(src, temporary)
 
     def restore(self, best: Tuple[Optional[float], Optional[int]], metrics: Dict[int, float]) -> None:
-        """Rank the checkpoints that are there, as an uninterrupted run would have.
+        """Rank the states in the folder as an uninterrupted run would have ranked them.
 
         Args:
-            best: Best metric and its epoch.
-            metrics: Metric of every epoch that was validated.
+            best: Best score and its epoch.
+            metrics: Score of every validated epoch.
         """
         self.best_metric, self.best_epoch = best
         files = [(self._checkpoint_path(epoch), metric) for epoch, metric in metrics.items()]
@@ -66,16 +66,16 @@ class _Saver(CheckpointSaver):
 
 
 class RunRecord:
-    """Writes the folder of a run. It exists on all processes, since collecting a state takes all; one writes.
+    """Writes the run folder. All processes have a record, since all take part in collecting a state; one writes.
 
     Args:
-        folder: The folder, on the main process.
-        task: What is trained.
-        optimizer: Its optimizer.
+        folder: The run folder. Only the main process needs it.
+        task: Task that is trained.
+        optimizer: Optimizer of the task.
         accelerator: Processes and trackers.
-        settings: How many states are kept, and whether batches become pictures.
-        saved: All settings of the run, as states keep them. Its eval_metric ranks the epochs.
-        publish_ema: The weights to use are the moving average.
+        settings: How many states are kept, and whether batches are saved as pictures.
+        saved: All settings of the run, which are stored in states. The eval_metric in them ranks the epochs.
+        publish_ema: Whether the best weights are saved from the moving average.
     """
 
     def __init__(
@@ -124,7 +124,7 @@ class RunRecord:
     def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, RuntimeError) as e:  # torch raises the second when a disk is full
+        except (OSError, RuntimeError) as e:  # torch raises RuntimeError when a disk is full
             for name in os.listdir(self.folder):
                 if name.endswith(TEMPORARY_SUFFIX) or name in UNFINISHED_STATE_NAMES:
                     os.unlink(self.path(name))
@@ -134,7 +134,7 @@ class RunRecord:
             ) from e
 
     def continue_from(self, continuation: Continuation) -> None:
-        """Go on where a state of this folder stopped: rows and ranks of what came later are dropped."""
+        """Continue a state of this folder. Rows and ranks of later epochs are dropped."""
         path = self.last_state = continuation.path
         if path is None or self.saver is None:
             return
@@ -159,14 +159,14 @@ class RunRecord:
             writer.writerows(rows)
 
     def save_images(self, input: Any, batch_idx: int) -> None:
-        """Write a batch as a picture, if asked for."""
+        """Save a batch as a picture, with --save-images only."""
         if self.with_images and self.saver is not None and isinstance(input, torch.Tensor):
             from torchvision.utils import save_image
 
             save_image(input, self.path(f'train-batch-{batch_idx}.jpg'), padding=0, normalize=True)
 
     def save_recovery(self, trainer: Trainer, epoch: int, update: int) -> None:
-        """Save a state in the middle of an epoch."""
+        """Save a training state in the middle of an epoch."""
         if trainer.is_sharded:
             return
         self.loop_state.values = trainer.state_dict()
@@ -185,7 +185,7 @@ class RunRecord:
     ) -> None:
         """Add a row to the summary, save the weights if they are the best so far, then a state.
 
-        In this order: a state says that all before it is there, and what comes after an older one is written again.
+        The state comes last, so all files up to its epoch exist. After a crash, later ones are written again.
         """
         weights = self._published_weights(trainer) if is_best else None
         if not trainer.is_sharded:
@@ -221,13 +221,13 @@ class RunRecord:
                 self.last_state = self.path(LAST_STATE_NAME)
 
     def finish(self) -> None:
-        """Remove the states in the middle of epochs, once the run is over."""
+        """Remove the states saved within epochs. Call this when the run is over."""
         if self.saver is not None:
             for path in glob.glob(os.path.join(glob.escape(self.folder), RECOVERY_PATTERN)):
                 os.unlink(path)
 
     def _published_weights(self, trainer: Trainer) -> Dict[str, torch.Tensor]:
-        """Weights of the plain timm model, or of its moving average. A sharded model is gathered by all processes."""
+        """Weights of the plain timm model or of its moving average. All processes must call this together."""
         if trainer.is_sharded:
             module = cast(nn.Module, trainer.task.get_trainable_module())
             state_dict: Dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a run continues from: the state that --resume names, into task and optimizer"""
+"""Continues a run: loads the training state that --resume names into task and optimizer"""
 
 import logging
 import os
@@ -14,7 +14,7 @@ from .folder import find_newest_state, folder_of, progress_of, read_state
 
 _logger = logging.getLogger(__name__)
 
-# settings that may differ without a word when a run is continued
+# settings that may differ without a warning when a run is continued
 _MAY_DIFFER = {
     *('resume', 'output', 'experiment', 'start_epoch', 'config', 'eval_only', 'local_rank', 'data', 'preset'),
 }
@@ -23,8 +23,8 @@ _MAY_DIFFER = {
 class LoopState:
     """Carries the state of the training loop into timm's checkpoints and back.
 
-    timm's saver and its resume take along one more object that has a state; they mean a loss scaler. That the state is
-    collected by all processes, and saved by one, is why it waits here in between.
+    timm's saver and resume function accept one more object with a state, meant to be a loss scaler. All processes
+    collect the state of the loop, then one saves it. In between it is kept here.
     """
 
     state_dict_key = 'run_state'
@@ -40,14 +40,14 @@ class LoopState:
 
 
 class Continuation(NamedTuple):
-    """Where a run goes on.
+    """The place at which a run continues.
 
     Attributes:
-        path: The state it continues, None for a new run.
+        path: Path of the training state, None for a new run.
         epoch: Epoch to continue with.
         batch: Batch of the epoch to continue with.
-        best: Best metric so far and its epoch.
-        loop_state: State of the training loop, empty where it is not continued.
+        best: Best score so far and its epoch.
+        loop_state: State of the training loop, empty if it is not continued.
     """
 
     path: Optional[str] = None
@@ -58,7 +58,7 @@ class Continuation(NamedTuple):
 
 
 def resolve_resume(settings: OutputSettings, accelerator: Accelerator) -> Optional[str]:
-    """Path of the state that --resume names, the same on all processes; None to start anew.
+    """Path of the training state that --resume names, the same on all processes. None to start a new run.
 
     Raises:
         ValueError: There is no such state, or it is damaged.
@@ -95,14 +95,14 @@ def resume(
     with_optimizer: bool,
     values: Mapping[str, Any],
 ) -> Continuation:
-    """Load a state into task and optimizer, whose learning rates and weight decay stay as they are.
+    """Load a training state into task and optimizer. Learning rates and weight decay are not taken from the state.
 
     Args:
-        path: The state, None for a new run.
-        task: What trains.
-        optimizer: Its optimizer.
-        with_optimizer: Load the state of the optimizer and of the training loop too.
-        values: Settings of this run by name. The log tells where those of the state were others.
+        path: Path of the state, None for a new run.
+        task: Task that is trained.
+        optimizer: Optimizer of the task.
+        with_optimizer: Whether to load the states of the optimizer and of the training loop too.
+        values: Settings of this run by name. The log names those that were different in the state.
     """
     if path is None:
         return Continuation()
