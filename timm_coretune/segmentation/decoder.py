@@ -1,7 +1,7 @@
 """Decoders: torchvision's segmentation heads without their last layer, from feature maps to features of pixels"""
 
 from collections import OrderedDict
-from typing import List, Tuple
+from typing import List, Literal, Tuple, get_args
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,8 @@ from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FeaturePyramidNetwork
 
-HEADS = ('deeplabv3', 'fcn', 'fpn')
+Head = Literal['deeplabv3', 'fcn', 'fpn']
+HEADS = get_args(Head)
 _PYRAMID_CHANNELS = 256
 
 

@@ -11,6 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Mapping, Optional
 
+from ...segmentation.decoder import Head
 from .flags import flag
 
 SavedArguments = argparse.Namespace  # type in which timm's saver stores the arguments of a run
@@ -22,7 +23,6 @@ OWN_SECTIONS = (CORE_TUNING, TUNING, SEGMENTATION, PUBLISHING)
 
 Scaling = Literal['none', 'sqrt', 'linear']
 Dtype = Literal['float32', 'float16', 'bfloat16']
-Head = Literal['deeplabv3', 'fcn', 'fpn']
 
 
 @dataclass(frozen=True)
