@@ -3,7 +3,10 @@
 import csv
 
 import pytest
+from ranks import launch_ranks
 from runs import results_of, train
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
+from validation_worker import sorted_images
 
 
 def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_path, read_csv):
@@ -40,3 +43,22 @@ def test_a_run_that_gets_no_better_stops(data, tmp_path, read_csv, messages):
     train(data, tmp_path, '--epochs', 9, '--patience', 2, '--lr', 1e-30)
     assert [row['epoch'] for row in read_csv(tmp_path / 'run' / 'summary.csv')] == ['0', '1', '2']
     assert 'No better top1 in 2 validations: stopping.' in messages()
+
+
+@pytest.mark.slow
+def test_two_processes_count_each_image_once_whatever_the_loader(tmp_path):
+    images, labels = sorted_images().tensors
+    logits = images.flatten(1)
+    predicted = logits.argmax(dim=1)
+    matrix = confusion_matrix(labels, predicted).tolist()
+    expected = {
+        'top1': 100 * accuracy_score(labels, predicted),
+        'macro_f1': 100 * f1_score(labels, predicted, average='macro'),
+        'loss': log_loss(labels, logits.double().softmax(dim=1)),
+    }
+    for found in launch_ranks('validation_worker.py', 2, tmp_path):
+        assert len(found) == 7
+        for name, (scores, counts) in found.items():
+            assert counts == matrix, name
+            assert {key: scores[key] for key in expected} == pytest.approx(expected, rel=1e-5), name
+            assert scores['ece'] == pytest.approx(found['plain'][0]['ece'], rel=1e-5), name
