@@ -279,7 +279,7 @@ class LoopSettings:
     local_rank: int = flag(0, 'index of the process on its machine, set by accelerate launch', names=('--local_rank',))
     device_modules: Optional[List[str]] = flag(None, 'Python modules to import for further kinds of devices')
     seed: int = flag(42, 'random seed')
-    dist_bn: str = flag('reduce', "how processes share BatchNorm statistics: reduce, broadcast or ''")
+    dist_bn: Literal['reduce', 'broadcast', 'none', ''] = flag('reduce', 'how processes share BatchNorm statistics')
 
     start_epoch: Optional[int] = flag(None, 'epoch to start at (default: that of --resume, else 0)', section='loop')
     log_interval: int = flag(50, 'updates between lines of the training log')
