@@ -1,5 +1,6 @@
 """The training loop: epochs of training and validation"""
 
+import copy
 import logging
 import sys
 import time
@@ -43,7 +44,8 @@ class LoopConfig:
         recovery_interval: Updates between training states saved within an epoch, 0 for none.
         synchronize_step: Wait for the device after every update.
         dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', 'none' or ''.
-        validate_ema: Validate the moving average of the weights too. Its score then selects the best epoch.
+        validate_ema: Validate the moving average of the weights too. The better of both is the score of an epoch.
+        ema_publish: Whose score counts if there is a moving average: 'better' for the better of both, or 'ema'.
         tta: Number of neighbouring images whose outputs are averaged in validation, 0 for none.
         eval_metric: Name of the score that selects the best epoch. Without validation it is the training loss.
         patience: Validations without improvement after which training stops, None for never.
@@ -63,6 +65,7 @@ class LoopConfig:
     synchronize_step: bool = False
     dist_bn: str = 'reduce'
     validate_ema: bool = True
+    ema_publish: str = 'better'
     tta: int = 0
     eval_metric: str = 'top1'
     patience: Optional[int] = None
@@ -138,6 +141,8 @@ class Trainer:
         self.freezer = freezer
         self.record = record
         self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
+        # after a validation: has its tables, and whether its scores are those of the moving average
+        self.scored, self.ema_counts = self.evaluator, True
         self.meter = LossMeter(accelerator)
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
@@ -323,11 +328,22 @@ class Trainer:
             distribute_bn(self.task.get_eval_model(ema=ema), num_processes, how == 'reduce')
 
     def evaluate(self, loader: Any) -> Dict[str, float]:
-        """Validate the weights, then their moving average if config.validate_ema is set. Returns the last metrics."""
-        metrics = self.validate(loader)
-        if self.task.has_ema() and self.config.validate_ema:
-            self._distribute_batch_norm(ema=True)
-            metrics = self.validate(loader, ema=True)
+        """Validate the weights, and their moving average if config.validate_ema is set.
+
+        Returns:
+            The metrics of the better of both by config.eval_metric, of the average if they are equal.
+        """
+        metrics, self.scored = self.validate(loader), self.evaluator
+        if not (self.task.has_ema() and self.config.validate_ema):
+            return metrics
+        scored = copy.deepcopy(self.evaluator)
+        self._distribute_batch_norm(ema=True)
+        ema_metrics, name = self.validate(loader, ema=True), self.config.eval_metric
+        self.ema_counts = self.config.ema_publish == 'ema' or not is_better(name, metrics[name], ema_metrics[name])
+        if self.ema_counts:
+            return ema_metrics
+        self.scored = scored
+        _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
         return metrics
 
     def _out_of_patience(self, epoch: int) -> bool:

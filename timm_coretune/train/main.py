@@ -102,6 +102,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         synchronize_step=loop.synchronize_step,
         dist_bn='' if settings.model.sync_bn else loop.dist_bn,
         validate_ema=not settings.model.model_ema_force_cpu,
+        ema_publish=settings.model.model_ema_publish,
         tta=loop.tta,
         eval_metric=eval_metric,
         patience=loop.patience,

@@ -75,7 +75,7 @@ class RunRecord:
         accelerator: Processes and trackers.
         settings: How many states are kept, and whether batches are saved as pictures.
         saved: All settings of the run, which are stored in states. The eval_metric in them ranks the epochs.
-        publish_ema: Whether the best weights are saved from the moving average.
+        publish_ema: Whether the best weights are saved from the moving average, in epochs in which its score counts.
     """
 
     def __init__(
@@ -216,10 +216,10 @@ class RunRecord:
                     write_header=not os.path.exists(path),
                 )
             if weights is not None:
-                kind = 'ema' if self.publish_ema else 'model'
+                kind = 'ema' if self.publish_ema and trainer.ema_counts else 'model'
                 save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind)
                 if eval_metrics is not None:
-                    trainer.evaluator.write(self.folder)
+                    trainer.scored.write(self.folder)
             if not trainer.is_sharded:
                 metric = trainer.position.metric
                 self.saver.save_checkpoint(
@@ -248,4 +248,4 @@ class RunRecord:
             return {
                 k.removeprefix('model.'): v for k, v in tensors.items() if not is_wrapped or k.startswith('model.')
             }  # fmt: skip
-        return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema))
+        return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema and trainer.ema_counts))
