@@ -152,6 +152,30 @@ def test_a_rate_of_the_head_holds_without_a_scheduler_too():
     assert scheduler is None
 
 
+@pytest.mark.parametrize('head_lr_scale', [1.0, 10.0])
+def test_a_decay_from_layer_to_layer_holds_without_a_scheduler_too(head_lr_scale):
+    task = create_task()
+    given = dict(layer_decay=0.5, head_lr_scale=head_lr_scale, warmup_epochs=0)
+    alone = create_optimizer(OptimizationSettings(sched='none', **given), task, 0.08)
+    scheduled = create_optimizer(OptimizationSettings(**given), task, 0.08)
+    scheduler, _ = create_schedule(OptimizationSettings(**given), scheduled, 5)
+    scheduler.step(0)
+    assert [group['lr'] for group in alone.param_groups] == [group['lr'] for group in scheduled.param_groups]
+    head = {id(p) for p in head_parameters(task)}
+    rates = {group['lr'] / 0.08 for group in alone.param_groups if id(group['params'][0]) not in head}
+    assert sorted(rates, reverse=True) == pytest.approx([0.5 ** (layer + 1) for layer in range(len(rates))])
+    assert len(rates) > 2
+    rates = {group['lr'] / 0.08 for group in alone.param_groups if id(group['params'][0]) in head}
+    assert rates == {head_lr_scale}
+
+
+def test_an_accumulation_longer_than_an_epoch_counts_the_batches_of_the_epoch(messages):
+    settings = OptimizationSettings(grad_accum_steps=8)
+    assert resolve_lr(settings, 64, 2, batches_per_epoch=3) == pytest.approx(0.1 * 64 * 2 * 3 / 256)
+    assert messages('WARNING') == ['--grad-accum-steps 8: an epoch has 3 batch(es), and no update has more.']
+    assert resolve_lr(settings, 64, 2, batches_per_epoch=8) == pytest.approx(0.1 * 64 * 2 * 8 / 256)
+
+
 def test_a_learning_rate_that_is_not_given_follows_the_global_batch():
     def lr(opt, batch, processes, accum, scale=''):
         settings = OptimizationSettings(lr_base_scale=scale, opt=opt, grad_accum_steps=accum)

@@ -1,11 +1,13 @@
 """The loop: gradients of accumulated batches, validation that counts each image once, patience, and its end"""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import timm
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DeepSpeedPlugin
 from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningTask
@@ -13,6 +15,7 @@ from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import create_datasets
 from timm_coretune.train.loop import LoopConfig
+from timm_coretune.train.processes import check_accumulation
 
 
 @pytest.mark.parametrize(
@@ -34,6 +37,81 @@ def test_patience_counts_validations(monkeypatch, metrics, val_interval, patienc
     monkeypatch.setattr(trainer, 'evaluate', lambda loader: {'top1': metrics[trained[-1]]})
     trainer.fit([], [], range(len(metrics)))
     assert len(trained) == stop
+
+
+def fitted(monkeypatch, losses, scores=None, start=0, best=(None, None), **config):
+    """A trainer after epochs with these losses and scores, and the epochs that it trained."""
+    task = ClassificationTask(torch.nn.Linear(1, 2), torch.nn.CrossEntropyLoss(), verbose=False)
+    trainer = Trainer(task, torch.optim.SGD(task.parameters(), 0.1), Accelerator(cpu=True), config=LoopConfig(**config))
+    trainer.best = best
+    trained = []
+    monkeypatch.setattr(trainer, 'train_one_epoch', lambda epoch, *_: trained.append(epoch) or {'loss': losses[epoch]})
+    monkeypatch.setattr(trainer, 'evaluate', lambda loader: {trainer.config.eval_metric: scores[trained[-1]]})
+    trainer.fit([], None if scores is None else [], range(start, len(losses)))
+    return trainer, trained
+
+
+@pytest.mark.parametrize('eval_metric', ['top1', 'loss'])
+def test_without_validation_the_lowest_training_loss_is_the_best(monkeypatch, messages, eval_metric):
+    losses = [3.0, 2.0, 1.0, 1.5, 1.4, 0.5]
+    trainer, trained = fitted(monkeypatch, losses, patience=2, eval_metric=eval_metric)
+    assert trainer.best == (1.0, 2)
+    assert trained == [0, 1, 2, 3, 4]
+    assert 'No better loss in 2 validations: stopping.' in messages()
+
+
+@pytest.mark.parametrize('eval_metric, sign', [('top1', 1), ('loss', -1)])
+@pytest.mark.parametrize(
+    'scores, best',
+    [([math.nan, 1.0, 2.0], 2), ([1.0, math.nan, 0.5], 0), ([math.nan, math.nan], 0), ([math.nan, 3.0, math.nan], 1)],
+)
+def test_not_a_number_is_worse_than_any_score(monkeypatch, eval_metric, sign, scores, best):
+    scores = [sign * score for score in scores]
+    trainer, _ = fitted(monkeypatch, [0.0] * len(scores), scores, eval_metric=eval_metric)
+    assert trainer.best[1] == best
+
+
+def test_patience_is_not_lost_in_epochs_without_a_score(monkeypatch):
+    # a run that starts late, and one whose best is of another --val-interval: both end with a validation
+    _, trained = fitted(monkeypatch, [0.0] * 9, [1.0] * 9, start=6, patience=1, val_interval=4)
+    assert trained == [6, 7, 8]
+    _, trained = fitted(monkeypatch, [0.0] * 9, [1.0] * 9, start=3, best=(2.0, 2), patience=1, val_interval=2)
+    assert trained == [3, 4, 5]
+
+
+def test_a_way_to_share_statistics_that_there_is_not_is_refused():
+    for dist_bn in ('reduce', 'broadcast', 'none', ''):
+        LoopConfig(dist_bn=dist_bn)
+    with pytest.raises(ValueError, match="got 'mean'"):
+        LoopConfig(dist_bn='mean')
+
+
+def test_gradients_that_accelerate_would_divide_too_are_refused():
+    task = ClassificationTask(torch.nn.Linear(1, 2), torch.nn.CrossEntropyLoss(), verbose=False)
+    optimizer = torch.optim.SGD(task.parameters(), 0.1)
+    with pytest.raises(ValueError, match=r'gradient_accumulation_steps 4 in accelerate.*--grad-accum-steps 4'):
+        Trainer(task, optimizer, Accelerator(cpu=True, gradient_accumulation_steps=4))
+
+
+def test_gradients_that_deepspeed_would_divide_too_are_refused():
+    def check(plugin):
+        # an Accelerator with this plugin needs DeepSpeed
+        state = SimpleNamespace(deepspeed_plugin=plugin)
+        check_accumulation(SimpleNamespace(gradient_accumulation_steps=1, state=state))
+
+    for steps in (1, 'auto'):
+        check(DeepSpeedPlugin(gradient_accumulation_steps=steps))
+    config = {'zero_optimization': {'stage': 2}, 'gradient_accumulation_steps': 3}
+    with pytest.raises(ValueError, match=r'steps 3 in the configuration of DeepSpeed.*raise the batch size'):
+        check(DeepSpeedPlugin(hf_ds_config=config))
+
+
+def test_float16_on_a_cpu_is_said_to_be_float32(messages):
+    task = ClassificationTask(torch.nn.Linear(1, 2), torch.nn.CrossEntropyLoss(), verbose=False)
+    Trainer(task, torch.optim.SGD(task.parameters(), 0.1), Accelerator(cpu=True, mixed_precision='fp16'))
+    (warning,) = messages('WARNING')
+    assert warning == 'Mixed precision in float16 needs a GPU: this run computes in float32, on the CPU.'
+    assert task(torch.rand(2, 1), torch.tensor([0, 1]))['output'].dtype == torch.float32
 
 
 def test_neighbouring_outputs_are_averaged_in_validation():

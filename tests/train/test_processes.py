@@ -43,6 +43,15 @@ def two_processes(tmp_path_factory):
     return output, flags
 
 
+def test_an_accumulation_that_was_given_to_accelerate_is_refused_before_data_is_read(tmp_path):
+    words = [sys.executable, ROOT / 'train.py', *SMALL_VIT, '--output', tmp_path]
+    finished = run_command(words, {**ENVIRONMENT, 'ACCELERATE_GRADIENT_ACCUMULATION_STEPS': '4'}, check=False)
+    assert finished.returncode != 0
+    assert 'gradient_accumulation_steps 4 in accelerate' in finished.stderr
+    assert '--grad-accum-steps 4' in finished.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_processes_train_as_one_with_twice_the_batch(two_processes, read_csv):
     output, flags = two_processes
     run(sys.executable, ROOT / 'train.py', *flags, '--experiment', 'one', '-b', '128')

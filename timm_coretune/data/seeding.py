@@ -26,16 +26,25 @@ def seed_generators(key: int, device: Optional[torch.device] = None) -> None:
 
 
 @contextlib.contextmanager
+def kept_generators(device: Optional[torch.device] = None) -> Iterator[None]:
+    """Restore the generators of Python, NumPy and torch after the context, on the CPU and, if given, on a device."""
+    accelerator = [] if device is None or device.type == 'cpu' else [device]
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        with torch.random.fork_rng(accelerator, device_type=accelerator[0].type if accelerator else 'cuda'):
+            yield
+    finally:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)  # noqa: NPY002
+
+
+@contextlib.contextmanager
 def seeded(key: int, device: Optional[torch.device] = None) -> Iterator[None]:
     """Seed all generators in the context and restore them after it. Loader workers draw nothing else and skip that."""
     if get_worker_info() is not None:
         seed_generators(key)
         yield
         return
-    accelerator = [] if device is None or device.type == 'cpu' else [device]
-    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(accelerator, device_type=accelerator[0].type if accelerator else 'cuda'):
+    with kept_generators(device):
         seed_generators(key, device)
         yield
-    random.setstate(python_state)
-    np.random.set_state(numpy_state)  # noqa: NPY002

@@ -3,6 +3,7 @@
 All code that shows, ranks or publishes a score reads this table.
 """
 
+import math
 from typing import Dict, Mapping, NamedTuple, Optional, Protocol, Sequence, Tuple
 
 import torch
@@ -71,10 +72,18 @@ def scores_of_images(metrics: Sequence[str] = ()) -> Tuple[str, ...]:
     return (*OF_IMAGES, *(score for name, score in FURTHER_OF_IMAGES.items() if score and name in metrics))
 
 
+def for_ranking(name: str, value: float) -> float:
+    """A value of a score as it is ranked: NaN, which compares with nothing, is the worst of all."""
+    if not math.isnan(value):
+        return value
+    return -math.inf if SCORES[name].higher_is_better else math.inf
+
+
 def is_better(name: str, value: float, other: Optional[float]) -> bool:
-    """Whether a value of a score is better than another. Any value is better than None."""
+    """Whether a value of a score is better than another. Any value is better than None, any but NaN than NaN."""
     if other is None:
         return True
+    value, other = for_ranking(name, value), for_ranking(name, other)
     return value > other if SCORES[name].higher_is_better else value < other
 
 

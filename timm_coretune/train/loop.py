@@ -1,5 +1,6 @@
 """The training loop: epochs of training and validation"""
 
+import copy
 import logging
 import sys
 import time
@@ -15,13 +16,13 @@ from timm.utils import AverageMeter, distribute_bn, unwrap_model
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.seeding import make_key, seed_generators
+from ..data.seeding import kept_generators, make_key, seed_generators
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import Evaluator, is_better
 from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
 from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
-from .processes import is_sharded
+from .processes import check_accumulation, is_sharded
 
 _logger = logging.getLogger(__name__)
 
@@ -42,10 +43,11 @@ class LoopConfig:
         val_interval: Epochs between validations.
         recovery_interval: Updates between training states saved within an epoch, 0 for none.
         synchronize_step: Wait for the device after every update.
-        dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', '' for not at all.
-        validate_ema: Validate the moving average of the weights too. Its score then selects the best epoch.
+        dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', 'none' or ''.
+        validate_ema: Validate the moving average of the weights too. The better of both is the score of an epoch.
+        ema_publish: Whose score counts if there is a moving average: 'better' for the better of both, or 'ema'.
         tta: Number of neighbouring images whose outputs are averaged in validation, 0 for none.
-        eval_metric: Name of the score that selects the best epoch.
+        eval_metric: Name of the score that selects the best epoch. Without validation it is the training loss.
         patience: Validations without improvement after which training stops, None for never.
         mixup_off_epoch: First epoch without pixel mixup, 0 for never.
     """
@@ -63,10 +65,15 @@ class LoopConfig:
     synchronize_step: bool = False
     dist_bn: str = 'reduce'
     validate_ema: bool = True
+    ema_publish: str = 'better'
     tta: int = 0
     eval_metric: str = 'top1'
     patience: Optional[int] = None
     mixup_off_epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dist_bn not in ('reduce', 'broadcast', 'none', ''):
+            raise ValueError(f"Expected dist_bn to be 'reduce', 'broadcast', 'none' or '', got {self.dist_bn!r}.")
 
 
 class Position(NamedTuple):
@@ -120,6 +127,9 @@ class Trainer:
         record: Optional[Any] = None,
         evaluator: Optional[Evaluator] = None,
     ):
+        check_accumulation(accelerator)
+        if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
+            _logger.warning('Mixed precision in float16 needs a GPU: this run computes in float32, on the CPU.')
         # Loaders and scheduler are not prepared: timm's loaders are not all DataLoaders, its schedulers count updates.
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
         self.task = task
@@ -131,6 +141,8 @@ class Trainer:
         self.freezer = freezer
         self.record = record
         self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
+        # after a validation: has its tables, and whether its scores are those of the moving average
+        self.scored, self.ema_counts = self.evaluator, True
         self.meter = LossMeter(accelerator)
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
@@ -311,18 +323,35 @@ class Trainer:
         return metrics
 
     def _distribute_batch_norm(self, ema: bool = False) -> None:
-        if self.accelerator.num_processes > 1 and self.config.dist_bn and not self.is_sharded:
-            distribute_bn(
-                self.task.get_eval_model(ema=ema), self.accelerator.num_processes, self.config.dist_bn == 'reduce'
-            )
+        how, num_processes = self.config.dist_bn, self.accelerator.num_processes
+        if num_processes > 1 and how in ('reduce', 'broadcast') and not self.is_sharded:
+            distribute_bn(self.task.get_eval_model(ema=ema), num_processes, how == 'reduce')
 
     def evaluate(self, loader: Any) -> Dict[str, float]:
-        """Validate the weights, then their moving average if config.validate_ema is set. Returns the last metrics."""
-        metrics = self.validate(loader)
-        if self.task.has_ema() and self.config.validate_ema:
-            self._distribute_batch_norm(ema=True)
-            metrics = self.validate(loader, ema=True)
+        """Validate the weights, and their moving average if config.validate_ema is set.
+
+        Returns:
+            The metrics of the better of both by config.eval_metric, of the average if they are equal.
+        """
+        metrics, self.scored = self.validate(loader), self.evaluator
+        if not (self.task.has_ema() and self.config.validate_ema):
+            return metrics
+        scored = copy.deepcopy(self.evaluator)
+        self._distribute_batch_norm(ema=True)
+        ema_metrics, name = self.validate(loader, ema=True), self.config.eval_metric
+        self.ema_counts = self.config.ema_publish == 'ema' or not is_better(name, metrics[name], ema_metrics[name])
+        if self.ema_counts:
+            return ema_metrics
+        self.scored = scored
+        _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
         return metrics
+
+    def _out_of_patience(self, epoch: int) -> bool:
+        """Whether the scores up to this epoch, the last one with a score, have not got better for too long."""
+        best_epoch, patience = self.best[1], self.config.patience
+        if not patience or best_epoch is None:
+            return False
+        return epoch - best_epoch >= patience * self.config.val_interval
 
     def _start_epoch(self, epoch: int) -> None:
         if self.freezer is not None and self.freezer.start_epoch(epoch):
@@ -339,7 +368,7 @@ class Trainer:
         epochs: range,
         start_batch: int = 0,
     ) -> List[Dict[str, Any]]:
-        """Train, validate and save, epoch by epoch.
+        """Train, validate and save, epoch by epoch. The generators of Python, NumPy and torch are as before afterwards.
 
         Args:
             train_loader: Batches of images and targets.
@@ -350,6 +379,12 @@ class Trainer:
         Returns:
             A dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and 'validation'.
         """
+        with kept_generators(self.accelerator.device):
+            return self._fit(train_loader, validation_loader, epochs, start_batch)
+
+    def _fit(
+        self, train_loader: Any, validation_loader: Optional[Any], epochs: range, start_batch: int
+    ) -> List[Dict[str, Any]]:
         results = []
         config = self.config
         for epoch in epochs:
@@ -358,10 +393,11 @@ class Trainer:
             start_batch = 0
             self._distribute_batch_norm()
             metric = None
+            name = 'loss' if validation_loader is None else config.eval_metric
             if (epoch + 1) % config.val_interval == 0 or epoch + 1 == epochs.stop:
                 eval_metrics = self.evaluate(validation_loader) if validation_loader is not None else None
                 metric = train_metrics['loss'] if eval_metrics is None else eval_metrics[config.eval_metric]
-                is_best = is_better(config.eval_metric, metric, self.best[0])
+                is_best = is_better(name, metric, self.best[0])
                 if is_best:
                     self.best = (metric, epoch)
                 self.position = Position(epoch + 1, metric=metric)
@@ -370,8 +406,8 @@ class Trainer:
                     self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
-            if config.patience and epoch - (self.best[1] or 0) >= config.patience * config.val_interval:
-                _logger.info(f'No better {config.eval_metric} in {config.patience} validations: stopping.')
+            if metric is not None and self._out_of_patience(epoch):
+                _logger.info(f'No better {name} in {config.patience} validations: stopping.')
                 break
         return results
 

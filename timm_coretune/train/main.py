@@ -24,10 +24,10 @@ from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
 from .loss_meter import DivergedError
 from .model import compile_task, place_model, resolve_num_classes, setup_ema
-from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
-from .processes import check_strategy, create_accelerator, start_trackers
+from .optimization import clip_gradients, count_accumulated, create_optimizer, create_schedule, resolve_lr
+from .processes import check_strategy, create_accelerator, precision_of, start_trackers
 from .run.finish import continue_command, draw_tables, log_best, print_results, push
-from .run.first_lines import log_data, log_optimization, log_update_size
+from .run.first_lines import log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, find_newest_state, take_folder
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume
@@ -102,6 +102,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         synchronize_step=loop.synchronize_step,
         dist_bn='' if settings.model.sync_bn else loop.dist_bn,
         validate_ema=not settings.model.model_ema_force_cpu,
+        ema_publish=settings.model.model_ema_publish,
         tta=loop.tta,
         eval_metric=eval_metric,
         patience=loop.patience,
@@ -124,9 +125,11 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         kind.log_contrast(settings, datasets, num_processes)
 
     optimization = settings.optimization
-    batch_size, accum = mean_batch_size(settings.data, loaders.train), optimization.grad_accum_steps
+    batch_size = mean_batch_size(settings.data, loaders.train)
+    num_batches = None if loaders.train is None else len(loaders.train)
+    accum = count_accumulated(optimization.grad_accum_steps, num_batches)
     resolved = Resolved(
-        lr=resolve_lr(optimization, batch_size, num_processes),
+        lr=resolve_lr(optimization, batch_size, num_processes, num_batches),
         eval_metric='loss' if datasets.validation is None else settings.loop.eval_metric,
         num_classes=cast(int, model.num_classes),
     )
@@ -139,7 +142,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     start_epoch, start_batch = continuation.epoch, continuation.batch
     if settings.loop.start_epoch is not None:
         start_epoch, start_batch = settings.loop.start_epoch, 0
-    updates_per_epoch = 1 if loaders.train is None else -(-len(loaders.train) // accum)
+    updates_per_epoch = 1 if num_batches is None else -(-num_batches // accum)
     scheduler, num_epochs = create_schedule(
         optimization, optimizer, updates_per_epoch, resolved.eval_metric, settings.loop.seed
     )
@@ -153,6 +156,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         _logger.info(f'Only the head trains for {optimization.freeze_epochs} epoch(s).')
     log_update_size(settings.data.batch_size, accum, num_processes, updates_per_epoch)
     log_optimization(task, optimizer, scheduler, num_epochs, updates_per_epoch)
+    if not settings.loop.eval_only:
+        log_average(task.get_trainable_module(ema=True), num_epochs * updates_per_epoch)
 
     record, lock, folder = None, None, ''
     if not settings.loop.eval_only:
@@ -208,7 +213,7 @@ def _prepare_process(parsed: ParsedArguments) -> Accelerator:
         _logger.info(parsed.assumed)
     _logger.info(
         f'Training with {accelerator.num_processes} process(es) on {accelerator.device}, mixed precision: '
-        f'{accelerator.mixed_precision}.'
+        f'{precision_of(accelerator)}.'
     )
     if accelerator.device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True

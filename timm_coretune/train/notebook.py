@@ -1,16 +1,53 @@
 """The training loop of train.py for a notebook or script that has a model and two loaders"""
 
+import dataclasses
 import functools
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from timm.task import ClassificationTask, TrainingTask
 
+from ..data.seeding import seeded
 from ..task import CoreTuningTask
 from .cli.settings import OptimizationSettings
 from .loop import LoopConfig, Trainer
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
+
+
+def _with_one_accumulation(
+    config: LoopConfig, optimization: OptimizationSettings
+) -> Tuple[LoopConfig, OptimizationSettings]:
+    """Both with the grad_accum_steps of the one that has it, since the loop reads it in one and the rate in the other.
+
+    Raises:
+        ValueError: They differ.
+    """
+    of_loop, of_rate = config.grad_accum_steps, optimization.grad_accum_steps
+    if of_loop != of_rate and 1 not in (of_loop, of_rate):
+        raise ValueError(
+            f'Expected one number of batches per update, got grad_accum_steps {of_loop} in config and {of_rate} in '
+            'optimization. Leave it out in one of them.'
+        )
+    steps = max(of_loop, of_rate)
+    return (
+        dataclasses.replace(config, grad_accum_steps=steps),
+        dataclasses.replace(optimization, grad_accum_steps=steps),
+    )  # fmt: skip
+
+
+def _batch_size_of(loader: Any) -> int:
+    """Images per batch and process.
+
+    Raises:
+        ValueError: The loader does not tell.
+    """
+    order: Any = getattr(loader, 'batch_sampler', None)
+    size = getattr(loader, 'batch_size', None) or getattr(order, 'batch_size', None)
+    if size is None:
+        raise ValueError('Expected a loader with a batch_size, to scale lr_base by, got one without. Give lr instead.')
+    return size // (order.num_processes if getattr(order, 'split_batches', False) else 1)
 
 
 def fine_tune(
@@ -25,14 +62,19 @@ def fine_tune(
     accelerator: Optional[Accelerator] = None,
     config: Optional[LoopConfig] = None,
     optimization: Optional[OptimizationSettings] = None,
+    seed: Optional[int] = None,
     **loss_kwargs: Any,
 ) -> List[Dict[str, Any]]:
     """Fine-tune a timm classifier in place, by default with Core-tuning and a cosine schedule.
 
+    All random draws follow from the seed: those of the loss, of the model, and of a loader without workers. The
+    generators of Python, NumPy and torch are as before afterwards.
+
     Args:
         model: A timm classifier with its checkpoint loaded.
         train_loader: Batches of float images (B, 3, H, W) and int64 class indices (B,), with one B on all processes.
-        validation_loader: Batches to validate on. When None, the training loss selects the best epoch.
+        validation_loader: Batches to validate on. In several processes a loader that is plain, prepared by accelerate
+            or has a DistributedSampler. When None, the training loss selects the best epoch.
         epochs: Number of epochs.
         lr: Learning rate at the start.
         opt: Name of a timm optimizer.
@@ -41,46 +83,53 @@ def fine_tune(
         accelerator: Device, processes and precision. When None, accelerate's defaults.
         config: Options of the training loop.
         optimization: train.py's settings of optimizer and schedule, which replace epochs, lr, opt and weight_decay.
+        seed: Random seed. When None, that of config, and without a config the one last given to torch.manual_seed.
         **loss_kwargs: Arguments of CoreTuningLoss, such as contrast_weight.
 
     Returns:
         A dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and 'validation'.
 
     Raises:
-        ValueError: The model is not a classifier, or an argument is out of range.
+        ValueError: The model is not a classifier, an argument is out of range, or accelerate accumulates by itself.
         DivergedError: A loss was not finite.
     """
-    accelerator = accelerator or Accelerator()
-    model.to(accelerator.device)
-    if coretune:
-        task: TrainingTask = CoreTuningTask(model, device=accelerator.device, **loss_kwargs)
-    elif loss_kwargs:
+    if loss_kwargs and not coretune:
         raise ValueError(f'Arguments of Core-tuning need coretune=True: {sorted(loss_kwargs)}.')
-    else:
-        task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=accelerator.device)
-    config = config or LoopConfig(eval_metric='loss' if validation_loader is None else 'top1')
-    optimization = optimization or OptimizationSettings(
-        epochs=epochs,
-        lr=lr,
-        opt=opt,
-        weight_decay=weight_decay,
-        grad_accum_steps=config.grad_accum_steps,
-        sched_on_updates=True,
-        warmup_epochs=0,
+    accelerator = accelerator or Accelerator()
+    if config is None:
+        config = LoopConfig(seed=torch.initial_seed())
+    if seed is not None:
+        config = dataclasses.replace(config, seed=seed)
+    if validation_loader is None:
+        config = dataclasses.replace(config, eval_metric='loss')
+    config, optimization = _with_one_accumulation(
+        config,
+        optimization
+        or OptimizationSettings(
+            epochs=epochs, lr=lr, opt=opt, weight_decay=weight_decay, sched_on_updates=True, warmup_epochs=0
+        ),
     )
-    batch_size = getattr(train_loader, 'batch_size', None) or 1
-    lr = resolve_lr(optimization, batch_size, accelerator.num_processes)
-    optimizer = create_optimizer(optimization, task, lr)
-    updates_per_epoch = -(-len(train_loader) // config.grad_accum_steps)
-    scheduler, num_epochs = create_schedule(
-        optimization, optimizer, updates_per_epoch, config.eval_metric, config.seed
-    )  # fmt: skip
-    trainer = Trainer(
-        task,
-        optimizer,
-        accelerator,
-        scheduler=scheduler,
-        config=config,
-        clip_gradients=functools.partial(clip_gradients, optimization, accelerator, task),
-    )
-    return trainer.fit(train_loader, validation_loader, range(num_epochs))
+    with seeded(config.seed, accelerator.device):
+        model.to(accelerator.device)
+        if coretune:
+            task: TrainingTask = CoreTuningTask(model, device=accelerator.device, **loss_kwargs)
+        else:
+            task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=accelerator.device)
+        num_batches = len(train_loader)
+        lr = optimization.lr or resolve_lr(
+            optimization, _batch_size_of(train_loader), accelerator.num_processes, num_batches
+        )
+        optimizer = create_optimizer(optimization, task, lr)
+        updates_per_epoch = -(-num_batches // config.grad_accum_steps)
+        scheduler, num_epochs = create_schedule(
+            optimization, optimizer, updates_per_epoch, config.eval_metric, config.seed
+        )  # fmt: skip
+        trainer = Trainer(
+            task,
+            optimizer,
+            accelerator,
+            scheduler=scheduler,
+            config=config,
+            clip_gradients=functools.partial(clip_gradients, optimization, accelerator, task),
+        )
+        return trainer.fit(train_loader, validation_loader, range(num_epochs))

@@ -1,7 +1,7 @@
 """Learning rate, optimizer, schedule and gradient clipping"""
 
 import logging
-from typing import Any, List, Tuple, cast
+from typing import Any, List, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -18,11 +18,30 @@ from .freezing import head_parameters
 _logger = logging.getLogger(__name__)
 
 
-def resolve_lr(settings: OptimizationSettings, batch_size: float, num_processes: int) -> float:
-    """The learning rate: --lr if given, else --lr-base scaled by the global batch size as in timm."""
+def count_accumulated(grad_accum_steps: int, batches_per_epoch: Optional[int]) -> int:
+    """Greatest number of batches of an update, which ends with its epoch. None is an unknown number of batches."""
+    return min(grad_accum_steps, batches_per_epoch or grad_accum_steps)
+
+
+def resolve_lr(
+    settings: OptimizationSettings, batch_size: float, num_processes: int, batches_per_epoch: Optional[int] = None
+) -> float:
+    """The learning rate: --lr if given, else --lr-base scaled by the images of an update as in timm.
+
+    Args:
+        settings: Learning rate and accumulation.
+        batch_size: Images per batch and process.
+        num_processes: Number of processes.
+        batches_per_epoch: Batches per epoch and process, of which an update has no more. None if unknown.
+    """
+    accum = count_accumulated(settings.grad_accum_steps, batches_per_epoch)
+    if accum < settings.grad_accum_steps:
+        _logger.warning(
+            f'--grad-accum-steps {settings.grad_accum_steps}: an epoch has {accum} batch(es), and no update has more.'
+        )
     if settings.lr:
         return settings.lr
-    global_batch_size = batch_size * num_processes * settings.grad_accum_steps
+    global_batch_size = batch_size * num_processes * accum
     is_adaptive = any(name in settings.opt.lower() for name in ('ada', 'lamb'))
     scale = settings.lr_base_scale or ('sqrt' if is_adaptive else 'linear')
     ratio = global_batch_size / settings.lr_base_size
@@ -43,7 +62,7 @@ def _scale_head(optimizer: torch.optim.Optimizer, task: TrainingTask, scale: flo
             params = [p for p in group['params'] if (id(p) in head) == is_head]
             if params:
                 lr_scale = group.get('lr_scale', 1.0) * (scale if is_head else 1.0)
-                groups.append({**group, 'params': params, 'lr_scale': lr_scale, 'lr': group['lr'] * lr_scale})
+                groups.append({**group, 'params': params, 'lr_scale': lr_scale})
     optimizer.param_groups[:] = groups
 
 
@@ -55,6 +74,8 @@ def create_optimizer(settings: OptimizationSettings, task: TrainingTask, lr: flo
         group.setdefault('initial_lr', group['lr'])
     if settings.head_lr_scale != 1.0:
         _scale_head(optimizer, task, settings.head_lr_scale)
+    for group in optimizer.param_groups:  # schedulers do this too, but --sched none has none
+        group['lr'] = group['initial_lr'] * group.get('lr_scale', 1.0)
     name = f'{type(optimizer).__name__} ({settings.opt})'
     _logger.info(f'Created {name} optimizer: lr {lr:g}, wd {settings.weight_decay:g}')
     return optimizer

@@ -46,6 +46,7 @@ def create_accelerator(loop: LoopSettings, output: OutputSettings, device_given:
         project_dir=output.root,  # until the run folder is known
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=not loop.no_ddp_bb)],
     )
+    check_accumulation(accelerator)
     missing = sorted(set(trackers) - {'all'} - {str(getattr(name, 'value', name)) for name in accelerator.log_with})
     if missing:  # accelerate silently leaves out trackers that are not installed
         raise ValueError(f'--log-with {", ".join(missing)}: not installed. Install the package of that name.')
@@ -55,6 +56,31 @@ def create_accelerator(loop: LoopSettings, output: OutputSettings, device_given:
             'torch, and what accelerate launch was given.'
         )
     return accelerator
+
+
+def check_accumulation(accelerator: Accelerator) -> None:
+    """Raise a ValueError if accelerate or DeepSpeed would divide the loss for an accumulation of their own."""
+    asked = {'accelerate': accelerator.gradient_accumulation_steps}
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        asked['the configuration of DeepSpeed'] = plugin.deepspeed_config.get('gradient_accumulation_steps', 1)
+    for name, steps in asked.items():
+        if steps in (1, 'auto'):
+            continue
+        instead = f'use --grad-accum-steps {steps} (in Python LoopConfig(grad_accum_steps={steps}))'
+        raise ValueError(
+            f'Expected no accumulation of gradients but that of --grad-accum-steps, got gradient_accumulation_steps '
+            f'{steps} in {name}, by which the gradients would be divided once more. Set it to 1 there and '
+            f'{instead if plugin is None else "raise the batch size"}.'
+        )
+
+
+def precision_of(accelerator: Accelerator) -> str:
+    """The mixed precision that a run really has. On a CPU accelerate ignores float16."""
+    asked = str(accelerator.mixed_precision)
+    if asked == 'fp16' and accelerator.device.type == 'cpu':
+        return 'no, since float16 needs a GPU: float32 throughout (--amp-dtype bfloat16 works on a CPU)'
+    return asked
 
 
 def is_sharded(accelerator: Accelerator) -> bool:

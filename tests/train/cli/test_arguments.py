@@ -20,6 +20,19 @@ def test_defaults_fill_in_the_sample_and_its_checkpoint():
     assert yaml.safe_load(parsed.text) == {**settings.flat(), **asked}
 
 
+@pytest.mark.parametrize(
+    'epochs, warmup', [(100, 5), (200, 10), (50, 3), (10, 1), (5, 1), (2, 1), (1, 0)], ids=lambda n: str(n)
+)
+def test_the_warmup_of_a_preset_has_its_share_of_the_epochs(epochs, warmup, tmp_path):
+    words = ['--data-dir', '.', '--preset', 'vit']
+    assert flat([*words, '--epochs', str(epochs)]).warmup_epochs == warmup
+    assert flat([*words, '--epochs', str(epochs), '--warmup-epochs', '7']).warmup_epochs == 7
+    assert flat(['--data-dir', '.', '--preset', 'cnn', '--epochs', str(epochs)]).warmup_epochs == 0
+    config = tmp_path / 'config.yaml'
+    config.write_text(f'preset: vit\nepochs: {epochs}\n')
+    assert flat(['--data-dir', '.', '-c', str(config)]).warmup_epochs == warmup
+
+
 def test_flags_win_over_yaml_and_yaml_over_the_sample_recipe(tmp_path):
     config = tmp_path / 'config.yaml'
     config.write_text('lr: 0.3\nbatch_size: 7\n')

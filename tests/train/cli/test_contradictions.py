@@ -84,6 +84,8 @@ CONTRADICTIONS = [
     ('--wandb-resume-id x', '--wandb-resume-id needs --resume'),
     ('--label-fraction 0', '--label-fraction: above 0, at most 1'),
     ('--label-fraction 1.1', '--label-fraction: above 0, at most 1'),
+    ('--model-ema-publish ema', '--model-ema-publish ema needs --model-ema'),
+    ('--model-ema --model-ema-force-cpu --model-ema-publish ema', '--model-ema-publish ema needs --model-ema'),
     ('--head-lr-scale 0', '--head-lr-scale: above 0'),
     ('--freeze-epochs -1', '--freeze-epochs: 0 or more'),
     ('--patience 0', '--patience: 1 or more'),

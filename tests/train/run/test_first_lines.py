@@ -13,7 +13,7 @@ from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.cli.settings import OptimizationSettings
 from timm_coretune.train.data.datasets import Datasets, create_datasets
 from timm_coretune.train.optimization import create_optimizer, create_schedule
-from timm_coretune.train.run.first_lines import log_data, log_optimization, log_update_size
+from timm_coretune.train.run.first_lines import log_average, log_data, log_optimization, log_update_size
 
 
 def test_the_log_counts_images_and_classes(data, messages):
@@ -99,3 +99,68 @@ def test_the_log_shows_the_first_middle_and_last_rate_of_every_group(messages):
     stem = list(model.conv1.parameters())
     assert lines[-1] == f'Frozen: {sum(p.numel() for p in stem):,} parameters in {len(stem)} tensors.'
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize('sched', ['cosine', 'step', 'plateau'])
+@pytest.mark.parametrize('on_updates', [False, True])
+@pytest.mark.parametrize('epochs, warmup', [(1, 5), (3, 3), (3, 2), (3, 0)])
+def test_a_warmup_that_is_not_over_is_warned_of_with_the_highest_rate(messages, sched, on_updates, epochs, warmup):
+    if sched == 'plateau' and on_updates:
+        return  # timm steps it once an epoch
+    settings = OptimizationSettings(
+        epochs=epochs, warmup_epochs=warmup, sched=sched, sched_on_updates=on_updates, head_lr_scale=10
+    )
+    task = ClassificationTask(timm.create_model('test_resnet', num_classes=4), torch.nn.CrossEntropyLoss())
+    optimizer = create_optimizer(settings, task, 0.1)
+    scheduler, num_epochs = create_schedule(settings, optimizer, 4)
+    log_optimization(task, optimizer, scheduler, num_epochs, 4)
+    seen = []
+    for epoch in range(num_epochs):  # in the order of the loop
+        if epoch:
+            scheduler.step(epoch, 0.0)
+        for update in range(4):
+            seen.append(max(group['lr'] for group in optimizer.param_groups))
+            scheduler.step_update(epoch * 4 + update + 1)
+    warned = messages('WARNING')
+    assert len(warned) == (warmup >= epochs)
+    if warned:
+        unit, scale = ('updates', 4) if on_updates else ('epochs', 1)
+        assert f'Warm-up takes {warmup * scale} {unit}, the run has {epochs * scale}:' in warned[0]
+        assert f'The highest is {max(seen):.3g}, not 1.' in warned[0]
+
+
+def average_of(**kwargs):
+    task = ClassificationTask(torch.nn.Linear(1, 2, bias=False), torch.nn.CrossEntropyLoss(), verbose=False)
+    task.setup_ema(**kwargs)
+    return task
+
+
+@pytest.mark.parametrize(
+    'decay, updates, use_warmup, warned',
+    [(0.9998, 15, False, True), (0.9998, 15, True, False), (0.9, 15, False, True), (0.73, 15, False, False)]
+    + [(0.9998, 10000, False, True), (0.9998, 12000, False, False), (0.9998, 1, False, False)],
+)
+def test_a_moving_average_that_hardly_moves_is_warned_of(messages, decay, updates, use_warmup, warned):
+    task = average_of(decay=decay, use_warmup=use_warmup)
+    log_average(task.get_trainable_module(ema=True), updates)
+    assert len(messages('WARNING')) == warned
+    # what is left of the first weights: they are 1, all after them 0
+    weight = task.get_trainable_module().weight
+    for update in range(1, updates + 1):
+        torch.nn.init.constant_(weight, float(update == 1))
+        task.update_ema(step=update)
+    left = task.get_trainable_module(ema=True).module.weight.max().item()
+    if updates > 1:
+        assert (left > 0.1) == warned
+    if warned:
+        (line,) = messages('WARNING')
+        assert f'still hold {100 * left:.2g}' in line.replace(f'{100 * left:.3g}', f'{100 * left:.2g}')
+        fitting = float(line.split('--model-ema-decay ')[1].split()[0])
+        assert 0.001 < fitting ** (updates - 1) < 0.02
+        log_average(average_of(decay=fitting).get_trainable_module(ema=True), updates)
+        assert len(messages('WARNING')) == 1
+
+
+def test_without_a_moving_average_there_is_nothing_to_warn_of(messages):
+    log_average(None, 5)
+    assert messages('WARNING') == []

@@ -63,6 +63,16 @@ def _sample_recipe(name: str) -> Dict[str, Any]:
     return recipe
 
 
+def _preset(name: str) -> Dict[str, Any]:
+    return yaml.safe_load((_assets() / f'preset_{name}.yaml').read_text())
+
+
+def _shortened_warmup(preset: str, epochs: int) -> int:
+    """Warm-up of a preset in a run of this many epochs: the same share, but whole epochs and no more than half."""
+    values = _preset(preset)
+    return min(-(-values['warmup_epochs'] * epochs // values['epochs']), epochs // 2)
+
+
 def _read_config(path: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
     try:
         with open(path) as f:
@@ -118,11 +128,13 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     if given.get('preset'):
         if given['preset'] not in PRESETS:
             parser.error(f'argument --preset: {given["preset"]!r} in the config, choose from {", ".join(PRESETS)}')
-        parser.set_defaults(**yaml.safe_load((_assets() / f'preset_{given["preset"]}.yaml').read_text()))
+        parser.set_defaults(**_preset(given['preset']))
     if given.get('segmentation'):
         parser.set_defaults(eval_metric='miou')
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
+    if args.preset and 'warmup_epochs' not in given:
+        args.warmup_epochs = _shortened_warmup(args.preset, args.epochs)
     args.data_dir = args.data_dir or args.data
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     args.eval_only = args.eval_only or args.epochs == 0

@@ -59,6 +59,9 @@ def _of_models(settings: Settings) -> Conditions:
         '--amp needs --model-dtype float32, which it casts by itself': (
             settings.loop.amp and model.model_dtype not in (None, 'float32')
         ),
+        '--model-ema-publish ema needs --model-ema; that of --model-ema-force-cpu is not validated': (
+            model.model_ema_publish == 'ema' and (not model.model_ema or model.model_ema_force_cpu)
+        ),
         '--head-lr-scale: above 0': optimization.head_lr_scale <= 0,
         '--freeze-epochs: 0 or more': optimization.freeze_epochs < 0,
     }  # fmt: skip

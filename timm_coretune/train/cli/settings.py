@@ -164,7 +164,7 @@ class ModelSettings:
     bn_eps: Optional[float] = flag(None, 'epsilon of BatchNorm')
     sync_bn: bool = flag(False, 'synchronise BatchNorm statistics over all processes')
     split_bn: bool = flag(False, 'separate BatchNorm layers for each AugMix split')
-    model_ema: bool = flag(False, 'keep, validate and publish a moving average (EMA) of the weights')
+    model_ema: bool = flag(False, 'keep and validate a moving average (EMA) of the weights, and publish it if better')
     model_ema_force_cpu: bool = flag(False, 'keep the moving average of the weights on the CPU, unvalidated')
     model_ema_decay: float = flag(0.9998, 'decay of the moving average of the weights per update')
     model_ema_warmup: bool = flag(False, 'start the moving average of the weights with a lower decay')
@@ -173,6 +173,7 @@ class ModelSettings:
         None, 'which backbone to load from a checkpoint that holds several', 'KEY', section=TUNING
     )
     allow_partial: bool = flag(False, 'load a checkpoint although parts of the backbone are missing')
+    model_ema_publish: Literal['better', 'ema'] = flag('better', 'with --model-ema, whose scores and weights count')
 
     segmentation_head: Optional[Head] = flag(
         None, 'segmentation head (default: chosen by the feature maps)', section=SEGMENTATION
@@ -279,7 +280,7 @@ class LoopSettings:
     local_rank: int = flag(0, 'index of the process on its machine, set by accelerate launch', names=('--local_rank',))
     device_modules: Optional[List[str]] = flag(None, 'Python modules to import for further kinds of devices')
     seed: int = flag(42, 'random seed')
-    dist_bn: str = flag('reduce', "how processes share BatchNorm statistics: reduce, broadcast or ''")
+    dist_bn: Literal['reduce', 'broadcast', 'none', ''] = flag('reduce', 'how processes share BatchNorm statistics')
 
     start_epoch: Optional[int] = flag(None, 'epoch to start at (default: that of --resume, else 0)', section='loop')
     log_interval: int = flag(50, 'updates between lines of the training log')

@@ -2,17 +2,29 @@
 
 import itertools
 import logging
-from typing import Any, Dict, Iterator, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, Optional, Sized, Tuple, Union, cast
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, IterableDataset
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
+from timm.data.distributed_sampler import OrderedDistributedSampler
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from ...data.resumable import EpochBatchSampler, SeededErasing
 
 _logger = logging.getLogger(__name__)
 
 Input = Union[torch.Tensor, Dict[str, Any]]
+# samplers that know nothing of processes
+_WHOLE = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
 def _order_of(loader: Any) -> Any:
@@ -77,11 +89,89 @@ def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> It
         yield batch
 
 
+def _count_shared(num_images: int, share: Any, loader: Any, accelerator: Accelerator) -> int:
+    """Number of images that accelerate deals to this process, without those that it repeats to fill the last batches.
+
+    The batches of all processes, side by side in the order of the processes, are the data set from front to back.
+    """
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    is_split = getattr(share, 'split_batches', getattr(loader, 'split_batches', False))
+    num_at_once = share.batch_size * (1 if is_split else num_processes)  # images of a batch over all processes
+    rounds, rest = divmod(num_images, num_at_once)
+    size = last_size = num_at_once // num_processes
+    if not isinstance(share, BatchSamplerShard):  # the main process reads, and deals out what is left evenly
+        last_size = -(-rest // num_processes)
+    return rounds * size + min(max(rest - rank * last_size, 0), last_size)
+
+
 def num_own_samples(loader: Any, accelerator: Accelerator) -> Optional[int]:
-    """Number of validation images of this process, without a sampler's repetitions. None if nothing is repeated."""
-    if accelerator.num_processes == 1 or isinstance(getattr(loader, 'dataset', None), IterableDataset):
+    """Number of images to count in this process, so that a validation counts each image once over all processes.
+
+    They are the first that the loader yields; those after them are repetitions, or images of another process. With a
+    loader that nobody shared out, every process reads all images, and the main process counts them.
+
+    Args:
+        loader: A validation loader of torch or timm, or one that accelerate prepared.
+        accelerator: The processes.
+
+    Returns:
+        The number, or None to count all.
+
+    Raises:
+        ValueError: It cannot be told which images this process has, or some are left out.
+    """
+    rank, num_processes = accelerator.process_index, accelerator.num_processes
+    if num_processes == 1:
         return None
-    return len(range(accelerator.process_index, len(loader.dataset), accelerator.num_processes))
+    inner = getattr(loader, 'loader', loader)  # under a prefetching loader
+    dataset: Any = getattr(inner, 'dataset', None)
+    is_prepared = isinstance(inner, (DataLoaderShard, DataLoaderDispatcher))
+    if isinstance(dataset, IterableDataset):
+        if is_prepared:
+            raise ValueError(
+                'Expected to validate a stream as it is, got one that accelerate prepared, which repeats images. Leave '
+                'it out of accelerator.prepare.'
+            )
+        return None
+    share: Any = getattr(inner, 'batch_sampler', None)
+    share = getattr(inner, 'sampler', None) if share is None else share
+    order = share
+    while getattr(order, 'batch_sampler', getattr(order, 'sampler', None)) is not None:
+        order = getattr(order, 'batch_sampler', getattr(order, 'sampler', None))
+    is_shared = hasattr(order, 'num_replicas')
+    leaves_out = getattr(share, 'drop_last', False) or (is_shared and getattr(order, 'drop_last', False))
+    if leaves_out and (is_prepared or is_shared):
+        raise ValueError(
+            f'Expected a validation loader that reads all images, got one that leaves out the last of each of '
+            f'{num_processes} processes. Create it with drop_last=False.'
+        )
+    if is_prepared and not is_shared:
+        if not getattr(share, 'even_batches', True):
+            return None
+        if getattr(share, 'batch_size', None) is not None:
+            return _count_shared(len(cast(Sized, order)), share, inner, accelerator)
+    elif isinstance(order, (OrderedDistributedSampler, DistributedSampler)) and not is_prepared:
+        found = (order.num_replicas, order.rank)
+        if found != (num_processes, rank):
+            raise ValueError(
+                f'Expected a validation loader for process {rank} of {num_processes}, got one for process {found[1]} '
+                f'of {found[0]}. Create its sampler with num_replicas={num_processes}, rank={rank}.'
+            )
+        num_images = len(cast(Sized, order.dataset))
+        if len(order) == -(-num_images // num_processes):
+            return len(range(rank, num_images, num_processes))
+    elif isinstance(order, _WHOLE) or (not is_shared and order is not None and len(order) == len(dataset)):
+        _logger.info(
+            'Every process reads all validation images, and the main process counts them. To share them, prepare the '
+            'loader by accelerate.'
+        )
+        return None if rank == 0 else 0
+    raise ValueError(
+        'Expected a validation loader that is plain, prepared by accelerate, or has a DistributedSampler, to count '
+        f'each image once in {num_processes} processes. Got {type(loader).__name__} with {type(order).__name__}'
+        f'{", which accelerate prepared on top of that" if is_prepared else ""}. Pass the plain loader, or '
+        'accelerator.prepare(loader).'
+    )
 
 
 def to_device(

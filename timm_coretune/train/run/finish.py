@@ -7,7 +7,7 @@ import shlex
 import sys
 from typing import Any, Dict, List, Optional
 
-from ...evaluation.scores import SCORES
+from ...evaluation.scores import SCORES, for_ranking
 from ...hub.push import push_command, push_run
 from ...hub.upload import NOT_PUSHED, HubError
 from ...report.plots import plot_confusion, plot_curves
@@ -91,7 +91,7 @@ def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:
     """Print the ten best epochs as JSON, as timm's script does."""
     results = [{k: v for k, v in result.items() if v is not None} for result in results]
     results.sort(
-        key=lambda result: (result.get('validation') or result['train']).get(eval_metric, 0),
+        key=lambda result: for_ranking(eval_metric, (result.get('validation') or result['train']).get(eval_metric, 0)),
         reverse=not SCORES[eval_metric].higher_is_better,
     )
     print(f'--result\n{json.dumps(results[-10:], indent=4)}')

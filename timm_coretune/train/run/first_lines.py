@@ -45,6 +45,43 @@ def log_update_size(batch_size: int, grad_accum_steps: int, num_processes: int, 
     )
 
 
+def _warn_of_long_warmup(optimizer: torch.optim.Optimizer, scheduler: Any, end: int) -> None:
+    """Warn if the learning rate is still rising when training ends. `end` is in the scheduler's unit of time."""
+    if not 0 < end <= getattr(scheduler, 'warmup_t', 0):
+        return
+    unit = 'epochs' if scheduler.t_in_epochs else 'updates'
+    reached = [scheduler.warmup_lr_init + (end - 1) * step for step in scheduler.warmup_steps]
+    scales = [group.get('lr_scale', 1.0) for group in optimizer.param_groups]
+    highest = max(lr * scale for lr, scale in zip(reached, scales, strict=True))
+    asked = max(lr * scale for lr, scale in zip(scheduler.base_values, scales, strict=True))
+    _logger.warning(
+        f'Warm-up takes {scheduler.warmup_t} {unit}, the run has {end}: the learning rate only rises. The highest is '
+        f'{highest:.3g}, not {asked:.3g}. Choose fewer --warmup-epochs, or more --epochs.'
+    )
+
+
+def log_average(average: Any, num_updates: int) -> None:
+    """Warn before the first step if the moving average of the weights will hardly move.
+
+    Args:
+        average: timm's ModelEmaV3, None if there is no average.
+        num_updates: Updates of the whole run. The first copies the weights.
+    """
+    if average is None or num_updates < 2:
+        return
+    kept = 1.0
+    for update in range(2, num_updates + 1):
+        kept *= average.get_decay(update)
+        if kept <= 0.1:
+            return
+    fitting = 1 - float(f'{1 - 0.01 ** (1 / num_updates):.2g}')
+    _logger.warning(
+        f'The moving average of the weights will still hold {100 * kept:.3g} % of those after the first of '
+        f'{num_updates} updates, by its decay of {average.decay}. --model-ema-decay {fitting:.8g} '
+        'leaves about 1 % of them, and --model-ema-warmup starts with a lower decay.'
+    )
+
+
 def log_optimization(
     task: TrainingTask,
     optimizer: torch.optim.Optimizer,
@@ -65,6 +102,7 @@ def log_optimization(
         _logger.info(f'LR of {count:,} parameters: {", ".join(f"{lr:.3g}" for lr in key)} (first, middle, last).')
     if len(rates) > 12:
         _logger.info(f'LR of {len(rates) - 12} more groups below these.')
+    _warn_of_long_warmup(optimizer, scheduler, end)
     total = [p for p in unwrap_model(task.get_trainable_module()).parameters() if not p.requires_grad]
     if total:
         _logger.info(f'Frozen: {sum(p.numel() for p in total):,} parameters in {len(total)} tensors.')

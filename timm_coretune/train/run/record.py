@@ -15,7 +15,7 @@ from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_sum
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ...atomic import TEMPORARY_SUFFIX, move_into_place, write_text, write_whole
-from ...evaluation.scores import SCORES
+from ...evaluation.scores import SCORES, for_ranking
 from ...export import save_weights
 from ...run_folder import (
     ARGS_NAME,
@@ -75,7 +75,7 @@ class RunRecord:
         accelerator: Processes and trackers.
         settings: How many states are kept, and whether batches are saved as pictures.
         saved: All settings of the run, which are stored in states. The eval_metric in them ranks the epochs.
-        publish_ema: Whether the best weights are saved from the moving average.
+        publish_ema: Whether the best weights are saved from the moving average, in epochs in which its score counts.
     """
 
     def __init__(
@@ -128,10 +128,10 @@ class RunRecord:
             for name in os.listdir(self.folder):
                 if name.endswith(TEMPORARY_SUFFIX) or name in UNFINISHED_STATE_NAMES:
                     os.unlink(self.path(name))
-            kept = f'The state before is intact: {self.last_state}.' if self.last_state else 'There is no state yet.'
-            raise OSError(
-                f'Could not write to {self.folder!r}: {e}. {kept} Make room, then continue with --resume auto.'
-            ) from e
+            kept = 'There is no state yet. Make room, then start anew.'
+            if self.last_state:
+                kept = f'The state before is intact: {self.last_state}. Make room, then continue with --resume auto.'
+            raise OSError(f'Could not write to {self.folder!r}: {e}. {kept}') from e
 
     def continue_from(self, continuation: Continuation) -> None:
         """Continue a state of this folder. Rows and ranks of later epochs are dropped."""
@@ -144,8 +144,12 @@ class RunRecord:
         rows = [row for row in rows if int(row['epoch']) < continuation.epoch]
         self._write_rows(rows)
         column = f'{EVAL_PREFIX}{self.eval_metric}'
-        ranked = {int(row['epoch']): float(row.get(column) or row['train_loss']) for row in rows}
-        self.saver.restore(continuation.best, ranked)
+        ranked = {
+            int(row['epoch']): for_ranking(self.eval_metric, float(row.get(column) or row['train_loss']))
+            for row in rows
+        }
+        score, epoch = continuation.best
+        self.saver.restore((None if score is None else for_ranking(self.eval_metric, score), epoch), ranked)
 
     def _write_rows(self, rows: List[Dict[str, str]]) -> None:
         path = self.path(SUMMARY_NAME)
@@ -212,12 +216,15 @@ class RunRecord:
                     write_header=not os.path.exists(path),
                 )
             if weights is not None:
-                kind = 'ema' if self.publish_ema else 'model'
+                kind = 'ema' if self.publish_ema and trainer.ema_counts else 'model'
                 save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind)
                 if eval_metrics is not None:
-                    trainer.evaluator.write(self.folder)
+                    trainer.scored.write(self.folder)
             if not trainer.is_sharded:
-                self.saver.save_checkpoint(epoch, metric=trainer.position.metric)
+                metric = trainer.position.metric
+                self.saver.save_checkpoint(
+                    epoch, metric=None if metric is None else for_ranking(self.eval_metric, metric)
+                )
                 self.last_state = self.path(LAST_STATE_NAME)
 
     def finish(self) -> None:
@@ -241,4 +248,4 @@ class RunRecord:
             return {
                 k.removeprefix('model.'): v for k, v in tensors.items() if not is_wrapped or k.startswith('model.')
             }  # fmt: skip
-        return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema))
+        return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema and trainer.ema_counts))
