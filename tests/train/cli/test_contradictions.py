@@ -77,6 +77,8 @@ CONTRADICTIONS = [
     ('--segmentation --dataset-trust-remote-code', '--segmentation: no part in it have --gp, --drop'),
     ('--segmentation --interpolation lanczos', '--segmentation: --interpolation and --train-interpolation'),
     ('--segmentation --train-interpolation hamming', '--segmentation: --interpolation and --train-interpolation'),
+    ('--segmentation --skip-unreadable', '--segmentation: an image or mask that cannot be read is always an error'),
+    ('--skip-unreadable --val-split=', '--skip-unreadable needs a --val-split'),
     ('--segmentation --metrics per-class', '--segmentation: --metrics are those of images'),
     ('--segmentation-head fcn', '--segmentation-head and --reduce-zero-label need --segmentation'),
     ('--reduce-zero-label', '--segmentation-head and --reduce-zero-label need --segmentation'),

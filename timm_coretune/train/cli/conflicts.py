@@ -126,6 +126,9 @@ def _of_segmentation(settings: Settings) -> Conditions:
             data.interpolation not in ('', *INTERPOLATIONS)
             or data.train_interpolation not in ('', 'random', *INTERPOLATIONS)
         ),
+        '--segmentation: an image or mask that cannot be read is always an error; not with --skip-unreadable': (
+            data.skip_unreadable
+        ),
         '--segmentation: --metrics are those of images; the scores of pixels are always there': (
             split_names(settings.loop.metrics)
         ),
@@ -148,6 +151,7 @@ def _of_the_loop(settings: Settings) -> Conditions:
         ),
         '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
         '--patience: 1 or more': loop.patience is not None and loop.patience < 1,
+        '--skip-unreadable needs a --val-split': settings.data.skip_unreadable and not settings.data.val_split,
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
         f'--metrics: choose from {", ".join(FURTHER_OF_IMAGES)}': set(metrics) - set(FURTHER_OF_IMAGES),
         f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,

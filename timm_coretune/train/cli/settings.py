@@ -22,6 +22,7 @@ OWN_SECTIONS = (CORE_TUNING, TUNING, SEGMENTATION, PUBLISHING)
 
 Scaling = Literal['none', 'sqrt', 'linear']
 Dtype = Literal['float32', 'float16', 'bfloat16']
+Check = Literal['files', 'pixels', 'none']
 Head = Literal['deeplabv3', 'fcn', 'fpn']
 
 
@@ -115,6 +116,8 @@ class DataSettings:
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
     class_balance: bool = flag(False, 'batches in which a class appears at least twice or not at all')
+    check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
+    skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')
 
     segmentation: bool = flag(False, 'segmentation: classify pixels, on images with masks', section=SEGMENTATION)
     reduce_zero_label: bool = flag(False, 'ignore mask value 0; value 1 is the first class', section=SEGMENTATION)
