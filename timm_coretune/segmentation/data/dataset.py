@@ -1,16 +1,21 @@
 """Data sets of images with masks, from folders, torchvision or Hugging Face"""
 
+import logging
 import os
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
+from ...data.images import convert, reason_of, upright
 from .folders import Source, open_folders, read_lines
 from .libraries import HfSource, TorchvisionSource
 from .masks import IGNORE_INDEX, check_mask, count_classes, read_mask
 from .scenes import FashionScenes
+
+_logger = logging.getLogger(__name__)
 
 IMAGE_MODES = ('RGB', 'L')
 
@@ -20,7 +25,9 @@ class SegmentationDataset(Dataset):
 
     An item is a pair of tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W). With a transform the item is what
     the transform returns for this pair. Reading an item raises ValueError if a file cannot be read, if image and mask
-    have different sizes, or if the mask has a value that is no class. The message names the file.
+    have different sizes, or if the mask has a value that is no class. The message names the file. Images and masks are
+    upright, and transparent images on white, see data/images.py. An image is left as it is stored if its mask fits only
+    then.
 
     Args:
         source: Images and masks of a split.
@@ -63,6 +70,7 @@ class SegmentationDataset(Dataset):
         self.reduce_zero_label = reduce_zero_label
         self.img_mode = img_mode
         self.transform: Optional[Callable[[Any, Any], Tuple[Any, Any]]] = None
+        self._says_stored = False  # whether it was logged that an image is not turned
 
     def __len__(self) -> int:
         return len(self.source)
@@ -70,14 +78,31 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         name = self.source.name(index)
         try:
-            loaded_image, loaded_mask = self.source.load(index)
-            loaded_image = loaded_image.convert(self.img_mode)
-            indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label)
-        except OSError as e:
-            raise ValueError(f'Expected an image and a mask that can be read for {name}: {e}') from e
+            stored_image, stored_mask = self.source.load(index)
+            loaded_image, loaded_mask = self._orient(stored_image, stored_mask, name)
+            loaded_image = convert(loaded_image, self.img_mode)
+        except IndexError:  # ends an iteration
+            raise
+        except Exception as e:  # decoders raise errors of many kinds
+            raise ValueError(f'Expected an image and a mask that can be read for {name}: {reason_of(e)}.') from e
+        indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label)
         check_mask(indices, self.num_classes, name)
         image, mask = tv_tensors.Image(functional.pil_to_tensor(loaded_image)), tv_tensors.Mask(indices)
         return (image, mask) if self.transform is None else self.transform(image, mask)
+
+    def _orient(self, image: Image.Image, mask: Image.Image, name: str) -> Tuple[Image.Image, Image.Image]:
+        """Turn image and mask upright by their EXIF, or the image not if the mask was drawn on it as it is stored."""
+        shown, mask = upright(image), upright(mask)
+        if shown.size == mask.size or image.size != mask.size or image.size == shown.size:
+            return shown, mask
+        if not self._says_stored:
+            self._says_stored = True
+            _logger.warning(
+                f'The EXIF of the image of {name} turns it, but its mask of {mask.size[0]} x {mask.size[1]} pixels '
+                'fits the image as it is stored: such images are not turned here. When masks are predicted, they are. '
+                'To be sure, turn such images once and for all, with their masks, and save them without EXIF.'
+            )
+        return image, mask
 
 
 def open_dataset(

@@ -12,6 +12,7 @@ from typing import Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
 
 from PIL import Image
 
+from ...data.images import is_hidden
 from .palette import VOC_CLASSES
 
 _logger = logging.getLogger(__name__)
@@ -175,6 +176,7 @@ def _files_by_stem(folder: str, extensions: Tuple[str, ...]) -> Dict[str, str]:
     if not os.path.isdir(folder):
         raise ValueError(f'Expected a folder {folder!r}, which does not exist. {LAYOUTS}')
     names = [entry for entry in sorted(os.listdir(folder)) if entry.lower().endswith(extensions)]
+    names = [name for name in names if not is_hidden(name)]
     for name in sorted(names, key=lambda name: extensions.index(os.path.splitext(name)[1].lower())):
         found.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
     return found
