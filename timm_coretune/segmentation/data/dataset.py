@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional
 from ...data.images import convert, reason_of, upright
 from .folders import Source, open_folders, read_lines
 from .libraries import HfSource, TorchvisionSource
+from .mapped import map_masks
 from .masks import IGNORE_INDEX, check_mask, count_classes, read_mask
 from .scenes import FashionScenes
 
@@ -139,22 +140,48 @@ def open_dataset(
     Raises:
         ValueError: The data do not exist, or do not fit the arguments.
     """
+    source = open_source(name, root, split, input_key, target_key, download, hold_out)
+    (source,) = map_masks([source], reduce_zero_label=reduce_zero_label)
+    class_names = class_names or read_class_names(root)
+    return create_dataset(source, num_classes, class_names, reduce_zero_label, img_mode)
+
+
+def open_source(
+    name: str,
+    root: str,
+    split: str,
+    input_key: Optional[str] = None,
+    target_key: Optional[str] = None,
+    download: bool = False,
+    hold_out: bool = True,
+) -> Source:
+    """Open the images and masks of a split, with the arguments of `open_dataset`."""
     if name.startswith('torch/'):
-        source: Source = TorchvisionSource(name, root, split, download)
-    elif name.startswith('hfds/'):
-        source = HfSource(name, root, split, input_key, target_key)
-    elif name:
+        return TorchvisionSource(name, root, split, download)
+    if name.startswith('hfds/'):
+        return HfSource(name, root, split, input_key, target_key)
+    if name:
         raise ValueError(f"Expected a data set torch/... or hfds/..., or '' for folders in root, got {name!r}.")
-    elif root.endswith('.safetensors'):
-        source = FashionScenes(root, split)
-    else:
-        source = open_folders(root, split, hold_out)
-    class_names = class_names or _read_class_names(root) or source.class_names
+    if root.endswith('.safetensors'):
+        return FashionScenes(root, split)
+    return open_folders(root, split, hold_out)
+
+
+def create_dataset(
+    source: Source,
+    num_classes: Optional[int] = None,
+    class_names: Optional[Sequence[str]] = None,
+    reduce_zero_label: bool = False,
+    img_mode: str = 'RGB',
+) -> SegmentationDataset:
+    """Create the data set of a source. Number and names of classes come from the source where they are None."""
+    class_names = class_names or source.class_names
     if num_classes is None:
         num_classes = len(class_names) if class_names else count_classes(source, reduce_zero_label)
     return SegmentationDataset(source, num_classes, class_names, reduce_zero_label, img_mode)
 
 
-def _read_class_names(root: str) -> Optional[List[str]]:
+def read_class_names(root: str) -> Optional[List[str]]:
+    """Names of the classes in classes.txt beside the data, None if there is no such file."""
     path = os.path.join(root, 'classes.txt')
     return read_lines(path) if root and os.path.isfile(path) else None

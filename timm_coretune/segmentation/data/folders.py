@@ -30,7 +30,11 @@ LAYOUTS = (
 
 
 class Source(Protocol):
-    """The images and masks of one split."""
+    """The images and masks of one split.
+
+    A source whose masks were made by unknown programs has a method `load_mask(index)` too, which opens a mask without
+    its image. The palettes of its masks are compared.
+    """
 
     @property
     def class_names(self) -> Optional[List[str]]:
@@ -64,6 +68,9 @@ class FileSource:
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
         return Image.open(self.images[index]), Image.open(self.masks[index])
+
+    def load_mask(self, index: int) -> Image.Image:
+        return Image.open(self.masks[index])
 
     def name(self, index: int) -> str:
         return self.masks[index]

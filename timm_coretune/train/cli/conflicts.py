@@ -135,8 +135,13 @@ def _of_segmentation(settings: Settings) -> Conditions:
     }
     return {
         **{sentence: data.segmentation and holds for sentence, holds in refused.items()},
-        '--segmentation-head and --reduce-zero-label need --segmentation': (
-            not data.segmentation and (model.segmentation_head or data.reduce_zero_label)
+        '--segmentation-head, --reduce-zero-label, --mask-colors and --remap-masks need --segmentation': (
+            not data.segmentation
+            and (model.segmentation_head or data.reduce_zero_label or data.mask_colors or data.remap_masks)
+        ),
+        '--mask-colors FILE: the file says which colour is which class, and which to ignore; not with --remap-masks, '
+        '--reduce-zero-label or --class-map': (
+            data.mask_colors not in ('', 'index') and (data.remap_masks or data.reduce_zero_label or data.class_map)
         ),
     }
 

@@ -121,6 +121,10 @@ class DataSettings:
 
     segmentation: bool = flag(False, 'segmentation: classify pixels, on images with masks', section=SEGMENTATION)
     reduce_zero_label: bool = flag(False, 'ignore mask value 0; value 1 is the first class', section=SEGMENTATION)
+    mask_colors: str = flag(
+        '', 'file of the colour of each class in masks; index: palette indices are the classes', 'FILE'
+    )
+    remap_masks: bool = flag(False, 'number the values that occur in masks from 0 on, in their order')
 
     @property
     def mixes_pixels(self) -> bool:
