@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from ranks import launch_ranks
 from runs import results_of, train
 from tiny_data import write_folders
 
@@ -165,24 +166,21 @@ def test_a_split_without_a_readable_image_is_an_error(folders):
         open_data(folders)
 
 
-def test_threads_and_shares_of_processes_find_the_same(folders, monkeypatch):
+def test_threads_find_what_one_finds(folders, monkeypatch):
     for path in folders.glob('train/*/[135].png'):
         cut(path)
     monkeypatch.setattr(readable, '_PER_TASK', 2)
     files = readable._Files.of(timm.data.ImageDataset(str(folders / 'train')))
     assert sorted(readable._find_faults(files, list(range(12)), False, 'training')) == [1, 3, 5, 7, 9, 11]
-    found = {}
 
-    def gather(parts, own):  # both processes in turn, the second has what the first found
-        found.setdefault(len(found), own)
-        parts[:] = [found[0], found.get(1, {})]
 
-    monkeypatch.setattr(readable.dist, 'all_gather_object', gather)
-    for rank in (0, 1):
-        monkeypatch.setattr(readable, 'process_index_and_count', lambda rank=rank: (rank, 2))
-        faults = readable._find_faults(files, list(range(12)), False, 'training')
-    assert [sorted(part) for part in found.values()] == [[], [1, 3, 5, 7, 9, 11]]
-    assert sorted(faults) == [1, 3, 5, 7, 9, 11]
+@pytest.mark.slow
+def test_two_processes_share_the_files_and_leave_out_the_same(folders, tmp_path):
+    for path in folders.glob('train/*/[125].png'):
+        cut(path)
+    (first, second) = launch_ranks('readable_worker.py', 2, tmp_path)
+    assert first['left'] == second['left'] == [0, 3, 4, 6, 9, 10]
+    assert (first['looked_at'], second['looked_at']) == (list(range(0, 12, 2)), list(range(1, 12, 2)))
 
 
 def test_photos_and_transparent_images_arrive_as_they_are_shown(tmp_path):
