@@ -70,8 +70,8 @@ def convert(image: Image.Image, mode: str) -> Image.Image:
     return image.convert(mode)
 
 
-def open_image(file: Any, mode: str, name: Optional[str] = None) -> Image.Image:
-    """Read an image from a path or an open file: upright, on white, in a PIL mode. The name is for error messages.
+def open_image(file: Any, mode: str) -> Image.Image:
+    """Read an image from a path or an open file: upright, on white, in a PIL mode.
 
     Raises:
         UnreadableImageError: The image cannot be read.
@@ -80,7 +80,7 @@ def open_image(file: Any, mode: str, name: Optional[str] = None) -> Image.Image:
         with Image.open(file) as image:
             return convert(upright(image), mode)
     except Exception as e:
-        raise UnreadableImageError(f'Expected an image that can be read in {name or file!r}: {reason_of(e)}.') from e
+        raise UnreadableImageError(f'Expected an image that can be read in {file!r}: {reason_of(e)}.') from e
 
 
 def find_fault(file: IO[bytes], whole: bool = False) -> Optional[str]:
@@ -133,11 +133,9 @@ class LabelledImages(ImageDataset):
         try:
             file, target = self.reader[index]
             with file:
-                image = open_image(file, self.input_img_mode, name_of(self.reader, index))
-        except UnreadableImageError as e:
-            raise UnreadableImageError(f'{e} {REPAIR}') from e
-        except OSError as e:  # the file cannot be opened
-            reason = reason_of(e)
+                image = open_image(file, self.input_img_mode)
+        except (OSError, UnreadableImageError) as e:  # the file cannot be opened, or is no image
+            reason = reason_of(e.__cause__ if isinstance(e.__cause__, Exception) else e)
             raise UnreadableImageError(
                 f'Expected an image that can be read in {name_of(self.reader, index)!r}: {reason}. {REPAIR}'
             ) from e

@@ -13,7 +13,7 @@ from ...data.images import convert, reason_of, upright
 from .folders import Source, open_folders, read_lines
 from .libraries import HfSource, TorchvisionSource
 from .mapped import map_masks
-from .masks import IGNORE_INDEX, check_mask, count_classes, read_mask
+from .masks import IGNORE_INDEX, WrongMaskError, check_mask, count_classes, read_mask
 from .scenes import FashionScenes
 
 _logger = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ class SegmentationDataset(Dataset):
             stored_image, stored_mask = self.source.load(index)
             loaded_image, loaded_mask = self._orient(stored_image, stored_mask, name)
             loaded_image = convert(loaded_image, self.img_mode)
-        except IndexError:  # ends an iteration
+        except (IndexError, WrongMaskError):  # the first ends an iteration
             raise
         except Exception as e:  # decoders raise errors of many kinds
             raise ValueError(f'Expected an image and a mask that can be read for {name}: {reason_of(e)}.') from e

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ...data.images import upright
 from .folders import Source, read_lines
-from .masks import IGNORE_INDEX, find_values, read_mask, write_ranges
+from .masks import IGNORE_INDEX, WrongMaskError, find_values, read_mask, write_ranges
 from .palettes import compare_palettes
 
 _logger = logging.getLogger(__name__)
@@ -114,14 +114,14 @@ class ByColor:
 
     def __call__(self, mask: Image.Image, name: str) -> np.ndarray:
         if mask.mode not in ('1', 'L', 'P', 'RGB', 'RGBA', 'LA', 'PA'):
-            raise ValueError(f'Expected a mask of colours in {name}, got an image of mode {mask.mode}.')
+            raise WrongMaskError(f'Expected a mask of colours in {name}, got an image of mode {mask.mode}.')
         pixels = np.asarray(mask.convert('RGB'), np.int64)
         codes = (pixels[..., 0] << 16) + (pixels[..., 1] << 8) + pixels[..., 2]
         places = np.searchsorted(self.codes, codes).clip(max=len(self.codes) - 1)
         unknown = self.codes[places] != codes
         if unknown.any():
             first = tuple(int(value) for value in pixels[unknown][0])
-            raise ValueError(
+            raise WrongMaskError(
                 f'Expected only colours that --mask-colors {self.path!r} lists, got {first} in {unknown.sum()} of '
                 f'{unknown.size} pixels of {name}. Add a line `{" ".join(map(str, first))} name`, or `... ignore`.'
             )
@@ -146,7 +146,7 @@ class ByValue:
         is_ignored = np.isin(found, self.ignored)
         unknown = (self.values[places] != found) & ~is_ignored
         if unknown.any():
-            raise ValueError(
+            raise WrongMaskError(
                 f'Expected the values {write_ranges(self.values.tolist())} in {name}, got {found[unknown][0]}. It was '
                 'not there when --remap-masks looked at all masks.'
             )

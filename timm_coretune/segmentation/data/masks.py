@@ -17,6 +17,10 @@ _logger = logging.getLogger(__name__)
 IGNORE_INDEX = 255  # pixels with this value are neither trained on nor counted
 
 
+class WrongMaskError(ValueError):
+    """A mask was read, but is not what it should be. The message names it."""
+
+
 def read_mask(
     image: Union[Image.Image, str, os.PathLike],
     name: str,
@@ -41,12 +45,12 @@ def read_mask(
         with Image.open(image) as opened:
             return read_mask(opened, name, size, reduce_zero_label)
     if image.mode not in ('1', 'L', 'P', 'I') and not image.mode.startswith('I;16'):
-        raise ValueError(
+        raise WrongMaskError(
             f'Expected a mask with one class index a pixel in {name}, got an image of mode {image.mode}. Convert '
             'colours to indices first, and save a grey or palette PNG; or list the colours with --mask-colors FILE.'
         )
     if size is not None and image.size != size:
-        raise ValueError(
+        raise WrongMaskError(
             f'Expected a mask of {size[0]} x {size[1]} pixels, as its image has, got {image.size[0]} x '
             f'{image.size[1]} in {name}. Check that image and mask belong together, and resize a mask by nearest only.'
         )
@@ -100,7 +104,7 @@ def find_values(source: Any) -> Dict[int, str]:
                     values = [value for value, count in enumerate(mask.histogram()) if count]
                 else:
                     values = read_mask(mask, name).unique().tolist()
-        except ValueError:  # says which mask already
+        except WrongMaskError:
             raise
         except Exception as e:  # decoders raise errors of many kinds
             raise ValueError(f'Expected a mask that can be read in {name}: {reason_of(e)}.') from e

@@ -126,9 +126,8 @@ def _of_segmentation(settings: Settings) -> Conditions:
             data.interpolation not in ('', *INTERPOLATIONS)
             or data.train_interpolation not in ('', 'random', *INTERPOLATIONS)
         ),
-        '--segmentation: an image or mask that cannot be read is always an error; not with --skip-unreadable': (
-            data.skip_unreadable
-        ),
+        '--segmentation: an image that cannot be read is always an error; not with --skip-unreadable or '
+        '--check-images': data.skip_unreadable or data.check_images != 'files',
         '--segmentation: --metrics are those of images; the scores of pixels are always there': (
             split_names(settings.loop.metrics)
         ),
