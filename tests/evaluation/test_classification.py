@@ -41,10 +41,12 @@ def test_confusion_and_scores_of_each_class_are_those_of_scikit_learn(prediction
     metrics, scalars = measure(['confusion', 'per-class'], predictions)
     predicted = output.argmax(1)
     assert metrics.matrix.tolist() == confusion_matrix(target, predicted, labels=range(5)).tolist()
-    expected = precision_recall_fscore_support(target, predicted, labels=range(5), zero_division=0)
+    expected = precision_recall_fscore_support(target, predicted, labels=range(5), zero_division=math.nan)
     rows = metrics.per_class()
     for key, values, scale in zip(('precision', 'recall', 'f1', 'support'), expected, (100, 100, 100, 1), strict=True):
-        assert [row[key] for row in rows] == pytest.approx([scale * value for value in values])
+        assert [row[key] for row in rows] == pytest.approx([scale * value for value in values], nan_ok=True)
+    assert math.isnan(rows[1]['precision'])  # never predicted
+    assert math.isnan(rows[4]['recall'])  # not there
     assert [row['class'] for row in rows] == NAMES
     present = sorted(set(target.tolist()))
     assert present == [0, 1, 2, 3]
@@ -77,7 +79,8 @@ def test_metrics_are_written_as_tables(tmp_path, predictions):
     assert [[name, *map(str, row)] for name, row in zip(names, metrics.matrix.tolist(), strict=True)] == rows
     rows = list(csv.DictReader((tmp_path / 'per_class.csv').open()))
     assert [row['class'] for row in rows] == names
-    assert [float(row['recall']) for row in rows] == [row['recall'] for row in metrics.per_class()]
+    recall = [row['recall'] for row in metrics.per_class()]
+    assert [row['recall'] for row in rows] == [*map(str, recall[:4]), '']  # no image is of the last
     assert sorted(path.name for path in tmp_path.iterdir()) == ['confusion.csv', 'per_class.csv']
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.__main__ import run as run_command
@@ -68,6 +68,31 @@ def test_masks_are_palette_files_and_those_that_are_there_are_left_alone(exporte
     assert (output / 'a.png').read_text() == 'mine'
     assert predict(model, [str(images)], str(output), overwrite=True) == 3
     assert read_mask(output / 'a.png', 'a').shape == (52, 37)
+
+
+def test_the_mask_of_a_photo_is_as_a_viewer_shows_it(exported, tmp_path):
+    model = load_segmentation_model(exported)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture((64, 32)).save(tmp_path / 'photo.png', exif=exif)
+    (tmp_path / '._photo.png').write_bytes(b'\0\5\x16\7')  # as macOS writes
+    assert predict(model, [str(tmp_path)], str(tmp_path / 'masks')) == 1
+    mask = read_mask(tmp_path / 'masks' / 'photo.png', 'photo')
+    assert mask.shape == (64, 32)
+    shown = ImageOps.exif_transpose(Image.open(tmp_path / 'photo.png'))
+    assert torch.equal(mask.long(), predict_by_hand(model, shown))
+
+
+def test_what_is_below_full_transparency_changes_no_prediction(exported):
+    model = load_segmentation_model(exported)
+    image = picture((40, 40))
+    image.paste((255, 255, 255), (0, 0, 20, 40))
+    alpha = Image.new('L', (40, 40), 255)
+    alpha.paste(0, (0, 0, 20, 40))
+    transparent = picture((40, 40), seed=5)
+    transparent.paste(image.crop((20, 0, 40, 40)), (20, 0))
+    transparent.putalpha(alpha)
+    assert torch.equal(predict_image(model, transparent), predict_image(model, image))
 
 
 def test_images_of_the_same_name_no_images_and_unreadable_ones_are_refused(exported, tmp_path):

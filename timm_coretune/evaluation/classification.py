@@ -86,7 +86,8 @@ class ClassificationEvaluator(TopKEvaluator):
     def per_class(self) -> List[Dict[str, Any]]:
         """Compute precision, recall and F1 in percent, and the number of images, of every class.
 
-        A score whose denominator is 0 is 0.
+        A score whose denominator is 0 is NaN: the recall of a class without images, the precision of a class that is
+        never predicted, the F1 of a class that is neither there nor predicted.
 
         Raises:
             RuntimeError: compute() was not called yet, or the evaluator was created without further metrics.
@@ -100,16 +101,19 @@ class ClassificationEvaluator(TopKEvaluator):
             rows.append(
                 {
                     'class': name,
-                    'precision': (100 * correct / predicted.clamp(min=1)).item(),
-                    'recall': (100 * correct / images.clamp(min=1)).item(),
-                    'f1': (200 * correct / (images + predicted).clamp(min=1)).item(),
+                    'precision': (100 * correct / predicted).item(),
+                    'recall': (100 * correct / images).item(),
+                    'f1': (200 * correct / (images + predicted)).item(),
                     'support': int(images),
                 }
             )
         return rows
 
     def write(self, folder: str) -> None:
-        """Write confusion.csv (a row for each true class) and per_class.csv, if these metrics were requested."""
+        """Write confusion.csv (a row for each true class) and per_class.csv, if these metrics were requested.
+
+        A score that a class does not have is empty in per_class.csv.
+        """
         if 'confusion' in self.metrics and self.matrix is not None:
             write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self.matrix.tolist())
         if 'per-class' in self.metrics:

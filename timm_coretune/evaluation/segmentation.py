@@ -130,20 +130,21 @@ class SegmentationEvaluator:
     def per_class(self) -> List[Dict[str, Any]]:
         """Compute IoU and accuracy in percent, and the number of pixels, of every class.
 
-        A score whose denominator is 0 is 0.
+        A class without pixels has no accuracy: it is NaN. So is its IoU, if it is not predicted either. The means that
+        compute() returns leave these classes out.
 
         Raises:
             RuntimeError: compute() was not called yet.
         """
         correct, pixels, union = self._counts()
-        iou, accuracy = 100 * correct / union.clamp(min=1), 100 * correct / pixels.clamp(min=1)
+        iou, accuracy = 100 * correct / union, 100 * correct / pixels
         columns = (self.class_names, iou.tolist(), accuracy.tolist(), pixels.long().tolist())
         return [
             dict(zip(('class', 'iou', 'accuracy', 'pixels'), row, strict=True)) for row in zip(*columns, strict=True)
         ]
 
     def write(self, folder: str) -> None:
-        """Write per_class.csv, and confusion.csv with a row for each true class."""
+        """Write per_class.csv, where a score that a class does not have is empty, and confusion.csv."""
         write_records(os.path.join(folder, PER_CLASS_NAME), self.per_class())
         write_confusion(os.path.join(folder, CONFUSION_NAME), self.class_names, self._computed_matrix().tolist())
 

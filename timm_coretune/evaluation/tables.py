@@ -21,8 +21,9 @@ def write_confusion(path: str, class_names: Sequence[str], matrix: Sequence[Sequ
 
 
 def write_records(path: str, records: Sequence[Dict[str, Any]]) -> None:
-    """Write a row for each record. All records have the same keys, which become the header."""
-    _write_csv(path, [list(records[0]), *(list(record.values()) for record in records)])
+    """Write a row for each record. All records have the same keys, which become the header. NaN becomes empty."""
+    rows = [['' if value != value else value for value in record.values()] for record in records]
+    _write_csv(path, [list(records[0]), *rows])
 
 
 def _write_csv(path: str, rows: Sequence[Sequence[Any]]) -> None:

@@ -32,11 +32,11 @@ _USAGE = {
     CLASSIFICATION: """```python
 import timm
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 model = timm.create_model('hf-hub:REPO_ID', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
-image = Image.open('image.png').convert('RGB')
+image = ImageOps.exif_transpose(Image.open('image.png')).convert('RGB')
 with torch.inference_mode():
     probabilities = model(transform(image)[None]).softmax(dim=-1)[0]
 index = int(probabilities.argmax())
@@ -49,7 +49,7 @@ from PIL import Image
 from timm_coretune.segmentation import predict_image
 
 model = timm_coretune.load_segmentation_model('hf-hub:REPO_ID').eval()
-image = Image.open('image.png').convert('RGB')
+image = Image.open('image.png')
 classes = predict_image(model, image)  # class indices (height, width) of the image, uint8
 Image.fromarray(classes.numpy()).save('mask.png')
 ```

@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
+from ..data.images import convert, is_hidden, reason_of, upright
 from ..report.plots import plot_segmentation
 from .data.dataset import SegmentationDataset
 from .data.folders import IMAGE_EXTENSIONS
@@ -27,17 +28,19 @@ def predict_image(model: SegmentationModel, image: Union[Image.Image, torch.Tens
     """Predict the class of every pixel of an image.
 
     The image is prepared as in validation: it is fitted into the image size of the training at its own aspect ratio.
-    The logits are resized back to the size of the image.
+    The logits are resized back to the size of the image. A photo with an EXIF orientation is turned upright first, and
+    a transparent image is composed on white.
 
     Args:
         model: A model in evaluation mode, from `load_segmentation_model`.
         image: A PIL image, or a tensor uint8 (C, H, W).
 
     Returns:
-        Class indices at the size of the image, uint8 (H, W), on the CPU.
+        Class indices at the size of the image as a viewer shows it, uint8 (H, W), on the CPU.
     """
     if isinstance(image, Image.Image):
-        pixels = functional.pil_to_tensor(image.convert('RGB' if len(model.data_config['mean']) == 3 else 'L'))
+        mode = 'RGB' if len(model.data_config['mean']) == 3 else 'L'
+        pixels = functional.pil_to_tensor(convert(upright(image), mode))
     else:
         pixels = image
     height, width = pixels.shape[-2:]
@@ -57,7 +60,7 @@ def find_images(paths: Sequence[str]) -> List[str]:
     for path in paths:
         names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
         found += [os.path.join(path, name) if os.path.isdir(path) else name for name in names]
-    found = [path for path in found if path.lower().endswith(IMAGE_EXTENSIONS)]
+    found = [path for path in found if path.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(path)]
     if not found:
         raise ValueError(f'Expected images ({", ".join(IMAGE_EXTENSIONS)}) in {", ".join(paths)}, found none.')
     by_stem: Dict[str, str] = {}
@@ -73,7 +76,7 @@ def _stem(path: str) -> str:
 
 
 def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwrite: bool = False) -> int:
-    """Write the predicted mask of every image as a palette PNG of the size of the image.
+    """Write the predicted mask of every image as a palette PNG of the size of the image, as a viewer shows it.
 
     Args:
         model: A model in evaluation mode, from `load_segmentation_model`.
@@ -97,8 +100,8 @@ def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwri
         try:
             with Image.open(path) as image:
                 image.load()
-        except OSError as e:
-            raise ValueError(f'Expected an image in {path!r}: {e}') from e
+        except Exception as e:  # decoders raise errors of many kinds
+            raise ValueError(f'Expected an image in {path!r}: {reason_of(e)}.') from e
         write_mask(predict_image(model, image), masks[path])
     return len(todo)
 

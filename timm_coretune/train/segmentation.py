@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from functools import partial
 from typing import Any, Dict, List, Optional, Tuple, cast
 
 import torch
@@ -22,8 +23,9 @@ from ..segmentation import (
     create_segmentation_model,
     load_segmentation_model,
 )
-from ..segmentation.data.dataset import SegmentationDataset, open_dataset
+from ..segmentation.data.dataset import SegmentationDataset, create_dataset, open_source, read_class_names
 from ..segmentation.data.folders import read_lines
+from ..segmentation.data.mapped import MappedSource, map_masks
 from ..segmentation.data.masks import IGNORE_INDEX
 from ..segmentation.data.transforms import (
     INTERPOLATIONS,
@@ -55,22 +57,29 @@ def open_datasets(settings: Settings) -> Datasets:
     """Open both splits, the validation split with the classes of the training split, which --eval-only leaves out."""
     data = settings.data
     options: Dict[str, Any] = dict(
-        reduce_zero_label=data.reduce_zero_label,
-        img_mode=get_img_mode(data),
         input_key=data.input_key,
         target_key=data.target_key,
         download=data.dataset_download,
         hold_out=bool(data.val_split),
     )
-    num_classes, class_names = settings.model.num_classes, _read_names(data.class_map)
-    root = data.data_dir or ''
+    root, trains = data.data_dir or '', not settings.loop.eval_only
+    num_classes, class_names = settings.model.num_classes, _read_names(data.class_map) or read_class_names(root)
+    # classes that are numbered by what occurs depend on both splits, also where one is validated alone
+    names = [data.train_split] if trains or data.remap_masks else []
+    names += [data.val_split] if data.val_split else []
+    sources = [open_source(data.dataset, root, name, **options) for name in names]
+    sources = map_masks(sources, data.mask_colors, data.remap_masks, data.reduce_zero_label, class_names)
+    if isinstance(sources[0], MappedSource):
+        class_names = sources[0].class_names
+    reduces_zero = data.reduce_zero_label and not data.remap_masks  # then it is mapped already
+    create = partial(create_dataset, reduce_zero_label=reduces_zero, img_mode=get_img_mode(data))
     train: Any = None
     validation = known = None
-    if not settings.loop.eval_only:
-        train = known = open_dataset(data.dataset, root, data.train_split, num_classes, class_names, **options)
+    if trains:
+        train = known = create(sources[0], num_classes, class_names)
         num_classes, class_names = known.num_classes, known.class_names
     if data.val_split:
-        validation = open_dataset(data.dataset, root, data.val_split, num_classes, class_names, **options)
+        validation = create(sources[-1], num_classes, class_names)
     known = known or cast(SegmentationDataset, validation)
     if train is not None and data.label_fraction < 1:
         train = take_fraction(train, [0] * len(train), data.label_fraction, settings.loop.seed)

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.datasets import Cityscapes
 
@@ -232,6 +232,77 @@ def test_items_that_do_not_fit_name_their_file(tmp_path):
         with pytest.raises(ValueError, match=problem) as caught:
             dataset[index]
         assert str(tmp_path / 'masks' / f'{"abcd"[index]}.png') in str(caught.value)
+
+
+def save_turned(folder, orientation, masks_as_shown, size=(6, 4)):
+    """A photo whose brightness is 60 times the class in its mask, drawn on it as it is shown or as it is stored."""
+    values = np.arange(size[0] * size[1], dtype=np.uint8).reshape(size[1], size[0]) % 4
+    (folder / 'images').mkdir()
+    (folder / 'masks').mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = Image.fromarray(values * 60).convert('RGB')
+    stored.save(folder / 'images' / 'a.png', exif=exif)
+    shown = ImageOps.exif_transpose(Image.open(folder / 'images' / 'a.png'))
+    Image.fromarray(np.array(shown if masks_as_shown else stored)[..., 0] // 60).save(folder / 'masks' / 'a.png')
+    return shown if masks_as_shown else stored
+
+
+@pytest.mark.parametrize('size', [(6, 4), (5, 5)], ids=['oblong', 'square'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_a_turned_photo_and_its_mask_agree_in_every_pixel(tmp_path, orientation, size):
+    shown = save_turned(tmp_path, orientation, True, size)
+    image, mask = open_dataset('', str(tmp_path), 'train', hold_out=False)[0]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(shown))
+    assert torch.equal(image[0], mask * 60)
+
+
+@pytest.mark.parametrize('orientation', [5, 6, 7, 8])
+def test_a_mask_that_fits_a_photo_only_as_it_is_stored_is_followed_and_said_once(tmp_path, orientation, messages):
+    stored = save_turned(tmp_path, orientation, False)
+    dataset = open_dataset('', str(tmp_path), 'train', hold_out=False)
+    for _ in range(2):
+        image, mask = dataset[0]
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), np.array(stored))
+        assert torch.equal(image[0], mask * 60)
+    assert [str(tmp_path / 'masks' / 'a.png') in m and 'EXIF' in m for m in messages('WARNING')] == [True]
+
+
+def test_a_mask_is_turned_by_its_own_exif(tmp_path):
+    save_turned(tmp_path, 6, False)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    mask = Image.open(tmp_path / 'masks' / 'a.png')
+    mask.save(tmp_path / 'masks' / 'a.png', exif=exif)
+    image, mask = open_dataset('', str(tmp_path), 'train', hold_out=False)[0]
+    assert mask.shape == (6, 4)
+    assert torch.equal(image[0], mask * 60)
+
+
+def test_a_transparent_image_is_composed_on_white(tmp_path):
+    pixels = np.array([[[255, 0, 0, 0], [0, 255, 0, 255]]], np.uint8)
+    save(tmp_path / 'images' / 'a.png', pixels)
+    save(tmp_path / 'masks' / 'a.png', np.array([[0, 1]], np.uint8))
+    image, _ = open_dataset('', str(tmp_path), 'train', hold_out=False)[0]
+    assert image.permute(1, 2, 0).tolist() == [[[255, 255, 255], [0, 255, 0]]]
+
+
+def test_what_macos_writes_beside_images_and_masks_is_left_alone(tmp_path):
+    save_pair(tmp_path / 'images', tmp_path / 'masks', 'a', 3)
+    for path in (tmp_path / 'images' / '._a.jpg', tmp_path / 'masks' / '._a.png', tmp_path / 'images' / '._b.jpg'):
+        path.write_bytes(b'\0\5\x16\7')
+    assert classes_of(open_dataset('', str(tmp_path), 'train', hold_out=False)) == [3]
+
+
+def test_damage_that_pil_reports_by_a_syntax_error_names_the_file(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    path = save(tmp_path / 'images' / 'a.png', noise)
+    save(tmp_path / 'masks' / 'a.png', np.zeros((32, 32), np.uint8))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=rf'can be read for {tmp_path}/masks/a\.png'):
+        open_dataset('', str(tmp_path), 'train', hold_out=False)[0]
 
 
 def test_names_and_number_of_classes_come_from_where_they_are_best_known(tmp_path):

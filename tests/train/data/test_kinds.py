@@ -1,4 +1,4 @@
-"""Runs on data of other kinds: folders of images, torchvision, and a corrupt image"""
+"""Runs on data of other kinds: folders of images, torchvision"""
 
 import logging
 import struct
@@ -31,17 +31,6 @@ def test_a_data_set_of_torchvision_trains(tmp_path, messages, read_csv):
     assert timm.create_model(
         'test_resnet', num_classes=10, in_chans=1, checkpoint_path=str(tmp_path / 'run' / 'model_best.safetensors')
     )
-
-
-def test_a_corrupt_image_is_passed_over_and_named(tmp_path, caplog, read_csv):
-    write_folders(tmp_path / 'data', {f'{s}/{name}': 6 for s in ('train', 'validation') for name in 'ab'})
-    corrupt = tmp_path / 'data' / 'train' / 'a' / '3.png'
-    corrupt.write_bytes(corrupt.read_bytes()[:40])
-    train(tmp_path / 'data', tmp_path, '-b', 4)
-    assert len(read_csv(tmp_path / 'run' / 'summary.csv')) == 2
-    warnings = [record.message for record in caplog.records if 'Skipped sample' in record.message]
-    assert len(warnings) == 2  # once an epoch
-    assert all(str(corrupt) in warning for warning in warnings)
 
 
 def test_folders_of_images_are_counted_and_trained_on(tmp_path, caplog):

@@ -1,16 +1,22 @@
 """Data sets of images with masks, from folders, torchvision or Hugging Face"""
 
+import logging
 import os
 from typing import Any, Callable, List, Optional, Sequence, Tuple
 
+from PIL import Image
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 
+from ...data.images import convert, reason_of, upright
 from .folders import Source, open_folders, read_lines
 from .libraries import HfSource, TorchvisionSource
-from .masks import IGNORE_INDEX, check_mask, count_classes, read_mask
+from .mapped import map_masks
+from .masks import IGNORE_INDEX, WrongMaskError, check_mask, count_classes, read_mask
 from .scenes import FashionScenes
+
+_logger = logging.getLogger(__name__)
 
 IMAGE_MODES = ('RGB', 'L')
 
@@ -20,7 +26,9 @@ class SegmentationDataset(Dataset):
 
     An item is a pair of tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W). With a transform the item is what
     the transform returns for this pair. Reading an item raises ValueError if a file cannot be read, if image and mask
-    have different sizes, or if the mask has a value that is no class. The message names the file.
+    have different sizes, or if the mask has a value that is no class. The message names the file. Images and masks are
+    upright, and transparent images on white, see data/images.py. An image is left as it is stored if its mask fits only
+    then.
 
     Args:
         source: Images and masks of a split.
@@ -63,6 +71,7 @@ class SegmentationDataset(Dataset):
         self.reduce_zero_label = reduce_zero_label
         self.img_mode = img_mode
         self.transform: Optional[Callable[[Any, Any], Tuple[Any, Any]]] = None
+        self._says_stored = False  # whether it was logged that an image is not turned
 
     def __len__(self) -> int:
         return len(self.source)
@@ -70,14 +79,31 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> Tuple[Any, Any]:
         name = self.source.name(index)
         try:
-            loaded_image, loaded_mask = self.source.load(index)
-            loaded_image = loaded_image.convert(self.img_mode)
-            indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label)
-        except OSError as e:
-            raise ValueError(f'Expected an image and a mask that can be read for {name}: {e}') from e
+            stored_image, stored_mask = self.source.load(index)
+            loaded_image, loaded_mask = self._orient(stored_image, stored_mask, name)
+            loaded_image = convert(loaded_image, self.img_mode)
+        except (IndexError, WrongMaskError):  # the first ends an iteration
+            raise
+        except Exception as e:  # decoders raise errors of many kinds
+            raise ValueError(f'Expected an image and a mask that can be read for {name}: {reason_of(e)}.') from e
+        indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label)
         check_mask(indices, self.num_classes, name)
         image, mask = tv_tensors.Image(functional.pil_to_tensor(loaded_image)), tv_tensors.Mask(indices)
         return (image, mask) if self.transform is None else self.transform(image, mask)
+
+    def _orient(self, image: Image.Image, mask: Image.Image, name: str) -> Tuple[Image.Image, Image.Image]:
+        """Turn image and mask upright by their EXIF, or the image not if the mask was drawn on it as it is stored."""
+        shown, mask = upright(image), upright(mask)
+        if shown.size == mask.size or image.size != mask.size or image.size == shown.size:
+            return shown, mask
+        if not self._says_stored:
+            self._says_stored = True
+            _logger.warning(
+                f'The EXIF of the image of {name} turns it, but its mask of {mask.size[0]} x {mask.size[1]} pixels '
+                'fits the image as it is stored: such images are not turned here. When masks are predicted, they are. '
+                'To be sure, turn such images once and for all, with their masks, and save them without EXIF.'
+            )
+        return image, mask
 
 
 def open_dataset(
@@ -114,22 +140,48 @@ def open_dataset(
     Raises:
         ValueError: The data do not exist, or do not fit the arguments.
     """
+    source = open_source(name, root, split, input_key, target_key, download, hold_out)
+    (source,) = map_masks([source], reduce_zero_label=reduce_zero_label)
+    class_names = class_names or read_class_names(root)
+    return create_dataset(source, num_classes, class_names, reduce_zero_label, img_mode)
+
+
+def open_source(
+    name: str,
+    root: str,
+    split: str,
+    input_key: Optional[str] = None,
+    target_key: Optional[str] = None,
+    download: bool = False,
+    hold_out: bool = True,
+) -> Source:
+    """Open the images and masks of a split, with the arguments of `open_dataset`."""
     if name.startswith('torch/'):
-        source: Source = TorchvisionSource(name, root, split, download)
-    elif name.startswith('hfds/'):
-        source = HfSource(name, root, split, input_key, target_key)
-    elif name:
+        return TorchvisionSource(name, root, split, download)
+    if name.startswith('hfds/'):
+        return HfSource(name, root, split, input_key, target_key)
+    if name:
         raise ValueError(f"Expected a data set torch/... or hfds/..., or '' for folders in root, got {name!r}.")
-    elif root.endswith('.safetensors'):
-        source = FashionScenes(root, split)
-    else:
-        source = open_folders(root, split, hold_out)
-    class_names = class_names or _read_class_names(root) or source.class_names
+    if root.endswith('.safetensors'):
+        return FashionScenes(root, split)
+    return open_folders(root, split, hold_out)
+
+
+def create_dataset(
+    source: Source,
+    num_classes: Optional[int] = None,
+    class_names: Optional[Sequence[str]] = None,
+    reduce_zero_label: bool = False,
+    img_mode: str = 'RGB',
+) -> SegmentationDataset:
+    """Create the data set of a source. Number and names of classes come from the source where they are None."""
+    class_names = class_names or source.class_names
     if num_classes is None:
         num_classes = len(class_names) if class_names else count_classes(source, reduce_zero_label)
     return SegmentationDataset(source, num_classes, class_names, reduce_zero_label, img_mode)
 
 
-def _read_class_names(root: str) -> Optional[List[str]]:
+def read_class_names(root: str) -> Optional[List[str]]:
+    """Names of the classes in classes.txt beside the data, None if there is no such file."""
     path = os.path.join(root, 'classes.txt')
     return read_lines(path) if root and os.path.isfile(path) else None

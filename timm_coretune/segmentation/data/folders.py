@@ -12,6 +12,7 @@ from typing import Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
 
 from PIL import Image
 
+from ...data.images import is_hidden
 from .palette import VOC_CLASSES
 
 _logger = logging.getLogger(__name__)
@@ -29,7 +30,11 @@ LAYOUTS = (
 
 
 class Source(Protocol):
-    """The images and masks of one split."""
+    """The images and masks of one split.
+
+    A source whose masks were made by unknown programs has a method `load_mask(index)` too, which opens a mask without
+    its image. The palettes of its masks are compared.
+    """
 
     @property
     def class_names(self) -> Optional[List[str]]:
@@ -63,6 +68,9 @@ class FileSource:
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
         return Image.open(self.images[index]), Image.open(self.masks[index])
+
+    def load_mask(self, index: int) -> Image.Image:
+        return Image.open(self.masks[index])
 
     def name(self, index: int) -> str:
         return self.masks[index]
@@ -175,6 +183,7 @@ def _files_by_stem(folder: str, extensions: Tuple[str, ...]) -> Dict[str, str]:
     if not os.path.isdir(folder):
         raise ValueError(f'Expected a folder {folder!r}, which does not exist. {LAYOUTS}')
     names = [entry for entry in sorted(os.listdir(folder)) if entry.lower().endswith(extensions)]
+    names = [name for name in names if not is_hidden(name)]
     for name in sorted(names, key=lambda name: extensions.index(os.path.splitext(name)[1].lower())):
         found.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
     return found

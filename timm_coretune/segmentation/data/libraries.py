@@ -154,6 +154,7 @@ class HfSource:
         self.class_names = None
         self.image_column = self._find(input_key, IMAGE_COLUMNS, 'input_key')
         self.mask_column = self._find(target_key, MASK_COLUMNS, 'target_key')
+        self.masks = self.dataset.select_columns([self.mask_column])
 
     def _find(self, key: Optional[str], usual: Sequence[str], option: str) -> str:
         features = self.dataset.features
@@ -172,6 +173,9 @@ class HfSource:
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
         row = self.dataset[index]
         return row[self.image_column], row[self.mask_column]
+
+    def load_mask(self, index: int) -> Image.Image:
+        return self.masks[index][self.mask_column]
 
     def name(self, index: int) -> str:
         return f'{self.title} {self.split}[{index}]'

@@ -1,7 +1,8 @@
 """Masks: the class index of every pixel, read from an image file"""
 
+import logging
 import os
-from typing import Any, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -9,8 +10,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...checks import wrong_classes
+from ...data.images import reason_of
+
+_logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = 255  # pixels with this value are neither trained on nor counted
+
+
+class WrongMaskError(ValueError):
+    """A mask was read, but is not what it should be. The message names it."""
 
 
 def read_mask(
@@ -37,12 +45,12 @@ def read_mask(
         with Image.open(image) as opened:
             return read_mask(opened, name, size, reduce_zero_label)
     if image.mode not in ('1', 'L', 'P', 'I') and not image.mode.startswith('I;16'):
-        raise ValueError(
+        raise WrongMaskError(
             f'Expected a mask with one class index a pixel in {name}, got an image of mode {image.mode}. Convert '
-            'colours to indices first, and save a grey or palette PNG.'
+            'colours to indices first, and save a grey or palette PNG; or list the colours with --mask-colors FILE.'
         )
     if size is not None and image.size != size:
-        raise ValueError(
+        raise WrongMaskError(
             f'Expected a mask of {size[0]} x {size[1]} pixels, as its image has, got {image.size[0]} x '
             f'{image.size[1]} in {name}. Check that image and mask belong together, and resize a mask by nearest only.'
         )
@@ -72,8 +80,41 @@ def check_mask(mask: torch.Tensor, num_classes: int, name: str) -> None:
         )
 
 
+def load_mask(source: Any, index: int) -> Image.Image:
+    """Open a mask of a source without its image."""
+    if hasattr(source, 'load_mask'):
+        return source.load_mask(index)
+    image, mask = source.load(index)
+    image.close()  # PIL has usually not read its pixels yet
+    return mask
+
+
+def find_values(source: Any) -> Dict[int, str]:
+    """Find the values that occur in the masks of a source, each with the name of a mask that has it.
+
+    Args:
+        source: Images and masks of a split.
+    """
+    found: Dict[int, str] = {}
+    for index in tqdm(range(len(source)), desc='Count classes', disable=None, leave=False, dynamic_ncols=True):
+        name = source.name(index)
+        try:
+            with load_mask(source, index) as mask:
+                if mask.mode in ('L', 'P'):
+                    values = [value for value, count in enumerate(mask.histogram()) if count]
+                else:
+                    values = read_mask(mask, name).unique().tolist()
+        except WrongMaskError:
+            raise
+        except Exception as e:  # decoders raise errors of many kinds
+            raise ValueError(f'Expected a mask that can be read in {name}: {reason_of(e)}.') from e
+        for value in values:
+            found.setdefault(value, name)
+    return found
+
+
 def count_classes(source: Any, reduce_zero_label: bool = False) -> int:
-    """Count the classes in all masks of a source: the highest class index plus one.
+    """Count the classes in all masks of a source: the highest class index plus one. Log which values occur.
 
     Args:
         source: Images and masks of a split.
@@ -82,22 +123,30 @@ def count_classes(source: Any, reduce_zero_label: bool = False) -> int:
     Raises:
         ValueError: All pixels of all masks are ignored.
     """
-    highest = -1
-    for index in tqdm(range(len(source)), desc='Count classes', disable=None, leave=False, dynamic_ncols=True):
-        image, mask = source.load(index)
-        image.close()  # counting needs the mask alone; PIL has usually not read the pixels of the image yet
-        if mask.mode in ('L', 'P'):
-            counts = mask.histogram()
-            values = torch.tensor([value for value, count in enumerate(counts) if count])
-            values = values - 1 if reduce_zero_label else values
-            values = values[values != IGNORE_INDEX - reduce_zero_label]
-        else:
-            values = read_mask(mask, source.name(index), reduce_zero_label=reduce_zero_label)
-            values = values[values != IGNORE_INDEX]
-        highest = max(highest, int(values.max()) if len(values) else -1)
-    if highest < 0:
+    ignored = {0, IGNORE_INDEX} if reduce_zero_label else {IGNORE_INDEX}
+    values = sorted(find_values(source).keys() - ignored)
+    if not values:
         raise ValueError(
             f'Expected a class in at least one of {len(source)} masks, such as {source.name(0)}, all pixels are '
-            f'{IGNORE_INDEX}. Check the masks.'
+            f'{IGNORE_INDEX}{" or 0" if reduce_zero_label else ""}. Check the masks.'
         )
-    return highest + 1
+    num_classes = values[-1] + 1 - reduce_zero_label
+    _logger.info(f'Values in the masks: {write_ranges(values)}')
+    if len(values) < num_classes:
+        _logger.warning(
+            f'The masks have {len(values)} different values, {write_ranges(values)}, for which {num_classes} classes '
+            'are built: those between have no pixel. --remap-masks numbers the values that occur from 0 on; '
+            '--num-classes or a classes.txt says that all of these classes are meant.'
+        )
+    return num_classes
+
+
+def write_ranges(values: Sequence[int]) -> str:
+    """Write ascending numbers briefly, such as 0-3, 7."""
+    parts: List[List[int]] = []
+    for value in values:
+        if parts and value == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], value]
+        else:
+            parts.append([value])
+    return ', '.join('-'.join(map(str, part)) for part in parts)

@@ -129,14 +129,21 @@ def _of_segmentation(settings: Settings) -> Conditions:
             data.interpolation not in ('', *INTERPOLATIONS)
             or data.train_interpolation not in ('', 'random', *INTERPOLATIONS)
         ),
+        '--segmentation: an image that cannot be read is always an error; not with --skip-unreadable or '
+        '--check-images': data.skip_unreadable or data.check_images != 'files',
         '--segmentation: --metrics are those of images; the scores of pixels are always there': (
             split_names(settings.loop.metrics)
         ),
     }
     return {
         **{sentence: data.segmentation and holds for sentence, holds in refused.items()},
-        '--segmentation-head and --reduce-zero-label need --segmentation': (
-            not data.segmentation and (model.segmentation_head or data.reduce_zero_label)
+        '--segmentation-head, --reduce-zero-label, --mask-colors and --remap-masks need --segmentation': (
+            not data.segmentation
+            and (model.segmentation_head or data.reduce_zero_label or data.mask_colors or data.remap_masks)
+        ),
+        '--mask-colors FILE: the file says which colour is which class, and which to ignore; not with --remap-masks, '
+        '--reduce-zero-label or --class-map': (
+            data.mask_colors not in ('', 'index') and (data.remap_masks or data.reduce_zero_label or data.class_map)
         ),
     }
 
@@ -151,6 +158,7 @@ def _of_the_loop(settings: Settings) -> Conditions:
         ),
         '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
         '--patience: 1 or more': loop.patience is not None and loop.patience < 1,
+        '--skip-unreadable needs a --val-split': settings.data.skip_unreadable and not settings.data.val_split,
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
         f'--metrics: choose from {", ".join(FURTHER_OF_IMAGES)}': set(metrics) - set(FURTHER_OF_IMAGES),
         f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,

@@ -23,6 +23,7 @@ OWN_SECTIONS = (CORE_TUNING, TUNING, SEGMENTATION, PUBLISHING)
 
 Scaling = Literal['none', 'sqrt', 'linear']
 Dtype = Literal['float32', 'float16', 'bfloat16']
+Check = Literal['files', 'pixels', 'none']
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,15 @@ class DataSettings:
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
     class_balance: bool = flag(False, 'batches in which a class appears at least twice or not at all')
+    check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
+    skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')
 
     segmentation: bool = flag(False, 'segmentation: classify pixels, on images with masks', section=SEGMENTATION)
     reduce_zero_label: bool = flag(False, 'ignore mask value 0; value 1 is the first class', section=SEGMENTATION)
+    mask_colors: str = flag(
+        '', 'file of the colour of each class in masks; index: palette indices are the classes', 'FILE'
+    )
+    remap_masks: bool = flag(False, 'number the values that occur in masks from 0 on, in their order')
 
     @property
     def mixes_pixels(self) -> bool:

@@ -1,18 +1,21 @@
 """Opens data sets of labelled images through timm, whole or in part"""
 
+import functools
 import os
 import random
 from collections import Counter
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, cast
 
 import torch
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import VisionDataset
 
+from ...data.images import ImageStream, LabelledImages, convert, open_image, upright
 from ...data.safetensors_reader import ReaderSafetensors
 from ...data.seeding import make_key
 from ..cli.settings import DataSettings
+from .readable import find_readable
 
 
 class Datasets(NamedTuple):
@@ -32,14 +35,14 @@ class Datasets(NamedTuple):
 
 
 class _Convert:
-    """Converts an image to a PIL mode, then applies a transform."""
+    """Turns an image upright, converts it to a PIL mode, then applies a transform."""
 
     def __init__(self, img_mode: str, transform: Optional[Callable]):
         self.img_mode = img_mode
         self.transform = transform
 
     def __call__(self, image: Any) -> Any:
-        image = image.convert(self.img_mode)
+        image = convert(upright(image), self.img_mode)
         return image if self.transform is None else self.transform(image)
 
 
@@ -55,6 +58,8 @@ class ConvertedImages(Dataset):
         self.dataset: Any = dataset
         self.img_mode = img_mode
         self.transform = None
+        if hasattr(self.dataset, 'loader'):  # a data set of files, whose own loader would drop the transparency
+            self.dataset.loader = functools.partial(open_image, mode=img_mode)
 
     @property
     def transform(self) -> Optional[Callable]:
@@ -135,7 +140,7 @@ def _create_split(settings: DataSettings, split: str, is_training: bool, seed: i
     if not settings.dataset and not os.path.exists(root):
         raise ValueError(f'Expected images in --data-dir {root!r}, which does not exist. Check the path.')
     if not settings.dataset and root.endswith('.safetensors'):
-        return ImageDataset(root, reader=ReaderSafetensors(root, split), input_img_mode=img_mode)
+        return LabelledImages(root, reader=ReaderSafetensors(root, split), input_img_mode=img_mode)
     try:
         dataset = cast(Any, create_dataset)(
             settings.dataset,
@@ -158,7 +163,23 @@ def _create_split(settings: DataSettings, split: str, is_training: bool, seed: i
             f'Expected images of the {split} split in --data-dir {root!r}: {e} Images lie in one folder a '
             f'class, in a folder {split}/ where there are several splits.'
         ) from e
-    return ConvertedImages(dataset, img_mode) if isinstance(dataset, VisionDataset) else dataset
+    return _open_by_our_rules(dataset, img_mode)
+
+
+def _open_by_our_rules(dataset: Any, img_mode: str) -> Dataset:
+    """The same data set, which opens images as data/images.py does."""
+    if isinstance(dataset, VisionDataset):
+        return ConvertedImages(dataset, img_mode)
+    if isinstance(dataset, ImageDataset):
+        return LabelledImages(None, reader=dataset.reader, input_img_mode=img_mode)
+    if isinstance(dataset, IterableImageDataset) and type(dataset.reader).__name__ != 'ReaderTfds':
+        return ImageStream(dataset.reader, img_mode)  # TensorFlow decodes its images itself
+    return dataset
+
+
+def _leave_out_unreadable(dataset: Dataset, settings: DataSettings, is_training: bool) -> Dataset:
+    readable = find_readable(dataset, settings, is_training)
+    return dataset if readable is None else LabelledSubset(dataset, readable)
 
 
 def get_img_mode(settings: DataSettings) -> str:
@@ -218,6 +239,8 @@ def create_datasets(settings: DataSettings, with_training: bool = True, seed: in
             f'these are in one only: {", ".join(map(str, difference[:5]))}. Check the folders, or --train-split and '
             '--val-split.'
         )
+    train = None if train is None else _leave_out_unreadable(train, settings, True)
+    validation = None if validation is None else _leave_out_unreadable(validation, settings, False)
     if train is not None and settings.label_fraction < 1:
         train = take_fraction(train, get_labels(train), settings.label_fraction, seed)
     names = [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])] if classes else None

@@ -1,0 +1,174 @@
+"""Opens images: upright, on one background, and without a substitute for one that cannot be read
+
+All code of this package that opens an image does it here, so that training, validation and prediction see the same.
+
+- The orientation that a camera writes into a photo (EXIF) is applied: the image is as a viewer shows it.
+- A transparent image is composed on white. The colours below full transparency, which nobody sees, are not used.
+"""
+
+import errno
+import os
+from typing import IO, Any, Iterator, Optional
+
+from PIL import Image, UnidentifiedImageError
+from timm.data import ImageDataset, IterableImageDataset
+
+BACKGROUND = (255, 255, 255, 255)  # white, as pages on which transparent images are usually shown
+_ORIENTATION = 0x0112  # tag of EXIF
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+_ENDS = {'JPEG': b'\xff\xd9', 'PNG': b'IEND\xaeB`\x82'}  # last bytes of a whole file
+REPAIR = (
+    'Replace or remove it. With --check-images pixels all images are read before the run starts, and those that cannot '
+    'be read are left out of the training; with --skip-unreadable of the validation too.'
+)
+
+
+class UnreadableImageError(ValueError):
+    """An image cannot be read. The message names it."""
+
+
+def is_hidden(path: str) -> bool:
+    """Whether a file is one of those that macOS writes beside images, such as ._x.png beside x.png. It is no image."""
+    return os.path.basename(path).startswith('._')
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Turn an image as its EXIF orientation says. The result has no orientation: turning it again changes nothing."""
+    image.load()  # PNG may have its EXIF after the pixels, and TIFF files are turned by PIL when they are loaded
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # EXIF that cannot be parsed raises many kinds of errors; viewers show such an image as it is
+        return image
+    method = _TRANSPOSE.get(orientation)
+    if method is None:
+        return image
+    turned = image.transpose(method)
+    for key in ('exif', 'Raw profile type exif', 'XML:com.adobe.xmp', 'xmp'):  # all places where PIL looks for it
+        turned.info.pop(key, None)
+    return turned
+
+
+def convert(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to a PIL mode. A transparent one is composed on white, unless the mode has transparency too."""
+    if mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
+        return image.convert(mode)
+    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or (
+        'transparency' in image.info and image.mode in ('1', 'L', 'P', 'RGB')
+    ):
+        canvas = Image.new('RGBA', image.size, BACKGROUND)
+        canvas.alpha_composite(image.convert('RGBA'))
+        image = canvas.convert('RGB')
+    return image.convert(mode)
+
+
+def open_image(file: Any, mode: str) -> Image.Image:
+    """Read an image from a path or an open file: upright, on white, in a PIL mode.
+
+    Raises:
+        UnreadableImageError: The image cannot be read.
+    """
+    try:
+        with Image.open(file) as image:
+            return convert(upright(image), mode)
+    except Exception as e:
+        raise UnreadableImageError(f'Expected an image that can be read in {file!r}: {reason_of(e)}.') from e
+
+
+def find_fault(file: IO[bytes], whole: bool = False) -> Optional[str]:
+    """Why an image cannot be read, or None if it can.
+
+    Args:
+        file: An open file of an image.
+        whole: Decode all pixels. Otherwise only the header and the end of a JPEG or PNG are read, and the pixels if
+            the end is not as expected: this finds files that are empty, cut or no images, and costs little.
+    """
+    try:
+        with Image.open(file) as image:
+            if not whole and image.format in _ENDS:
+                end = _ENDS[image.format]
+                position = file.tell()
+                file.seek(-len(end), os.SEEK_END)
+                if file.read(len(end)) == end:
+                    return None
+                file.seek(position)
+            image.load()
+    except Exception as e:
+        return reason_of(e)
+    return None
+
+
+def reason_of(error: Exception) -> str:
+    """Describe why PIL could not read an image. Its decoders raise errors of many kinds, not OSError alone.
+
+    An error that says nothing about the image is raised again, such as too many open files.
+    """
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _OUT_OF_RESOURCES):
+        raise error
+    if isinstance(error, UnidentifiedImageError):
+        return 'no kind of image that PIL knows'
+    return f'{error}' or type(error).__name__
+
+
+class LabelledImages(ImageDataset):
+    """timm's data set of images, which raises an error for an image that it cannot read.
+
+    timm's own takes the next image in its place, with the label of the next, so that some images count twice.
+
+    Args:
+        root: Folder or file with the images.
+        reader: A timm reader, which opens the file of an image and tells its label.
+        input_img_mode: PIL mode of the images.
+    """
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            file, target = self.reader[index]
+            with file:
+                image = open_image(file, self.input_img_mode)
+        except (OSError, UnreadableImageError) as e:  # the file cannot be opened, or is no image
+            reason = reason_of(e.__cause__ if isinstance(e.__cause__, Exception) else e)
+            raise UnreadableImageError(
+                f'Expected an image that can be read in {name_of(self.reader, index)!r}: {reason}. {REPAIR}'
+            ) from e
+        image = image if self.transform is None else self.transform(image)
+        if target is None:
+            return image, -1
+        return image, target if self.target_transform is None else self.target_transform(target)
+
+
+class ImageStream(IterableImageDataset):
+    """timm's stream of images with labels, which are upright and on white.
+
+    Args:
+        reader: A timm reader that hands over images of PIL.
+        img_mode: PIL mode of the images.
+    """
+
+    def __init__(self, reader: Any, img_mode: str):
+        super().__init__(None, reader=reader)
+        reader.input_img_mode = None  # otherwise the reader drops the transparency
+        self.img_mode = img_mode
+
+    def __iter__(self) -> Iterator[Any]:
+        for image, target in self.reader:
+            image = convert(upright(image), self.img_mode)
+            image = image if self.transform is None else self.transform(image)
+            yield image, target if self.target_transform is None else self.target_transform(target)
+
+
+def name_of(reader: Any, index: int) -> str:
+    """Name of an image in messages: its path if it has one, else its place in the data set."""
+    name = reader.filename(index, absolute=True)
+    root = str(getattr(reader, 'root', None) or '')
+    if name is None:
+        return f'{root}[{index}]'
+    return name if os.path.isabs(name) or name.startswith(root) or not root else os.path.join(root, name)
