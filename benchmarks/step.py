@@ -208,8 +208,8 @@ def make_contrast(batch_size: int, width: int, num_classes: int, device: torch.d
 
     def run():
         pairs = criterion.mixup.pair(features, label, draws)
-        extra = pairs.positive.mix(embedding), pairs.negative.mix(embedding)
-        criterion.contrast(embedding, label, *extra).backward()
+        positive, negative = pairs.positive.mix(embedding), pairs.negative.mix(embedding)
+        criterion.contrast(embedding, label, extra_positive=positive, extra_negative=negative).backward()
 
     return run
 

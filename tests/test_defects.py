@@ -67,8 +67,8 @@ def test_compared_labels_are_told_from_labels_hashed_as_powers_of_ten():
     assert len(code.unique()) == 65
     _, hashed = code[label].unique(return_inverse=True)
     contrast = FocalSupConLoss(TEMPERATURE)
-    assert agrees(contrast(v, label, plus, minus).item(), expected)
-    assert not agrees(contrast(v, hashed, plus, minus).item(), expected)
+    assert agrees(contrast(v, label, extra_positive=plus, extra_negative=minus).item(), expected)
+    assert not agrees(contrast(v, hashed, extra_positive=plus, extra_negative=minus).item(), expected)
 
 
 def test_gradient_of_clean_features_is_told_from_clean_features_detached(monkeypatch):
@@ -136,7 +136,7 @@ def test_clean_anchors_with_mixtures_of_their_own_are_told_from_all_rows_as_anch
     plus, minus = pairs.positive.mix(features), pairs.negative.mix(features)
     expected = contrast_of_reference(features, label, plus, minus)
     contrast = FocalSupConLoss(TEMPERATURE)
-    assert agrees(contrast(features, label, plus, minus).item(), expected)
+    assert agrees(contrast(features, label, extra_positive=plus, extra_negative=minus).item(), expected)
 
     all_targets = torch.cat([target, pairs.positive.mix(target), pairs.negative.mix(target)])
     _, target_id = all_targets.unique(dim=0, return_inverse=True)
@@ -190,7 +190,7 @@ def test_a_nan_loss_is_told_from_a_nan_replaced_by_zero():
     v = v.clone()
     v[2] = float('nan')
     expected = contrast_of_reference(v, label, plus, minus)
-    loss = FocalSupConLoss(TEMPERATURE)(v, label, plus, minus)
+    loss = FocalSupConLoss(TEMPERATURE)(v, label, extra_positive=plus, extra_negative=minus)
     defect = torch.zeros(()) if loss.isnan() else loss
     assert np.isnan(expected)
     assert agrees(loss.item(), expected)

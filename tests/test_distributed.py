@@ -3,7 +3,15 @@
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_worker import SCENARIOS, WORLD_SIZES, Scenario, global_batch, gradients, make_task
+from distributed_worker import (
+    SCENARIOS,
+    WORLD_SIZES,
+    Scenario,
+    global_batch,
+    gradients,
+    hessian_product,
+    make_task,
+)
 from ranks import launch_ranks
 from reference import layer_of, objective
 
@@ -53,6 +61,11 @@ def one_process(scenario: Scenario, images: torch.Tensor, target: torch.Tensor, 
     return {'losses': {name: loss.item() for name, loss in losses.items()}, 'gradients': gradients(task)}
 
 
+def layers_of(classifier: torch.nn.Module) -> tuple:
+    layers = tuple(layer_of(layer) for layer in classifier.modules() if isinstance(layer, torch.nn.Linear))
+    return layers if len(layers) > 1 else layers[0]
+
+
 def relative_error(actual: dict, expected: dict) -> float:
     """The largest over the parameters, each relative to the largest entry of any gradient."""
     scale = max(gradient.abs().max() for gradient in expected.values())
@@ -81,6 +94,17 @@ def test_the_averaged_gradient_is_that_of_one_process_with_the_global_batch(name
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', GATHERED)
+def test_a_product_with_the_hessian_is_that_of_one_process_with_the_global_batch(name, found):
+    scenario = SCENARIOS[name]
+    images, target, draws = read_by_one_process(scenario)
+    draws = draws if scenario.mixup_enabled else None
+    expected = hessian_product(make_task(scenario), images, target, GlobalBatch(0, [len(images)]), draws)
+    for rank in found(name):
+        assert relative_error(rank['product'], expected) < 1e-10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', GATHERED)
 def test_the_mean_loss_of_the_ranks_is_the_loss_of_the_reference_on_the_global_batch(name, found):
     scenario = SCENARIOS[name]
     images, target, draws = read_by_one_process(scenario)
@@ -96,7 +120,7 @@ def test_the_mean_loss_of_the_ranks_is_the_loss_of_the_reference_on_the_global_b
     expected = objective(
         features,
         target,
-        layer_of(task.trainable_module.model.head),
+        layers_of(task.trainable_module.model.head),
         criterion.projector and (layer_of(criterion.projector.fc1), layer_of(criterion.projector.fc2)),
         **drawn,
         contrast_weight=criterion.contrast_weight,

@@ -9,7 +9,10 @@ import gc
 import weakref
 
 import pytest
+import timm
 import torch
+from accelerate.utils import send_to_device
+from lightning_utilities.core.apply_func import apply_to_collection
 from tasks import (
     BATCH_SIZE,
     FAMILIES,
@@ -24,6 +27,7 @@ from tasks import (
 )
 from timm.data import Mixup
 from timm.task import ClassificationTask
+from torch.utils._pytree import tree_map_only
 
 from timm_coretune import CoreTuningLoss
 from timm_coretune.distributed import GlobalBatch
@@ -271,6 +275,17 @@ def test_a_module_that_is_no_timm_classifier_is_rejected():
         create_task(torch.nn.Linear(2, 2))
 
 
+@pytest.mark.parametrize('name', ['forward_features', 'forward_head', 'get_classifier'])
+def test_a_model_without_a_method_is_told_which(name):
+    class Own(torch.nn.Module):
+        num_classes = num_features = 4
+
+    for method in {'forward_features', 'forward_head', 'get_classifier'} - {name}:
+        setattr(Own, method, lambda self, *args: None)
+    with pytest.raises(ValueError, match=rf'timm classifier, got Own without {name}\. Add the method'):
+        create_task(Own())
+
+
 def test_a_model_that_does_not_tell_its_width_is_rejected():
     model = create_model()
     model.num_features = model.head_hidden_size = None
@@ -315,11 +330,63 @@ def test_a_rejected_target_draws_nothing():
     assert torch.equal(task.criterion.mixup.generator.get_state(), state)
 
 
+@pytest.mark.parametrize('num_targets', [3, 7])
+def test_targets_that_do_not_fit_a_dictionary_of_patches_are_rejected(num_targets):
+    task = create_task(
+        timm.create_model('naflexvit_base_patch16_gap', num_classes=NUM_CLASSES, depth=1, embed_dim=24, num_heads=2)
+    )
+    rows, columns = torch.meshgrid(torch.arange(2), torch.arange(3), indexing='ij')
+    patches = {
+        'patches': torch.randn(4, 6, 16 * 16 * 3),
+        'patch_coord': torch.stack([rows.flatten(), columns.flatten()], dim=-1).expand(4, -1, -1),
+        'patch_valid': torch.ones(4, 6, dtype=torch.bool),
+    }
+    assert task(patches, torch.tensor([0, 1, 0, 2]))['loss'].isfinite()
+    state = task.criterion.generator.get_state()
+    with pytest.raises(ValueError, match=rf'class indices \(4,\).* got \({num_targets},\).*the same batch'):
+        task(patches, torch.zeros(num_targets).long())
+    assert torch.equal(task.criterion.generator.get_state(), state)
+
+
 def test_the_criterion_in_the_plain_classification_task_names_the_right_task():
     model = create_model()
     task = ClassificationTask(model, CoreTuningLoss(model.num_features), verbose=False)
     with pytest.raises(ValueError, match='use timm_coretune.CoreTuningTask'):
         task(images(), TARGET)
+
+
+# wrappers
+
+
+@pytest.mark.parametrize('mixup_enabled', [True, False])
+def test_wrappers_can_rebuild_the_arguments_of_a_step(mixup_enabled):
+    task = create_task(create_model('test_vit'))
+    task.criterion.mixup.mixup_enabled = mixup_enabled
+    arguments = []
+    task.trainable_module.register_forward_pre_hook(lambda module, args: arguments.extend(args[2:]))
+    expected = task(images(), TARGET)['loss']
+    prepared = tuple(arguments)
+    by_lightning = apply_to_collection(prepared, torch.Tensor, torch.clone)
+    by_torch = tree_map_only(torch.Tensor, torch.clone, prepared)
+    by_accelerate = send_to_device(prepared, TARGET.device)
+    rounded = apply_to_collection(prepared, torch.Tensor, lambda x: x.bfloat16() if x.is_floating_point() else x)
+    module = task.trainable_module
+    for rebuilt in (by_lightning, by_torch, by_accelerate, rounded, copy.deepcopy(prepared)):
+        assert rebuilt[0] == GlobalBatch(0, [BATCH_SIZE])
+        assert torch.equal(module(images(), TARGET, *rebuilt)['loss'], expected)
+
+
+def test_a_task_trains_under_fabric_in_mixed_precision():
+    fabric = pytest.importorskip('lightning_fabric').Fabric(accelerator='cpu', devices=1, precision='bf16-mixed')
+    task, alone = create_task(create_model('test_vit')), create_task(create_model('test_vit'))
+    optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.1)
+    task.trainable_module, optimizer = fabric.setup(task.trainable_module, optimizer)
+    result = task(images(), TARGET)
+    fabric.backward(result['loss'])
+    optimizer.step()
+    with torch.autocast('cpu', torch.bfloat16):
+        expected = alone(images(), TARGET)['loss']
+    torch.testing.assert_close(result['loss'], expected)
 
 
 # synchronisation with the device

@@ -168,13 +168,15 @@ def record_calls(module, name):
 
 
 @pytest.mark.parametrize('module', CASES)
-def test_a_step_trains_the_whole_model_on_the_features_of_its_classifier(module):
+def test_a_step_trains_the_whole_model_on_the_features_of_its_classifier(module, caplog):
     case = CASES[module]
     model = create_model(case.name, **case.kwargs)
     plain = copy.deepcopy(model).train()
     width = get_feature_dim(model)
     task = CoreTuningTask(model, verbose=False)
     assert task.criterion.num_features == width
+    assert not task.criterion.classifies_mixtures  # those that are not affine are in tests/loss/test_classifier.py
+    assert [r.message for r in caplog.records if r.levelname == 'WARNING' and 'affine' in r.message] == []
     input = torch.randn(len(TARGET), 3, case.image_size, case.image_size)
 
     trainable = task.trainable_module.eval()

@@ -3,6 +3,7 @@
 from typing import Optional
 
 import torch
+from torch._C import _functorch
 
 
 def wrong_classes(target: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
@@ -35,7 +36,8 @@ def check_target(target: torch.Tensor, batch_size: int, num_classes: Optional[in
     """Reject targets that are neither class indices nor soft targets of this batch.
 
     The range of class indices is checked on the CPU only. On an accelerator the check would wait for the device, and
-    the kernels of the cross-entropy assert the range.
+    the kernels of the cross-entropy assert the range. In a compiled graph the check is an assertion that runs with it,
+    and the labels of torch.vmap are checked all at once.
 
     Args:
         target: Targets to check.
@@ -44,6 +46,7 @@ def check_target(target: torch.Tensor, batch_size: int, num_classes: Optional[in
 
     Raises:
         ValueError: Shape, dtype or range does not fit.
+        RuntimeError: The range does not fit, found by a compiled graph.
     """
     if target.ndim not in (1, 2) or target.shape[0] != batch_size:
         raise ValueError(
@@ -68,10 +71,38 @@ def check_target(target: torch.Tensor, batch_size: int, num_classes: Optional[in
             f'as ({batch_size}, num_classes).'
         )
     if target.device.type == 'cpu' and target.numel():
-        low, high = (int(bound) for bound in target.aminmax())
+        expected = 'non-negative' if num_classes is None else f'in [0, {num_classes - 1}]'
+        fix = 'Check num_classes of the model against the data set, and that labels start at 0.'
+        if torch.compiler.is_compiling():  # asking for a value would break the graph
+            lowest, highest = target.aminmax()
+            fits = lowest >= 0 if num_classes is None else (lowest >= 0) & (highest < num_classes)
+            torch._assert_async(fits, f'Expected class indices {expected}, got others. {fix}')
+            return
+        low, high = (int(bound) for bound in _without_vmap(target).aminmax())
         if low < 0 or (num_classes is not None and high >= num_classes):
-            expected = 'non-negative' if num_classes is None else f'in [0, {num_classes - 1}]'
-            raise ValueError(
-                f'Expected class indices {expected}, got {low} to {high}. Check num_classes of the model against the '
-                'data set, and that labels start at 0.'
-            )
+            raise ValueError(f'Expected class indices {expected}, got {low} to {high}. {fix}')
+
+
+def _without_vmap(x: torch.Tensor) -> torch.Tensor:
+    """Tensor of all examples that torch.vmap maps over, which has values. Any other tensor is returned as it is."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
+
+
+def check_not_recomputed() -> None:
+    """Refuse to draw random numbers in a backward pass, where torch.utils.checkpoint runs a forward pass again.
+
+    It restores torch's global random state only. An explicit generator would give other numbers than in the forward
+    pass, and the gradient would be that of another loss.
+
+    Raises:
+        RuntimeError: A backward pass is running.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            'Expected random numbers to be drawn once per step, got a second draw in the backward pass, where '
+            'torch.utils.checkpoint recomputes. Leave the loss out of the checkpointed part, or call '
+            'prepared = criterion.prepare(len(features), features.device) in front of it, and '
+            'criterion.compute(features, logits, target, *prepared) inside.'
+        )

@@ -50,18 +50,36 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
-        num_rows = grad.shape[0] // dist.get_world_size()
-        if dist.get_backend() == 'gloo':  # older versions of gloo cannot reduce-scatter a single tensor
-            grad = grad.clone(memory_format=torch.contiguous_format)
-            dist.all_reduce(grad)
-            return grad.narrow(0, dist.get_rank() * num_rows, num_rows)
-        own = grad.new_empty((num_rows, *grad.shape[1:]))
-        scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
-        scatter(own, grad.contiguous())
-        return own
+        # with create_graph=True the backward pass is differentiated itself
+        return _SumScatter.apply(grad) if torch.is_grad_enabled() else _sum_scatter(grad)
 
 
-@dataclass(frozen=True)
+def _sum_scatter(grad: torch.Tensor) -> torch.Tensor:
+    """Rows of this process in the sum over processes, without gradient."""
+    num_rows = grad.shape[0] // dist.get_world_size()
+    if dist.get_backend() == 'gloo':  # older versions of gloo cannot reduce-scatter a single tensor
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.narrow(0, dist.get_rank() * num_rows, num_rows)
+    own = grad.new_empty((num_rows, *grad.shape[1:]))
+    scatter = getattr(dist, 'reduce_scatter_single', None) or dist.reduce_scatter_tensor
+    scatter(own, grad.contiguous())
+    return own
+
+
+class _SumScatter(torch.autograd.Function):
+    """Sums over processes and keeps the rows of this process. It is the transpose of `_AllGather`, and the reverse."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+        return _sum_scatter(grad)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+        return _AllGather.apply(grad)
+
+
+@dataclass  # not frozen: wrappers such as Lightning Fabric rebuild the arguments of the modules that they call
 class GlobalBatch:
     """Which rows of the global batch belong to which process.
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from .checks import check_features, check_target
+from .checks import check_features, check_not_recomputed, check_target
 
 
 class HardPairs(NamedTuple):
@@ -126,6 +126,9 @@ def mine_hard_pairs(
     """
     check_features(features)
     check_target(label, features.shape[0])
-    device = features.device if generator is None else generator.device
+    device = features.device
+    if generator is not None:
+        check_not_recomputed()
+        device = generator.device
     draw = torch.rand(features.shape[0], generator=generator, device=device)
     return select_hard_pairs(features, hard_label(label), draw.to(features.device, non_blocking=True))

@@ -11,12 +11,14 @@ A `Mixture` keeps row indices and shares only. It can mix features, targets and 
 logits: the logits of mixed features equal the mixed logits, so they are not computed again.
 """
 
-from typing import NamedTuple, Optional, Tuple
+import itertools
+from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Tuple
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
 
-from .checks import check_features, check_target
+from .checks import check_features, check_not_recomputed, check_target
 from .mining import at_least_float32, hard_label, select_hard_pairs
 
 
@@ -54,6 +56,19 @@ class MixupDraws(NamedTuple):
     negative_lam: torch.Tensor
     random_negative: torch.Tensor
 
+    def as_bits(self) -> 'MixupDraws':
+        """The same bits as int32. Wrappers such as Lightning Fabric and FSDP round floats that a module is given."""
+        return MixupDraws(*(draw.view(torch.int32) for draw in self))
+
+    def as_numbers(self) -> 'MixupDraws':
+        """The float32 numbers, from `as_bits` or as they are."""
+        return MixupDraws(*(draw if draw.is_floating_point() else draw.view(torch.float32) for draw in self))
+
+
+def protect_draws(prepared: Iterable[Any]) -> List[Any]:
+    """Turn the draws among the arguments of a module into bits, before a wrapper of the module gets them."""
+    return [argument.as_bits() if isinstance(argument, MixupDraws) else argument for argument in prepared]
+
 
 class HardMixtures(NamedTuple):
     """The two mixtures of every anchor.
@@ -84,6 +99,28 @@ def sample_beta(alpha: float, size: int, generator: Optional[torch.Generator] = 
     uniform = torch.rand(2, size, dtype=torch.float64, generator=generator, device=device)
     log_gamma = torch._standard_gamma(concentration, generator=generator).log() + uniform.log() / alpha
     return (log_gamma[0] - log_gamma[1]).sigmoid().float()
+
+
+# torch.compile cannot trace draws from an explicit generator. In a compiled graph an operator makes them, which finds
+# the object with the generator by its number.
+_numbers = itertools.count()
+_mixups: 'WeakValueDictionary[int, HardPairMixup]' = WeakValueDictionary()
+torch.library.define(
+    'timm_coretune::draw_mixtures',
+    '(int number, SymInt size, str device) -> (Tensor, Tensor, Tensor)',
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+@torch.library.impl('timm_coretune::draw_mixtures', 'default')
+def _draw_mixtures(number: int, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _mixups[number].draw_on_own_device(size)
+
+
+@torch.library.register_fake('timm_coretune::draw_mixtures')
+def _draw_nothing(number: int, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    first, second, third = (torch.empty(size, device=device) for _ in range(3))
+    return first, second, third
 
 
 class HardPairMixup:
@@ -136,6 +173,15 @@ class HardPairMixup:
         self.generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
         self.num_classes = num_classes
         self.mixup_enabled = True
+        self._register()
+
+    def _register(self) -> None:
+        self.number = next(_numbers)
+        _mixups[self.number] = self
+
+    def __setstate__(self, state: Dict[str, Any]) -> None:  # of a copy, which draws from its own generator
+        self.__dict__.update(state)
+        self._register()
 
     def __repr__(self) -> str:
         return (
@@ -144,13 +190,25 @@ class HardPairMixup:
         )
 
     def draw(self, batch_size: int, device: Optional[torch.device] = None) -> MixupDraws:
-        """Draw the random numbers of one batch and return them on a device. This advances the generator."""
+        """Draw the random numbers of one batch and return them on a device. This advances the generator.
+
+        Raises:
+            RuntimeError: A backward pass is running, see `checks.check_not_recomputed`.
+        """
+        if torch.compiler.is_compiling():
+            draws = torch.ops.timm_coretune.draw_mixtures(self.number, batch_size, str(self.generator.device))
+        else:
+            draws = self.draw_on_own_device(batch_size)
+        return MixupDraws(*(draw.to(device, non_blocking=True) for draw in draws))
+
+    def draw_on_own_device(self, batch_size: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Draw the random numbers of one batch, on the device of the generator."""
+        check_not_recomputed()
         positive_lam = sample_beta(self.mixup_alpha, batch_size, self.generator)
         positive_lam = self.min_positive_lam + (1.0 - self.min_positive_lam) * positive_lam
         negative_lam = sample_beta(self.mixup_alpha, batch_size, self.generator).clamp(min=self.min_negative_lam)
         random_negative = torch.rand(batch_size, generator=self.generator, device=self.generator.device)
-        draws = (positive_lam, negative_lam, random_negative)
-        return MixupDraws(*(draw.to(device, non_blocking=True) for draw in draws))
+        return positive_lam, negative_lam, random_negative
 
     def pair(
         self,

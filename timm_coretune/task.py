@@ -14,6 +14,7 @@ from timm.utils import unwrap_model
 
 from .checks import check_target
 from .loss import CoreTuningLoss, TaskLoss
+from .mixup import protect_draws
 from .timm_model import (
     GroupMatcher,
     check_classifier,
@@ -99,7 +100,8 @@ class CoreTuningModule(nn.Module):
             return self.model(input)
         features, logits = self.forward_features_and_logits(input)
         self.criterion.check_shapes(features, logits)
-        losses = self.criterion.compute(features, logits, cast(torch.Tensor, target), *prepared)
+        further = {'classifier': self.model.get_classifier()} if self.criterion.classifies_mixtures else {}
+        losses = self.criterion.compute(features, logits, cast(torch.Tensor, target), *prepared, **further)
         return {**losses, 'output': logits}
 
 
@@ -231,11 +233,15 @@ class CoreTuningTask(TrainingTask):
             raise RuntimeError('Cannot load EMA task state before setup_ema().')
         unwrap_model(module).criterion.load_task_state(state, strict)
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(
+        self,
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
         """One training step's forward pass.
 
         Args:
-            input: Images (B, 3, H, W).
+            input: Images (B, 3, H, W), or patches in a dictionary, each of whose tensors has a row for each image.
             target: Class indices (B,) or soft targets (B, C).
 
         Returns:
@@ -246,8 +252,7 @@ class CoreTuningTask(TrainingTask):
             ValueError: target does not fit the batch or the classes of the model.
         """
         module = unwrap_model(self.trainable_module)
-        # a dictionary of patches has no shape, so target gives the batch size
-        batch_size = input.shape[0] if isinstance(input, torch.Tensor) else len(target)
+        batch_size = (input if isinstance(input, torch.Tensor) else next(iter(input.values()))).shape[0]
         check_target(target, batch_size, module.model.num_classes)
-        prepared = module.criterion.prepare(batch_size, target.device)
+        prepared = protect_draws(module.criterion.prepare(batch_size, target.device))
         return self.trainable_module(input, target, *prepared)

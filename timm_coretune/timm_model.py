@@ -1,9 +1,13 @@
 """Ask a timm model for its classifier, the width of its features and its groups of parameters"""
 
-from typing import Any, Callable, Dict, List, Optional, Protocol, Sequence, Set, Union, cast
+import logging
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Protocol, Sequence, Set, Union, cast
 
+import torch
 import torch.nn as nn
 from timm.models import group_parameters
+
+_logger = logging.getLogger(__name__)
 
 GroupMatcher = Union[Dict[str, Any], Callable[[str], int]]  # what timm's optimizer factory takes
 
@@ -34,11 +38,107 @@ def classifier_parameters(model: nn.Module) -> List[nn.Parameter]:
 def check_classifier(model: nn.Module) -> None:
     """Raise a ValueError unless the model is a timm classifier."""
     num_classes = getattr(model, 'num_classes', None)
-    if not num_classes or not hasattr(model, 'forward_head') or not hasattr(model, 'get_classifier'):
+    methods = ('forward_features', 'forward_head', 'get_classifier')
+    missing = [name for name in methods if not hasattr(model, name)]
+    if num_classes and missing:
+        raise ValueError(
+            f'Expected a timm classifier, got {type(model).__name__} without {", ".join(missing)}. Add the method(s) '
+            'as models of timm have them, where get_classifier() returns the last layer, or use a model of timm.'
+        )
+    if not num_classes:
         raise ValueError(
             f'Expected a timm classifier with forward_features, forward_head and num_classes > 0, got '
             f'{type(model).__name__} with num_classes={num_classes}. Create the model with num_classes=<your classes>.'
         )
+
+
+def _random_like(x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(x.shape, generator=generator) if x.is_floating_point() else torch.zeros(x.shape, dtype=x.dtype)
+
+
+class Probe(NamedTuple):
+    """What a probe of a layer found.
+
+    Attributes:
+        is_affine: Whether the layer is affine. None if it takes no input of the width, in any shape.
+        takes_rows: Whether the input may be a matrix (N, width), rather than feature maps of one pixel.
+    """
+
+    is_affine: Optional[bool]
+    takes_rows: bool = True
+
+
+@torch.no_grad()
+def probe_affine(module: nn.Module, width: int) -> Probe:
+    """Find out whether a module in evaluation mode is affine in its input of a width.
+
+    It is probed with random inputs and random parameters, as a layer that starts at zero hides what comes before it.
+    This happens on the CPU. The module and the global random state stay as they are.
+
+    Args:
+        module: A layer, or a small module such as a head.
+        width: Width of the input.
+    """
+    if type(module).forward in (nn.Linear.forward, nn.Conv2d.forward, nn.Identity.forward):
+        return Probe(True)
+    generator = torch.Generator().manual_seed(0)
+    state = {name: _random_like(p, generator) for name, p in module.named_parameters()}
+    for name, buffer in module.named_buffers():
+        is_known = not buffer.is_meta
+        state[name] = buffer.detach().to('cpu', copy=True) if is_known else torch.ones(buffer.shape, dtype=buffer.dtype)
+        if buffer.is_floating_point():
+            state[name] = state[name].float()
+    training = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.autocast('cpu', enabled=False):
+            for shape in ((width,), (width, 1, 1), (1, 1, width), (1, width)):
+                first, second = torch.randn(2, 16, *shape, generator=generator)
+                lam = torch.rand(16, *[1] * len(shape), generator=generator)
+                try:
+                    mixed, a, b = (
+                        torch.func.functional_call(module, state, (x,)).flatten(1)
+                        for x in (torch.lerp(second, first, lam), first, second)
+                    )
+                except Exception:  # whatever a module raises for a shape that it does not take
+                    continue
+                error = (mixed - torch.lerp(b, a, lam.flatten(1))).abs().max()
+                is_affine = bool(error <= 1e-3 * torch.maximum(a.abs().max(), b.abs().max()))
+                return Probe(is_affine, shape == (width,))
+    finally:
+        for part, was_training in training.items():
+            part.training = was_training
+    return Probe(None)
+
+
+def is_classifier_affine(model: nn.Module, width: int) -> bool:
+    """Whether the classifier of a timm model is affine in its features. If not, it can be called with (N, width).
+
+    Raises:
+        ValueError: The classifier is not affine, and cannot be called with features.
+    """
+    # of a segmentation model, the decoder comes before the features
+    layers: List[nn.Module] = []
+    for part in getattr(model, 'feature_classifiers', None) or get_classifiers(model):
+        layers.extend(part if isinstance(part, nn.ModuleList) else [part])
+    found = {layer: probe_affine(layer, width) for layer in layers}
+    unknown = {type(layer).__name__ for layer, probe in found.items() if probe.is_affine is None}
+    if unknown:
+        _logger.warning(
+            f'{", ".join(sorted(unknown))} of {type(model).__name__} does not take features of width {width}, so it is '
+            'not known whether it is affine. It is taken to be: logits of mixtures are mixed from those of the images.'
+        )
+    others = [layer for layer, probe in found.items() if probe.is_affine is False]
+    if not others:
+        return True
+    if len(layers) > 1 or not found[others[0]].takes_rows:
+        raise ValueError(
+            f'Expected an affine classifier, or a single one that takes features (N, {width}), got '
+            f'{len(layers)} classifier(s) in {type(model).__name__}, of which {type(others[0]).__name__} is not affine '
+            'and cannot classify mixed features. Use another model, or a layer that takes a matrix.'
+        )
+    _logger.info(f'{type(others[0]).__name__} of {type(model).__name__} is not affine: it classifies the mixtures too.')
+    return False
 
 
 def get_feature_dim(model: nn.Module) -> int:

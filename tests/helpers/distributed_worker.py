@@ -22,6 +22,7 @@ class Scenario(NamedTuple):
     """Sizes of the local batches in rank order, class indices of the global batch, arguments of the loss.
 
     sum_over_ranks False is the negative control: the backward of the gather forgets what other ranks did with the rows.
+    With mlp the classifier is one, which mixtures must be classified by.
     """
 
     sizes: Tuple[int, ...]
@@ -30,6 +31,7 @@ class Scenario(NamedTuple):
     soft: bool = False
     mixup_enabled: bool = True
     sum_over_ranks: bool = True
+    mlp: bool = False
 
 
 MIXED = (0, 1, 0, 2, 1, 3, 0, 0, 1, 2, 2, 1)
@@ -46,6 +48,10 @@ SCENARIOS: Dict[str, Scenario] = {
     'seven and one': Scenario((7, 1), MIXED[:8], {'uneven_batches': True}),
     'eight and none': Scenario((8, 0), MIXED[:8], {'uneven_batches': True}),
     'five and three, no mixtures': Scenario((5, 3), MIXED[:8], {'uneven_batches': True}, mixup_enabled=False),
+    'classifier of two layers': Scenario((4, 4), MIXED[:8], mlp=True),
+    'classifier of two layers, five and three': Scenario((5, 3), MIXED[:8], {'uneven_batches': True}, mlp=True),
+    'classifier of two layers, eight and none': Scenario((8, 0), MIXED[:8], {'uneven_batches': True}, mlp=True),
+    'classifier of two layers, one class in all': Scenario((4, 4), (2,) * 8, mlp=True),
     'one image each': Scenario((1, 1), (0, 1)),
     'one rank of one class': Scenario((4, 4), (2, 2, 2, 2, 0, 1, 3, 1)),
     'every rank of one class': Scenario((4, 4), (2, 2, 2, 2, 1, 1, 1, 1)),
@@ -65,11 +71,13 @@ WORLD_SIZES = sorted({len(scenario.sizes) for scenario in SCENARIOS.values()}, r
 class TinyModel(nn.Module):
     """What a task needs of a timm classifier."""
 
-    def __init__(self):
+    def __init__(self, mlp: bool = False):
         super().__init__()
         self.num_classes, self.num_features = NUM_CLASSES, WIDTH
         self.stem = nn.Linear(WIDTH, WIDTH)
         self.head = nn.Linear(WIDTH, NUM_CLASSES)
+        if mlp:
+            self.head = nn.Sequential(nn.Linear(WIDTH, 7), nn.Tanh(), nn.Linear(7, NUM_CLASSES))
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -93,7 +101,7 @@ def make_task(scenario: Scenario) -> CoreTuningTask:
             projection_dim=3,
             generator=torch.Generator().manual_seed(1),
         )
-        model = TinyModel().double()
+        model = TinyModel(scenario.mlp).double()
     task = CoreTuningTask(model, criterion, device=torch.device('cpu'), dtype=torch.float64, verbose=False)
     task.criterion.mixup.mixup_enabled = scenario.mixup_enabled
     return task.train()
@@ -115,8 +123,28 @@ def forget_other_ranks(ctx, grad: torch.Tensor) -> torch.Tensor:
     return grad.narrow(0, dist.get_rank() * num_rows, num_rows)
 
 
+def hessian_product(task: CoreTuningTask, *arguments: Any) -> Dict[str, torch.Tensor]:
+    """What this process adds to the product of the Hessian and a vector, which is the mean of what all add."""
+    named = dict(task.trainable_module.named_parameters())
+    generator = torch.Generator().manual_seed(3)
+    vectors = [torch.randn(p.shape, dtype=p.dtype, generator=generator) for p in named.values()]
+    loss = task.trainable_module(*arguments)['loss']
+    grads = torch.autograd.grad(loss, list(named.values()), create_graph=True)
+    product = sum((grad * vector).sum() for grad, vector in zip(grads, vectors, strict=True))
+    return dict(zip(named, torch.autograd.grad(product, list(named.values())), strict=True))
+
+
 def gradients(task: CoreTuningTask) -> Dict[str, torch.Tensor]:
     return {name.removeprefix('module.'): p.grad for name, p in task.trainable_module.named_parameters()}
+
+
+def mean_hessian_product(scenario: Scenario, images: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    task = make_task(scenario)  # not in DistributedDataParallel, which does not keep the graph of the gradients
+    product = hessian_product(task, images, target, *task.criterion.prepare(len(images), target.device))
+    for value in product.values():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return product
 
 
 def run(scenario: Scenario, rank: int) -> Dict[str, Any]:
@@ -135,6 +163,7 @@ def run(scenario: Scenario, rank: int) -> Dict[str, Any]:
         'losses': {name: loss.item() for name, loss in losses.items()},
         'gradients': gradients(task),
         'generator': task.criterion.mixup.generator.get_state(),
+        **({'product': mean_hessian_product(scenario, images, target)} if scenario.sum_over_ranks else {}),
     }
 
 

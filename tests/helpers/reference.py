@@ -4,7 +4,7 @@ Nothing here calls the package. All 3B rows are built, classified and projected 
 """
 
 import math
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -138,6 +138,14 @@ def affine(rows: Sequence[np.ndarray], layer: Affine) -> List[np.ndarray]:
     return [weight @ row + bias for row in rows]
 
 
+def classify(rows: Sequence[np.ndarray], classifier: Union[Affine, Tuple[Affine, Affine]]) -> List[np.ndarray]:
+    """Logits of rows, by an affine layer or by two with tanh in between."""
+    if isinstance(classifier[0], tuple):
+        first, classifier = classifier
+        rows = [np.array([math.tanh(x) for x in row.tolist()]) for row in affine(rows, first)]
+    return affine(rows, classifier)
+
+
 def layer_of(linear: torch.nn.Linear) -> Affine:
     return array(linear.weight), array(linear.bias)
 
@@ -145,7 +153,7 @@ def layer_of(linear: torch.nn.Linear) -> Affine:
 def objective(
     features: torch.Tensor,
     target: torch.Tensor,
-    classifier: Affine,
+    classifier: Union[Affine, Tuple[Affine, Affine]],
     projector: Optional[Tuple[Affine, Affine]],
     random_negative: Optional[Sequence[int]] = None,
     a: Optional[Sequence[float]] = None,
@@ -157,7 +165,8 @@ def objective(
 ) -> Dict[str, float]:
     """The losses of a batch. Without random_negative, a and b there are no mixtures, without projector no contrast."""
     f, y = list(array(features)), classes(target)
-    t = soft_target(target, len(classifier[1]), label_smoothing)
+    output = classifier[1] if isinstance(classifier[0], tuple) else classifier
+    t = soft_target(target, len(output[1]), label_smoothing)
     rows, targets, mixed = list(f), list(t), Mixtures(None, None)
     if a is not None:
         mined = mine(features, target)
@@ -165,7 +174,7 @@ def objective(
         mixed_target = mixtures(t, mined, random_negative, a, b)
         rows += mixed.positive + (mixed.negative or [])
         targets += mixed_target.positive + (mixed_target.negative or [])
-    task_loss = cross_entropy(affine(rows, classifier), targets)
+    task_loss = cross_entropy(classify(rows, classifier), targets)
     if projector is None:
         return {'loss': task_loss, 'task_loss': task_loss}
 

@@ -136,8 +136,6 @@ def pixel_objective(
         parts.append(cross_entropy(affine(positive, classifier), positive_target))
         if negative is not None:
             parts.append(cross_entropy(affine(negative, classifier), negative_target))
-    elif mixup_enabled:
-        parts.append(0.0)
     task_loss = sum(parts) / len(parts)
     losses = {'loss': task_loss, 'task_loss': task_loss, 'dense_loss': dense}
     if projector is None:

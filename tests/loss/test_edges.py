@@ -1,5 +1,6 @@
 """The whole objective at the edges of a batch, in half precision, and of rows that take no part"""
 
+import copy
 import math
 
 import pytest
@@ -156,6 +157,72 @@ def test_infinite_logits_are_not_masked():
     logits = random_features(18, 8, 3)
     logits[2, 1] = float('inf')
     assert make_criterion()(random_features(18, 8, WIDTH), logits, random_label(18, 8, 3)).isnan()
+
+
+def mixed_logits_by_hand(criterion, features, logits, target):
+    """Logits and soft targets of all rows that the criterion is about to make, where 0 * -inf is 0."""
+    draws = copy.deepcopy(criterion.mixup).draw(len(logits))
+    pairs = criterion.mixup.pair(features, target, draws)
+    one_hot = F.one_hot(target, logits.shape[1]).double()
+    rows, targets = list(logits), list(one_hot)
+    for mixture in (pairs.positive, pairs.negative):
+        for i, j, lam in zip(mixture.index, mixture.other, mixture.lam.double().tolist(), strict=True):
+            rows.append(sum(share * logits[k] for share, k in ((lam, i), (1 - lam, j)) if share))
+            targets.append(lam * one_hot[i] + (1 - lam) * one_hot[j])
+    return rows, targets
+
+
+def cross_entropy_by_hand(rows, targets):
+    """Where a class without a share of the target costs nothing."""
+    total = 0.0
+    for row, target in zip(rows, targets, strict=True):
+        log_p = row.log_softmax(dim=0).tolist()
+        total -= sum(share * lp for share, lp in zip(target.tolist(), log_p, strict=True) if share)
+    return total / len(rows)
+
+
+@pytest.mark.parametrize('excluded', [[(slice(None), 3)], [(slice(None), 3), (slice(None), 4)]], ids=['one', 'two'])
+@pytest.mark.parametrize('kind', ['indices', 'soft', 'float32'])
+def test_a_class_that_is_excluded_by_minus_infinity_costs_nothing(kind, excluded):
+    target = torch.tensor([0, 1, 0, 2, 1, 2, 0, 1])
+    logits = random_features(18, 8, 5)
+    for place in excluded:
+        logits[place] = float('-inf')
+    criterion = make_criterion(contrast_weight=0.0)
+    features = logits.nan_to_num(neginf=0.0)[:, [0, 1, 2, 0, 1, 2]]
+    expected = cross_entropy_by_hand(*mixed_logits_by_hand(criterion, features, logits, target))
+    given = F.one_hot(target, 5).double() if kind == 'soft' else target
+    logits = (logits.float() if kind == 'float32' else logits).requires_grad_()
+    loss = criterion(features, logits, given)
+    assert loss.item() == pytest.approx(expected, rel=1e-6 if kind == 'float32' else 1e-12)
+    assert_finite_and_bounded_gradient(loss, logits)
+    criterion.mixup.mixup_enabled = False
+    clean = criterion(features, logits, given)
+    torch.testing.assert_close(clean, F.cross_entropy(logits, target))
+
+
+def test_a_mixture_excludes_what_one_of_its_rows_excludes_and_that_may_cost_infinitely():
+    target = torch.tensor([0, 1, 0, 1])
+    features, logits = random_features(3, 4, WIDTH), random_features(4, 4, 3)
+    logits[0, 2] = float('-inf')  # no row is of class 2
+    criterion = make_criterion(contrast_weight=0.0)
+    expected = cross_entropy_by_hand(*mixed_logits_by_hand(criterion, features, logits, target))
+    assert criterion(features, logits, target).item() == pytest.approx(expected, rel=1e-12)
+    logits[0, 1] = float('-inf')  # row 0 is mixed with rows of class 1
+    assert F.cross_entropy(logits, target).isfinite()
+    assert criterion(features, logits, target) == float('inf')
+
+
+def test_a_given_loss_counts_in_full_where_no_row_takes_part():
+    criterion = make_criterion(double=False)
+    features, logits = torch.randn(5, WIDTH), torch.randn(5, 4)
+    for label, num_parts in (([-1] * 5, 1), ([-1, 2, 2, -1, -1], 2), ([0, -1, 2, -1, -1], 3)):
+        described = criterion.prepare(5, features.device)
+        given = [
+            criterion.compute(features, logits, torch.tensor(label), *described, clean_loss=torch.tensor(clean))
+            for clean in (1.0, 2.0)
+        ]
+        assert (given[1]['task_loss'] - given[0]['task_loss']).item() == pytest.approx(1 / num_parts, rel=1e-5)
 
 
 # rows that take no part

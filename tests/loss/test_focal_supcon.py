@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_metric_learning.losses import SupConLoss
+from pytorch_metric_learning.miners import BatchHardMiner
 from reference import array, classes, focal_contrast, generator, random_features, random_label, random_soft_target
 
 from timm_coretune import FocalSupConLoss
@@ -111,7 +112,9 @@ def test_the_gradient_of_the_contrast_is_the_numerical_one(focal, extras):
     label = torch.tensor([0, 0, 1, 2, 1, 0])
     inputs = [x.clone().requires_grad_() for x in random_features(5, 18, 4).split(6)][: 3 if extras else 1]
     loss = FocalSupConLoss(0.5, focal=focal)
-    assert torch.autograd.gradcheck(lambda v, *extra: loss(v, label, *extra), inputs)
+    assert torch.autograd.gradcheck(
+        lambda v, plus=None, minus=None: loss(v, label, extra_positive=plus, extra_negative=minus), inputs
+    )
 
 
 # Precision
@@ -121,9 +124,9 @@ def test_the_gradient_of_the_contrast_is_the_numerical_one(focal, extras):
 def test_autocast_does_not_touch_the_contrast_of_given_embeddings(focal):
     v, plus, minus = random_features(9, 60, 16, torch.float32).split(20)
     label, loss = random_label(9, 20, 4), FocalSupConLoss(focal=focal)
-    expected = loss(v, label, plus, minus)
+    expected = loss(v, label, extra_positive=plus, extra_negative=minus)
     with torch.autocast('cpu', dtype=torch.bfloat16):
-        inside = loss(v, label, plus, minus)
+        inside = loss(v, label, extra_positive=plus, extra_negative=minus)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, expected)
 
@@ -137,7 +140,7 @@ def test_embeddings_of_zeros_agree_with_the_reference_and_get_no_gradient(zero_r
     v[zero_rows] = plus[zero_rows] = minus[zero_rows] = 0.0
     inputs = [x.requires_grad_() for x in (v, plus, minus)]
     label = torch.tensor([0, 0, 1, 1, 2, 2])
-    loss = FocalSupConLoss()(v, label, plus, minus)
+    loss = FocalSupConLoss()(v, label, extra_positive=plus, extra_negative=minus)
     assert loss.item() == pytest.approx(focal_contrast(array(v), label.tolist(), array(plus), array(minus)), rel=1e-10)
     for gradient in torch.autograd.grad(loss, inputs):
         assert torch.isfinite(gradient).all()
@@ -150,7 +153,7 @@ def test_nan_embeddings_give_a_nan_contrast(which):
     inputs = [x.clone() for x in random_features(17, 18, 4).split(6)]
     inputs[which][3, 1] = float('nan')
     v, plus, minus = inputs
-    assert FocalSupConLoss()(v, torch.tensor([0, 0, 1, 1, 2, 2]), plus, minus).isnan()
+    assert FocalSupConLoss()(v, torch.tensor([0, 0, 1, 1, 2, 2]), extra_positive=plus, extra_negative=minus).isnan()
 
 
 def test_normalized_rows_have_length_one_or_zero():
@@ -177,11 +180,53 @@ def test_a_temperature_that_is_not_positive_is_refused(temperature):
         ((torch.ones(4, 3), torch.zeros(3).long()), r'class indices \(4,\)'),
         ((torch.ones(4, 3), torch.zeros(4)), r'integer dtype'),
         ((torch.ones(4, 3), torch.tensor([0, -1, 0, 0])), r'non-negative, got -1 to 0'),
-        ((torch.ones(4, 3), torch.zeros(4).long(), torch.ones(3, 3)), r'extra_positive \(4, 3\).*got \(3, 3\)'),
-        ((torch.ones(4, 3), torch.zeros(4).long(), None, torch.ones(4, 2)), r'extra_negative \(4, 3\).*got \(4, 2\)'),
+        (
+            (torch.ones(4, 3), torch.zeros(4).long(), {'extra_positive': torch.ones(3, 3)}),
+            r'extra_positive \(4, 3\).*got \(3, 3\)',
+        ),
+        (
+            (torch.ones(4, 3), torch.zeros(4).long(), {'extra_negative': torch.ones(4, 2)}),
+            r'extra_negative \(4, 3\).*got \(4, 2\)',
+        ),
     ],
     ids=['sequence', 'mismatched batch', 'float label', 'negative label', 'extra positive', 'extra negative'],
 )
 def test_embeddings_that_do_not_fit_are_refused(args, message):
     with pytest.raises(ValueError, match=message):
-        FocalSupConLoss()(*args)
+        FocalSupConLoss()(*args[:2], **dict(*args[2:]))
+
+
+def test_the_tuple_of_pairs_of_pytorch_metric_learning_is_not_taken_for_an_embedding():
+    embedding, label = random_features(0, 6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
+    pairs = BatchHardMiner()(embedding, label)
+    with pytest.raises(TypeError, match='positional arguments'):
+        FocalSupConLoss()(embedding, label, pairs)
+    with pytest.raises(TypeError, match='positional arguments'):
+        FocalSupConLoss()(embedding, label, torch.ones(6, 4))
+
+
+# Transformations of torch
+
+
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_it_compiles_to_one_graph_that_checks_its_labels(backend):
+    torch._dynamo.reset()
+    embedding, label = random_features(3, 8, 4).requires_grad_(), random_label(3, 8, 3)
+    compiled = torch.compile(FocalSupConLoss(), fullgraph=True, backend=backend)
+    loss, expected = compiled(embedding, label), FocalSupConLoss()(embedding, label)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(*(torch.autograd.grad(x, embedding) for x in (loss, expected)), rtol=1e-10, atol=1e-14)
+    with pytest.raises(RuntimeError, match='Expected class indices non-negative'):
+        compiled(embedding, label - 1)
+
+
+def test_it_maps_over_labels_and_checks_all_of_them():
+    embedding, labels = random_features(3, 8, 4), torch.stack([random_label(seed, 8, 3) for seed in range(4)])
+    loss = FocalSupConLoss()
+    mapped = torch.func.vmap(lambda label: loss(embedding, label))(labels)
+    torch.testing.assert_close(mapped, torch.stack([loss(embedding, label) for label in labels]), rtol=1e-12, atol=0)
+    nested = torch.func.vmap(torch.func.vmap(lambda label: loss(embedding, label)))(labels.view(2, 2, 8))
+    torch.testing.assert_close(nested.flatten(), mapped, rtol=1e-12, atol=0)
+    labels[2, 1] = -1
+    with pytest.raises(ValueError, match='non-negative, got -1 to 2'):
+        torch.func.vmap(lambda label: loss(embedding, label))(labels)

@@ -158,6 +158,16 @@ def test_losses_of_every_batch_are_those_of_loops(batch, head):
         assert all((p.grad == 0).all() for p in task.trainable_module.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize('contrast_weight', [0.7, 0.0])
+def test_pixels_without_an_anchor_count_with_their_whole_cross_entropy(contrast_weight):
+    images, target = blobs(2, 2, (32, 32))
+    target[:] = IGNORED
+    target[:, ::8, ::8] = torch.randint(NUM_CLASSES, (2, 4, 4))  # none is in the middle of a cell
+    result = check_losses(create_task(contrast_weight=contrast_weight), images, target)
+    expected = nn.functional.cross_entropy(result['output'], target, ignore_index=IGNORED)
+    torch.testing.assert_close(result['task_loss'], expected, rtol=1e-12, atol=0)
+
+
 def test_an_ignored_class_of_another_index_does_not_count_either():
     images, target = blobs(2, 2, (32, 32))
     expected = scalars(create_task()(images, target))

@@ -151,3 +151,12 @@ def test_a_terminated_launcher_leaves_no_process_behind(tmp_path):
         one.kill()
     assert started
     assert not alive
+
+
+def test_an_optimizer_of_second_order_is_refused_in_two_processes_before_any_data_is_read():
+    # there are no data: had they been looked for first, that would have been the error
+    words = in_two_processes(ROOT / 'train.py', *SMALL_VIT, '--opt', 'adahessian', '--data-dir', '/nowhere')
+    result = run_command(words, ENVIRONMENT, check=False)
+    assert result.returncode
+    assert '--opt adahessian needs the second derivative of the loss' in result.stderr
+    assert 'Train in one, or use another optimizer' in result.stderr

@@ -8,6 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 import torch
 import torch.nn as nn
 
+from ..checks import check_not_recomputed
 from ..distributed import GlobalBatch, process_index_and_count
 
 
@@ -27,6 +28,8 @@ class TaskLoss(nn.Module):
 
     Attributes:
         num_features: Width D of the features, None if any width is accepted.
+        classifies_mixtures: Whether `compute` gets the classifier as `classifier=`, because it is not affine and mixed
+            features have other logits than mixed logits. `attach` sets it.
         is_global_mean: Whether averaging the loss over processes gives the mean over all rows, even if batches differ
             in size. When False, the training loop scales the loss to make it so.
 
@@ -35,6 +38,7 @@ class TaskLoss(nn.Module):
     """
 
     num_features: Optional[int] = None
+    classifies_mixtures: bool = False
     is_global_mean: bool = True
 
     def __init__(
@@ -71,7 +75,7 @@ class TaskLoss(nn.Module):
 
         Returns:
             Further arguments of `compute`. The first is the GlobalBatch, which gives the place of the rows of this
-            process among those of all processes.
+            process among those of all processes. Wrappers of the module may round floats among the others.
         """
         return (GlobalBatch.create(batch_size, self.gather, self.uneven_batches, device, rows_per_image),)
 
@@ -107,6 +111,7 @@ class TaskLoss(nn.Module):
         Image b of process r uses draw b * num_processes + r, which is also its draw in a single process that reads the
         same data. All processes draw equally many numbers, so their generators stay in step.
         """
+        check_not_recomputed()
         rank, num_processes = process_index_and_count()
         most_images = max(batch.sizes) // batch.rows_per_image
         own_images = batch.sizes[batch.rank] // batch.rows_per_image

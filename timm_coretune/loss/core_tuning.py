@@ -7,24 +7,33 @@ Written from the paper. The released code has no licence and was not copied. Her
 clean features, no forward pass is repeated for logging, and a loss that is not finite is not replaced.
 """
 
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Callable, Dict, Optional, Tuple, cast
 
 import torch
+import torch.nn as nn
 
 from ..checks import check_features, check_target
 from ..distributed import GlobalBatch, process_index_and_count
 from ..mining import at_least_float32, hard_label
 from ..mixup import HardMixtures, HardPairMixup, Mixture, MixupDraws
+from ..timm_model import is_classifier_affine
 from .base import TaskLoss
 from .focal_supcon import FocalSupConLoss
 from .projection import ProjectionHead
+
+Classifier = Callable[[torch.Tensor], torch.Tensor]
 
 
 class CoreTuningLoss(TaskLoss):
     """Soft-target cross-entropy over a batch and its mixtures + contrast_weight x focal contrastive loss.
 
     A classifier is affine in its features, so the logits of mixtures are mixed from the logits of the clean batch. The
-    cross-entropy is linear in the target. Mixed features and mixed targets are therefore never computed.
+    cross-entropy is linear in the target. Mixed features and mixed targets are therefore never computed. A classifier
+    that is not affine, such as the MLP of CAFormer and ConvFormer, classifies the mixed features instead. Tasks find
+    out by themselves which it is. In a loop of your own, pass `classifier=` if yours is not affine.
+
+    A logit of -inf excludes a class. A mixture excludes the classes that either of its two rows excludes. Its loss is
+    infinite if its target has a share of such a class.
 
     With several processes, pairs are mined over the rows of all, and each process averages over its own anchors. The
     gradients that DistributedDataParallel averages are then those of one process with the global batch. Gradient
@@ -91,6 +100,10 @@ class CoreTuningLoss(TaskLoss):
         # a parameter that gets no gradient stalls DistributedDataParallel
         self.projector = ProjectionHead(num_features, projection_dim) if contrast_weight else None
 
+    def attach(self, model: nn.Module) -> None:
+        """Find out whether the classifier of the model is affine."""
+        self.classifies_mixtures = not is_classifier_affine(model, cast(int, self.num_features))
+
     def extra_repr(self) -> str:
         return f'contrast_weight={self.contrast_weight}, label_smoothing={self.label_smoothing}, mixup={self.mixup}'
 
@@ -133,16 +146,33 @@ class CoreTuningLoss(TaskLoss):
         target: torch.Tensor,
         *prepared: Any,
         clean_loss: Optional[torch.Tensor] = None,
+        classifier: Optional[Classifier] = None,
     ) -> Dict[str, torch.Tensor]:
-        """Compute the losses from the batch and the draws that `prepare` returned. Without draws nothing is mixed."""
+        """Compute the losses from the batch and the draws that `prepare` returned. Without draws nothing is mixed.
+
+        With a classifier, which maps features (N, D) to logits (N, C), the mixed features are classified by it.
+        Without one the logits are mixed, which is the same if the classifier is affine.
+
+        Raises:
+            ValueError: The model has a classifier that is not affine, and no classifier is given.
+        """
         batch, draws = prepared
+        if self.classifies_mixtures and classifier is None:
+            raise ValueError(
+                'Expected classifier=..., since the classifier of this model is not affine, and mixed logits are not '
+                'those of mixed features. Pass classifier=model.get_classifier().'
+            )
         label = batch.gather(hard_label(target))
         own = batch.own_rows(features.device)
-        mixtures = None
+        mixtures, mixed_logits = None, None
         if draws is not None:
             order = batch.reading_order(features.device)
-            mixtures = self.mixup.pair(batch.gather(features.detach()), label, draws, anchor=own, order=order)
-        task_loss = self._task_loss(logits, target, label, batch, mixtures, clean_loss)
+            all_features = batch.gather(features.detach() if classifier is None else features)
+            mixtures = self.mixup.pair(all_features, label, draws.as_numbers(), anchor=own, order=order)
+            if classifier is not None:
+                mixed = torch.cat([mixtures.positive.mix(all_features), mixtures.negative.mix(all_features)])
+                mixed_logits = classifier(mixed).tensor_split(2)
+        task_loss = self._task_loss(logits, target, label, batch, mixtures, mixed_logits, clean_loss)
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
         contrast_loss = self._contrast_loss(self.projector, features, label, batch, own, mixtures)
@@ -157,6 +187,8 @@ class CoreTuningLoss(TaskLoss):
         features: torch.Tensor,
         logits: torch.Tensor,
         target: torch.Tensor,
+        *,
+        classifier: Optional[Classifier] = None,
     ) -> Dict[str, torch.Tensor]:
         """Compute the loss to minimise and its parts.
 
@@ -164,6 +196,7 @@ class CoreTuningLoss(TaskLoss):
             features: Pre-logits features of the clean batch (B, D), any floating dtype.
             logits: Output of the classifier for these features (B, C), any floating dtype.
             target: Class indices of an integer dtype (B,), or soft targets (B, C), mined by their most probable class.
+            classifier: Maps features (N, D) to logits (N, C). Needed only if it is not affine.
 
         Returns:
             Scalars in float32 or float64, in nats: 'loss', the weighted sum to minimise; 'task_loss', the cross-entropy
@@ -175,13 +208,16 @@ class CoreTuningLoss(TaskLoss):
         """
         self.check_shapes(features, logits)
         check_target(target, features.shape[0], logits.shape[1])
-        return self.compute(features, logits, target, *self.prepare(features.shape[0], features.device))
+        prepared = self.prepare(features.shape[0], features.device)
+        return self.compute(features, logits, target, *prepared, classifier=classifier)
 
     def forward(
         self,
         features: torch.Tensor,
         logits: torch.Tensor,
         target: Optional[torch.Tensor] = None,
+        *,
+        classifier: Optional[Classifier] = None,
     ) -> torch.Tensor:
         """The loss to minimise, a scalar. Arguments and errors as in `losses`."""
         if target is None:
@@ -190,7 +226,7 @@ class CoreTuningLoss(TaskLoss):
                 'classifier, which a task that passes only logits cannot give: use timm_coretune.CoreTuningTask '
                 'instead of timm.task.ClassificationTask.'
             )
-        return self.losses(features, logits, target)['loss']
+        return self.losses(features, logits, target, classifier=classifier)['loss']
 
     def task_state(self) -> Dict[str, Any]:
         state: Dict[str, Any] = {'generator': self.generator.get_state()}
@@ -216,36 +252,41 @@ class CoreTuningLoss(TaskLoss):
         label: torch.Tensor,
         batch: GlobalBatch,
         mixtures: Optional[HardMixtures],
+        mixed_logits: Optional[Tuple[torch.Tensor, ...]],
         clean_loss: Optional[torch.Tensor],
     ) -> torch.Tensor:
         target = target if target.ndim == 2 else target.long()
         left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         if clean_loss is None:
-            clean = self._nll(at_least_float32(logits).log_softmax(dim=-1), target)
+            clean = _infinite_again(self._nll(at_least_float32(logits).log_softmax(dim=-1), target))
             clean_loss = batch.mean(clean.masked_fill(left_out, 0.0).sum(), label)
         if mixtures is None:
             return clean_loss
-        all_logits, all_target = at_least_float32(batch.gather(logits)), batch.gather(target)
+        all_logits = _finite(batch.gather(logits)) if mixed_logits is None else logits
+        all_target = batch.gather(target)
 
-        def mixed(mixture: Mixture) -> torch.Tensor:
-            log_p = mixture.mix(all_logits).log_softmax(dim=-1)
+        def mixed(mixture: Mixture, part: int) -> torch.Tensor:
+            mixed_rows = mixture.mix(all_logits) if mixed_logits is None else _finite(mixed_logits[part])
+            log_p = mixed_rows.log_softmax(dim=-1)
             # cross-entropy is linear in the target
-            return torch.lerp(
+            nll = torch.lerp(
                 self._nll(log_p, all_target.index_select(0, mixture.other)),
                 self._nll(log_p, all_target.index_select(0, mixture.index)),
                 mixture.lam.to(log_p.dtype),
             )
+            return _infinite_again(nll)
 
-        positive = mixed(mixtures.positive).masked_fill(left_out, 0.0)
-        negative = mixed(mixtures.negative).masked_fill(left_out | ~mixtures.has_negative, 0.0)
-        # a batch of one class has no semi-hard negatives, any other has one for each image
-        num_parts = 2 + mixtures.has_negative.any()
+        positive = mixed(mixtures.positive, 0).masked_fill(left_out, 0.0)
+        negative = mixed(mixtures.negative, 1).masked_fill(left_out | ~mixtures.has_negative, 0.0)
+        # without rows that take part there are no mixtures; a batch of one class has no semi-hard negatives
+        num_parts = 1 + (label >= 0).any().long() + mixtures.has_negative.any()
         return (clean_loss + batch.mean(positive.sum() + negative.sum(), label)) / num_parts
 
     def _nll(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each row (B,) from log-probabilities (B, C) and class indices or soft targets."""
         if target.ndim == 2:
-            return -(target.to(log_p.dtype) * log_p).sum(dim=-1)
+            # 0 * -inf would be NaN: a class that is excluded costs nothing if the target has no share of it
+            return -(target.to(log_p.dtype) * _finite(log_p)).sum(dim=-1)
         nll = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
         if self.label_smoothing:
             nll = torch.lerp(nll, -log_p.mean(dim=-1), self.label_smoothing)
@@ -270,3 +311,14 @@ class CoreTuningLoss(TaskLoss):
             anchor=own,
         )
         return batch.mean(per_anchor.sum(), label)
+
+
+def _finite(x: torch.Tensor) -> torch.Tensor:
+    """Raise -inf to the lowest finite number, in float32 or better, so that it can be mixed. NaN and inf stay."""
+    x = at_least_float32(x)
+    return x.clamp(min=torch.finfo(x.dtype).min)
+
+
+def _infinite_again(loss: torch.Tensor) -> torch.Tensor:
+    """Turn the losses that come of the lowest finite number into inf, which they stand for."""
+    return loss.masked_fill(loss > 1e-8 * torch.finfo(loss.dtype).max, float('inf'))

@@ -26,7 +26,8 @@ class FocalSupConLoss(nn.Module):
     positive and negative. P_i is the rest of the anchor's class in the batch, and its extra positive. An anchor without
     positives counts as 0. Gradients flow through (1 - p_ij) too. At chance the loss without it is near ln |A_i|.
 
-    It is called like the losses of pytorch-metric-learning: embeddings, then labels.
+    It is called like the losses of pytorch-metric-learning: embeddings, then labels. It takes no tuple of mined pairs,
+    and extras are passed by name.
 
     Args:
         temperature: Divides the cosine similarity, > 0. The lower it is, the more the nearest images weigh.
@@ -50,6 +51,7 @@ class FocalSupConLoss(nn.Module):
         self,
         embedding: torch.Tensor,
         label: torch.Tensor,
+        *,
         extra_positive: Optional[torch.Tensor] = None,
         extra_negative: Optional[torch.Tensor] = None,
     ) -> torch.Tensor:

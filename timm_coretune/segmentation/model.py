@@ -69,6 +69,11 @@ class SegmentationModel(nn.Module):
         """Decoder and classifier. They are new, and may be trained for some epochs while the backbone is frozen."""
         return self.decoder, self.classifier
 
+    @property
+    def feature_classifiers(self) -> List[nn.Module]:
+        """The part of `get_classifier` that maps features to logits."""
+        return [self.classifier]
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         cast(Any, self.backbone).set_grad_checkpointing(enable)  # a method of timm's that nn.Module does not declare
 

@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from ..loss import TaskLoss
+from ..mixup import protect_draws
 from ..task import CoreTuningModule, CoreTuningTask
 from .anchors import sample_anchors
 from .dense import DenseCrossEntropy, check_masks
@@ -134,7 +135,11 @@ class SegmentationTask(CoreTuningTask):
         dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing)
         return SegmentationModule(cast(SegmentationModel, model), criterion, dense_loss, self.anchors_per_image)
 
-    def forward(self, input: torch.Tensor, target: torch.Tensor) -> Dict[str, torch.Tensor]:
+    def forward(  # type: ignore[override]  # no model of segmentation takes a dictionary of patches
+        self,
+        input: torch.Tensor,
+        target: torch.Tensor,
+    ) -> Dict[str, torch.Tensor]:
         """One training step's forward pass.
 
         Args:
@@ -152,4 +157,4 @@ class SegmentationTask(CoreTuningTask):
         check_masks(target, input, module.model.num_classes, self.ignore_index)
         batch, *rest = module.criterion.prepare(input.shape[0], target.device, self.anchors_per_image)
         seed = module.criterion.draw_image_seeds(batch, target.device)
-        return self.trainable_module(input, target, seed, batch, *rest)
+        return self.trainable_module(input, target, seed, batch, *protect_draws(rest))

@@ -22,7 +22,7 @@ from ..evaluation.scores import Evaluator, is_better
 from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
 from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
-from .processes import check_accumulation, is_sharded
+from .processes import check_accumulation, check_second_order, is_sharded
 
 _logger = logging.getLogger(__name__)
 
@@ -112,6 +112,9 @@ class Trainer:
         freezer: Freezes the backbone in the first epochs.
         record: Writes the run folder (`record.RunRecord`). All processes need one.
         evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
+
+    Raises:
+        ValueError: The optimizer needs second derivatives, and there are several processes.
     """
 
     def __init__(
@@ -130,6 +133,9 @@ class Trainer:
         check_accumulation(accelerator)
         if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
             _logger.warning('Mixed precision in float16 needs a GPU: this run computes in float32, on the CPU.')
+        self.second_order = getattr(_unwrapped(optimizer), 'is_second_order', False)
+        if self.second_order:
+            check_second_order(type(_unwrapped(optimizer)).__name__, accelerator)
         # Loaders and scheduler are not prepared: timm's loaders are not all DataLoaders, its schedulers count updates.
         task.trainable_module, self.optimizer = accelerator.prepare(task.trainable_module, optimizer)
         self.task = task
@@ -147,7 +153,6 @@ class Trainer:
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
         self.is_sharded = is_sharded(accelerator)
-        self.second_order = getattr(_unwrapped(self.optimizer), 'is_second_order', False)
 
     def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())

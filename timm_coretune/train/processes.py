@@ -7,6 +7,7 @@ from typing import Any, Dict, Mapping
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
+from timm.optim import get_optimizer_info, list_optimizers
 
 from .cli.conflicts import split_names
 from .cli.settings import LoopSettings, OutputSettings, Settings
@@ -88,12 +89,28 @@ def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.is_fsdp2 or accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+def check_second_order(name: str, accelerator: Accelerator) -> None:
+    """Refuse an optimizer that differentiates the gradients, in several processes.
+
+    Raises:
+        ValueError: There are several processes.
+    """
+    if accelerator.num_processes > 1:
+        raise ValueError(
+            f'{name} needs the second derivative of the loss. DistributedDataParallel keeps no graph of the gradients '
+            f'that it averages over {accelerator.num_processes} processes. Train in one, or use another optimizer.'
+        )
+
+
 def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
-    """Check that FSDP or DeepSpeed, if used, supports all settings.
+    """Check that several processes, and FSDP or DeepSpeed if used, support all settings.
 
     Raises:
         ValueError: A setting is not supported.
     """
+    opt = settings.optimization.opt.lower().split('_')[-1]  # without a prefix such as lookahead_
+    if not settings.loop.eval_only and opt in list_optimizers() and get_optimizer_info(opt).second_order:
+        check_second_order(f'--opt {opt}', accelerator)
     if os.environ.get('ACCELERATE_USE_FSDP') == 'true' and not is_sharded(accelerator):
         _logger.warning('accelerate does not shard by FSDP on this device: training by DistributedDataParallel.')
     if not is_sharded(accelerator):
