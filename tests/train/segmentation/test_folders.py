@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from runs import results_of
 from safetensors.torch import load_file
-from segmentation_runs import NAMES, SIZE, last_row, train, write_odd
+from segmentation_runs import FIGURES, FLAGS, NAMES, SIZE, last_row, train, write_odd
 
 import timm_coretune
 from timm_coretune.segmentation import predict_image
@@ -28,6 +29,18 @@ def test_images_of_any_size_are_trained_on_under_the_names_of_their_classes(tmp_
     counts = np.bincount(np.array(mask).flatten(), minlength=256)[given == 'shifted' :][:3]
     assert [int(row['pixels']) for row in rows] == counts.tolist()
     assert all(math.isfinite(value) for value in last_row(folder).values())
+
+
+def test_a_run_on_few_values_is_scored_alike_afterwards(tmp_path, read_csv):
+    data = write_odd(tmp_path / 'data', 'pair')
+    for path in (data / 'masks').iterdir():
+        Image.open(path).point([0, 10, 200, *range(3, 256)]).save(path)
+    folder = train(data, tmp_path, '--coretune', '--remap-masks')
+    assert [row['class'] for row in read_csv(folder / 'per_class.csv')] == ['0', '10', '200']
+    checkpoint = folder / 'model_best.safetensors'
+    flags = ['--remap-masks', '--eval-only', '--initial-checkpoint', checkpoint]
+    (result,) = results_of(data, tmp_path, *flags, base=FLAGS)
+    assert result['validation'] == pytest.approx({name: last_row(folder)[f'eval_{name}'] for name in FIGURES}, rel=1e-5)
 
 
 def test_grey_images_are_trained_on_and_predicted_in_one_channel(tmp_path, steps):
