@@ -114,6 +114,7 @@ class DataSettings:
     naflex_patchify_channels_first: bool = flag(False, 'order the values of a NaFlex patch by channel first')
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
+    val_fraction: Optional[float] = flag(None, 'share of each class held out (default: 0.1 if no split validates)')
     class_balance: bool = flag(False, 'batches in which a class appears at least twice or not at all')
 
     segmentation: bool = flag(False, 'segmentation: classify pixels, on images with masks', section=SEGMENTATION)
