@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset, IterableDataset
-from torchvision.datasets import VisionDataset
+from torchvision.datasets import INaturalist, VisionDataset
 
 from ...data.safetensors_images import find_splits
 from ...data.safetensors_reader import ReaderSafetensors
@@ -54,12 +54,14 @@ class Datasets(NamedTuple):
         validation: Labelled validation images, None without a validation split.
         num_classes: Number of classes, None if the data set cannot tell.
         class_names: Names of the classes by index, None if the data set cannot tell.
+        validated_on: Name of the validation split, or that images are held out. None if it is the one asked for.
     """
 
     train: Optional[Dataset]
     validation: Optional[Dataset]
     num_classes: Optional[int]
     class_names: Optional[List[str]]
+    validated_on: Optional[str] = None
 
 
 class _Convert:
@@ -165,6 +167,8 @@ def _read_labels(dataset: Dataset) -> Optional[List[Any]]:
             except KeyError as e:
                 raise ValueError(f'Expected all labels of {reader.split!r} in --class-map, it has no {e}.') from e
         labels = list(_KNOWN_LABELS[reader])
+    elif isinstance(dataset, INaturalist) and dataset.target_type == ['full']:
+        labels = [category for category, _ in dataset.index]
     elif hasattr(reader, 'targets'):  # a torchvision data set
         labels = list(reader.targets)
     elif hasattr(reader, 'samples'):  # a data set of folders
@@ -343,6 +347,8 @@ def _class_to_idx(dataset: Any) -> Optional[Dict[Any, int]]:
     while isinstance(dataset, (LabelledSubset, ConvertedImages)):
         dataset = dataset.dataset
     reader = getattr(dataset, 'reader', dataset)  # timm keeps the classes in the reader, torchvision in the data set
+    if isinstance(reader, INaturalist) and reader.target_type == ['full']:
+        return {name: index for index, name in enumerate(reader.all_categories)}
     return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or None
 
 
@@ -407,7 +413,8 @@ def create_datasets(
     num_classes, names = _number_classes(train, validation, settings, model_classes, where)
     if train is not None and settings.label_fraction < 1:
         train = take_fraction(train, get_labels(train), settings.label_fraction, seed)
-    return Datasets(train, validation, num_classes, names)
+    validated_on = None if splits.validated_on == settings.val_split else splits.validated_on
+    return Datasets(train, validation, num_classes, names, validated_on)
 
 
 def _number_classes(

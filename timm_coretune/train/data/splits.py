@@ -37,6 +37,11 @@ class Splits(NamedTuple):
     validation: Optional[str]
     held_out: float = 0.0
 
+    @property
+    def validated_on(self) -> str:
+        """What is validated on, in a word or two, '' for nothing."""
+        return f'held-out ({100 * self.held_out:g} %)' if self.held_out else self.validation or ''
+
 
 def _find(names: Sequence[str], available: Sequence[str]) -> Optional[str]:
     """The first of these names that is available, in any case of letters."""
