@@ -15,9 +15,10 @@ from runs import results_of, train
 from safetensors.torch import load_file, save_file
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from tiny_data import write_folders, write_images
+from torchvision.datasets import ImageFolder
 
 from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.data.class_folders import ReaderClassFolders
+from timm_coretune.train.data.class_folders import ReaderClassFolders, TorchvisionClassFolders
 from timm_coretune.train.data.classes import ModelClasses, names_by_index, read_class_map
 from timm_coretune.train.data.datasets import create_datasets, get_labels
 
@@ -58,6 +59,21 @@ def test_ordinary_folders_are_read_as_timm_reads_them(tmp_path):
     reader = ReaderClassFolders(str(tmp_path))
     assert (reader.samples, reader.class_to_idx) == (samples, class_to_idx)
     assert reader.filename(0) == os.path.relpath(samples[0][0], tmp_path)
+
+
+def test_torchvision_reads_ordinary_folders_in_its_own_order(tmp_path):
+    write_folders(tmp_path, {'b10': 3, 'b9': 2, 'a': 2, 'a/z': 2, 'a/b': 1})
+    Image.new('RGB', (8, 8)).save(tmp_path / 'a' / 'c.png')
+    ours, theirs = TorchvisionClassFolders(tmp_path), ImageFolder(str(tmp_path))
+    assert (ours.samples, ours.class_to_idx, ours.targets) == (theirs.samples, theirs.class_to_idx, theirs.targets)
+
+
+def test_torchvision_reads_no_hidden_folders_and_no_loops(tmp_path, messages):
+    splits_of(tmp_path, 'ant', 'bee', '.ipynb_checkpoints')
+    (tmp_path / 'train' / 'ant' / 'up').symlink_to('..')
+    found = open_(tmp_path, '--dataset', 'torch/image_folder')
+    assert (len(found.train), found.class_names) == (8, ['ant', 'bee'])
+    assert any('leads to a folder that it lies in' in message for message in messages('WARNING'))
 
 
 @pytest.mark.parametrize('kind', ['folders', 'tar'])
@@ -198,6 +214,19 @@ def test_the_default_number_of_classes_of_a_model_is_said_loudly(tmp_path, messa
     monkeypatch.setattr('timm_coretune.train.data.datasets._class_to_idx', lambda dataset: None)
     train(splits_of(tmp_path / 'data', 'ant', 'bee', count=8), tmp_path, '--epochs', 1)
     assert any('THE NUMBER OF CLASSES IS NOT KNOWN' in message and '1000' in message for message in messages('WARNING'))
+
+
+def test_labels_of_inaturalist_are_known(tmp_path):
+    for version in ('2021_train', '2021_valid'):
+        for number, name in enumerate(('Aves_a', 'Mammalia_b')):
+            kind = tmp_path / version / f'{number:05d}_Animalia_Chordata_{name}_family_genus_species'
+            kind.mkdir(parents=True)
+            for image in range(2 - number):
+                Image.new('RGB', (8, 8)).save(kind / f'{image}.jpg')
+    found = open_(tmp_path, '--dataset', 'torch/inaturalist')
+    assert get_labels(found.train) == [0, 0, 1]
+    assert [found.train[index][1] for index in range(3)] == [0, 0, 1]
+    assert found.num_classes == 2
 
 
 # the classes of a model

@@ -8,7 +8,7 @@ import logging
 import os
 from collections import Counter
 from pathlib import PurePosixPath
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 from timm.data.readers import get_img_extensions
@@ -16,6 +16,7 @@ from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
+from torchvision.datasets import ImageFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -114,6 +115,12 @@ def _log_hidden(hidden: Sequence[str], where: str) -> None:
         _logger.info(f'{len(hidden)} hidden file(s) or folder(s) of {where} are left out: {shorten(hidden, 3)}.')
 
 
+def _log_scan(scan: _Scan, where: str) -> None:
+    _log_hidden(scan.hidden, where)
+    for path in scan.loops:
+        _logger.warning(f'The symbolic link {path} leads to a folder that it lies in. It is not followed.')
+
+
 class ReaderClassFolders(ReaderImageFolder):
     """Reads images in folders, whose names are the classes. Subfolders are read too; the innermost name counts.
 
@@ -131,9 +138,7 @@ class ReaderClassFolders(ReaderImageFolder):
         self.root = root = os.path.normpath(root)
         scan = _Scan(types or get_img_extensions())
         paths = in_natural_order(list(scan.images(root)))
-        _log_hidden(scan.hidden, root)
-        for path in scan.loops:
-            _logger.warning(f'The symbolic link {path} leads to a folder that it lies in. It is not followed.')
+        _log_scan(scan, root)
         if not paths:
             raise ValueError(
                 f'Expected images in one folder per class in {root!r}, found none with the endings '
@@ -144,6 +149,30 @@ class ReaderClassFolders(ReaderImageFolder):
         names = ['' if folder == root else os.path.basename(folder) for folder in folders]
         kept, targets, self.class_to_idx = assign_classes(names, class_map, root)
         self.samples = [(paths[index], target) for index, target in zip(kept, targets, strict=True)]
+
+
+class TorchvisionClassFolders(ImageFolder):
+    """torchvision's ImageFolder, without hidden classes and images, and without links that loop."""
+
+    def find_classes(self, directory: Any) -> Tuple[List[str], Dict[str, int]]:
+        classes, _ = super().find_classes(directory)
+        _log_hidden([name for name in classes if name.startswith('.')], str(directory))
+        classes = [name for name in classes if not name.startswith('.')]
+        return classes, {name: index for index, name in enumerate(classes)}
+
+    @staticmethod
+    def make_dataset(
+        directory: Any, class_to_idx: Dict[str, int], extensions: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        scan = _Scan(extensions)
+        samples = []
+        for name, index in sorted(class_to_idx.items()):
+            paths = list(scan.images(os.path.join(directory, name), (os.path.realpath(directory),)))
+            if not paths:
+                raise FileNotFoundError(f'the class {name} has no images in {directory}.')
+            samples += [(path, index) for path in sorted(paths, key=os.path.split)]
+        _log_scan(scan, str(directory))
+        return samples
 
 
 class ReaderClassTar(ReaderImageInTar):

@@ -19,7 +19,7 @@ from ...data.safetensors_images import find_splits
 from ...data.safetensors_reader import ReaderSafetensors
 from ...data.seeding import make_key
 from ..cli.settings import DataSettings
-from .class_folders import ReaderClassFolders, ReaderClassTar, in_natural_order, shorten
+from .class_folders import ReaderClassFolders, ReaderClassTar, TorchvisionClassFolders, in_natural_order, shorten
 from .classes import (
     LabelMap,
     ModelClasses,
@@ -208,6 +208,13 @@ def _create_with_timm(settings: DataSettings, root: str, split: str, is_training
     return ConvertedImages(dataset, img_mode) if isinstance(dataset, VisionDataset) else dataset
 
 
+def _open_with_torchvision(root: str, img_mode: str) -> Dataset:
+    try:
+        return ConvertedImages(TorchvisionClassFolders(root), img_mode)
+    except FileNotFoundError as e:
+        raise ValueError(f'Expected images in one folder per class in {root!r}: {e}') from e
+
+
 _Open = Callable[[str, bool], Dataset]  # opens the split of this name, to be trained on or not
 
 
@@ -224,7 +231,7 @@ def _find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tupl
         if name.lower() in ('image_folder', 'folder'):
             _check_exists(root)
             splits = splits_of_folder(root, settings, with_training)
-            return splits, lambda split, is_training: with_timm(os.path.join(root, split), split, is_training)
+            return splits, lambda split, _: _open_with_torchvision(os.path.join(root, split), img_mode)
         if kind == 'hfds':
             splits = splits_of_hfds(settings, with_training)
         elif kind == 'torch':
