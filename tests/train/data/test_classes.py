@@ -184,6 +184,23 @@ def test_labels_that_are_no_classes_are_an_error_before_the_first_step(tmp_path,
         open_(*write_hub(tmp_path, labels))
 
 
+def test_a_stream_has_its_named_classes_and_no_strings(tmp_path, messages):
+    root, *words = write_hub(tmp_path, {'train': ['a', 'b'], 'validation': ['b', 'a']})
+    words = [root, '--dataset', words[1].replace('hfds/', 'hfids/')]
+    flags = ['--train-num-samples', 2, '--val-num-samples', 2]
+    with pytest.raises(ValueError, match='they are strings. Give the classes as --class-map'):
+        open_(*words, *flags)
+    (tmp_path / 'map.txt').write_text('b\na\n')
+    found = open_(*words, *flags, '--class-map', tmp_path / 'map.txt')
+    assert (found.num_classes, found.class_names) == (2, ['b', 'a'])
+    assert [label for _, label in found.validation] == [0, 1]
+    assert any('are not known before they are read' in message for message in messages())
+    with pytest.raises(ValueError, match='which has train, validation'):
+        open_(*words, *flags, '--val-split', 'tset')
+    with pytest.raises(ValueError, match='no images can be held out'):
+        open_(*words, *flags, '--val-fraction', 0.1)
+
+
 def test_labels_beyond_the_named_classes_are_an_error(tmp_path):
     path = write_images(tmp_path / 'a.safetensors', [2, 2, 2], [1, 1, 1], names=['ant', 'bee'])
     with pytest.raises(ValueError, match='Expected labels from 0 to 1 in the training images'):

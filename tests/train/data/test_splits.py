@@ -221,6 +221,15 @@ def test_a_test_folder_without_class_folders_is_no_split(tmp_path, messages):
     assert any('No class folders are in test' in message for message in messages())
 
 
+def test_folders_with_the_name_of_a_split_may_be_classes(tmp_path):
+    write_folders(tmp_path / 'vehicles', {'car': 10, 'train': 10, 'test': 10})
+    found = open_(tmp_path / 'vehicles')
+    assert (found.class_names, len(found.train), len(found.validation)) == (['car', 'test', 'train'], 27, 3)
+    write_folders(tmp_path / 'unlabelled', {'train': 3, 'test': 3})
+    with pytest.raises(ValueError, match='found no folders there. A split is a folder of class folders'):
+        open_(tmp_path / 'unlabelled')
+
+
 @pytest.mark.parametrize('flags', [['--train-split', 'trian'], ['--val-split', 'tset']], ids=' '.join)
 def test_data_of_torchvision_has_the_splits_that_it_has(tmp_path, flags):
     with pytest.raises(ValueError, match='Expected the split .* in torch/mnist, which has train, test'):

@@ -232,7 +232,7 @@ def _find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tupl
             _check_exists(root)
             splits = splits_of_folder(root, settings, with_training)
             return splits, lambda split, _: _open_with_torchvision(os.path.join(root, split), img_mode)
-        if kind == 'hfds':
+        if kind in ('hfds', 'hfids'):
             splits = splits_of_hfds(settings, with_training)
         elif kind == 'torch':
             splits = splits_of_torchvision(name.lower(), settings, with_training)
@@ -384,6 +384,20 @@ def _common_classes(known: Sequence[Dataset], settings: DataSettings) -> Optiona
     return found[0]
 
 
+def _check_stream(dataset: Any, where: str) -> None:
+    """Raise a ValueError if the labels of a stream are strings, whose classes are known at its end only."""
+    reader: Any = getattr(dataset, 'reader', None)
+    open_stream = getattr(getattr(reader, 'builder', None), 'as_streaming_dataset', None)
+    if open_stream is None or reader.class_to_idx:
+        return
+    first = next(iter(open_stream(split=reader.split)))
+    if isinstance(first.get(reader.target_key), str):
+        raise ValueError(
+            f'Expected class indices as labels of the stream {where}, they are strings. Give the classes as '
+            '--class-map, or read the data as hfds/.'
+        )
+
+
 def create_datasets(
     settings: DataSettings,
     with_training: bool = True,
@@ -452,7 +466,8 @@ def _number_classes(
         names = ordered
     num_classes = None if names is None else len(names)
     splits = (('training', train), ('validation', validation))
-    of_images = [(what, get_labels(dataset)) for what, dataset in splits if dataset is not None]
+    dataset_of = {what: dataset for what, dataset in splits if dataset is not None}
+    of_images = [(what, get_labels(dataset)) for what, dataset in dataset_of.items()]
     values = [label for _, part in of_images for label in part or ()]
     if num_classes is None and values and all(part is not None for _, part in of_images):
         num_classes = max(values) + 1
@@ -467,6 +482,7 @@ def _number_classes(
         if part is not None and num_classes is not None:
             check_labels(part, num_classes, f'the {what} images of {where}')
         elif part is None:
+            _check_stream(cast(Any, dataset_of[what]), where)
             _logger.info(f'The labels of the {what} images of {where} are not known before they are read.')
     if len(of_images) == 2 and of_images[0][1] and of_images[1][1]:
         never = sorted(set(of_images[1][1]) - set(of_images[0][1]))

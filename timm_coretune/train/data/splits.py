@@ -128,6 +128,11 @@ def splits_of_folder(root: str, settings: DataSettings, with_training: bool = Tr
     named = [s for s in (settings.train_split, settings.val_split) if s and os.path.isdir(os.path.join(root, s))]
     candidates = [name for name in folders if name.lower() in _USUAL_NAMES]
     usual = [name for name in candidates if _has_folders(os.path.join(root, name))]
+    if candidates and not usual and len(candidates) == len(folders):
+        raise ValueError(
+            f'Expected images in one folder per class in {shorten(candidates)} of {root}, found no folders there. A '
+            'split is a folder of class folders.'
+        )
     if usual and len(usual) < len(candidates):
         left = shorten([name for name in candidates if name not in usual])
         _logger.info(f'No class folders are in {left} of {root}, so it is no split.')
@@ -170,10 +175,13 @@ def splits_of_hfds(settings: DataSettings, with_training: bool = True) -> Splits
 
     name = settings.dataset.partition('/')[2]
     remote = {'trust_remote_code': True} if settings.dataset_trust_remote_code else {}
-    whole = datasets.load_dataset(name, cache_dir=settings.data_dir, **remote)
+    if settings.dataset.lower().startswith('hfids/'):  # a stream, of which nothing is downloaded
+        whole = datasets.get_dataset_split_names(name, **remote)
+    else:
+        whole = list(datasets.load_dataset(name, cache_dir=settings.data_dir, **remote))
     asked = (settings.train_split, settings.val_split)
     named = [split for split in asked if all(part.partition('[')[0] in whole for part in split.split('+'))]
-    return choose_splits(settings, [*whole, *named], settings.dataset, with_training, usual=list(whole))
+    return choose_splits(settings, [*whole, *named], settings.dataset, with_training, usual=whole)
 
 
 def splits_by_name(settings: DataSettings) -> Splits:
