@@ -221,6 +221,12 @@ def test_a_test_folder_without_class_folders_is_no_split(tmp_path, messages):
     assert any('No class folders are in test' in message for message in messages())
 
 
+def test_splits_of_unusual_names_are_noticed(tmp_path, messages):
+    found = open_(folders(tmp_path, 'trn', 'tst', count=5))
+    assert len(found.train) + len(found.validation) == 20
+    assert any('trn, tst of' in message and 'name them as' in message for message in messages('WARNING'))
+
+
 def test_folders_with_the_name_of_a_split_may_be_classes(tmp_path):
     write_folders(tmp_path / 'vehicles', {'car': 10, 'train': 10, 'test': 10})
     found = open_(tmp_path / 'vehicles')

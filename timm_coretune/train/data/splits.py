@@ -5,7 +5,7 @@ timm looks for a split itself, and takes the whole data if it finds none. Here a
 
 import logging
 import os
-from typing import Any, Hashable, Iterator, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from torch.utils.data import Dataset, IterableDataset
 
@@ -138,7 +138,26 @@ def splits_of_folder(root: str, settings: DataSettings, with_training: bool = Tr
         _logger.info(f'No class folders are in {left} of {root}, so it is no split.')
     # a path such as images/train may be named too
     available = [*folders, *(name for name in named if name not in folders)]
-    return choose_splits(settings, available, root, with_training, usual, may_be_whole=True)
+    splits = choose_splits(settings, available, root, with_training, usual, may_be_whole=True)
+    if not splits.train and splits.held_out:
+        _warn_of_likely_splits(root, folders)
+    return splits
+
+
+def _warn_of_likely_splits(root: str, folders: Sequence[str]) -> None:
+    """Warn if folders that are read as one whole look like splits: the same class folders are in several of them."""
+    tops: Dict[Tuple[str, ...], List[str]] = {}
+    for name in folders:
+        found = os.scandir(os.path.join(root, name))
+        inner = sorted(e.name for e in found if e.is_dir() and not e.name.startswith('.'))
+        if inner:
+            tops.setdefault(tuple(inner), []).append(name)
+    alike = max(tops.values(), key=len, default=[])
+    if len(alike) > 1:
+        _logger.warning(
+            f'{shorten(alike)} of {root} have the same class folders, and are read as one. If they are splits, name '
+            'them as --train-split and --val-split.'
+        )
 
 
 def _has_folders(folder: str) -> bool:
@@ -209,7 +228,7 @@ def _identities(dataset: Any) -> Optional[Iterator[Hashable]]:
         return ((reader.root, str(path)) for path in reader.paths)
     samples = getattr(reader, 'samples', None)
     if isinstance(samples, list) and all(isinstance(sample[0], str) for sample in samples[:1]):
-        return _real_paths([sample[0] for sample in samples])
+        return real_paths([sample[0] for sample in samples])
     split = getattr(reader, 'split', None)
     return None if split is None else _rows_of(str(split), reader)
 
@@ -229,7 +248,8 @@ def _rows_of(split: str, reader: Any) -> Iterator[Hashable]:
     )
 
 
-def _real_paths(paths: Sequence[str]) -> Iterator[str]:
+def real_paths(paths: Sequence[str]) -> Iterator[str]:
+    """Paths with all symbolic links resolved."""
     folders: dict = {}
     for path in paths:
         if os.path.islink(path):
@@ -244,10 +264,14 @@ def _real_paths(paths: Sequence[str]) -> Iterator[str]:
 def check_apart(train: Dataset, validation: Dataset) -> None:
     """Raise a ValueError if an image is in both splits, as far as the data sets can tell their images apart."""
     of_train, of_validation = _identities(train), _identities(validation)
-    if of_train is None or of_validation is None:
-        return
+    if of_train is not None and of_validation is not None:
+        check_disjoint(of_train, of_validation)
+
+
+def check_disjoint(of_train: Iterable[Hashable], of_validation: Iterable[Hashable]) -> None:
+    """Raise a ValueError if what tells images apart, such as their files, is the same for images of both splits."""
     among = set(of_validation)
-    common: List[Any] = [identity for identity in of_train if identity in among]
+    common = [identity for identity in of_train if identity in among]
     if common:
         raise ValueError(
             f'Expected training and validation images that are not the same, {len(common)} of the {len(among)} '
