@@ -32,7 +32,7 @@ def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv
     words = shlex.split('accelerate launch train.py --coretune'.replace('train.py', str(ROOT / 'train.py')))
     flags = ['--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
     if extra:
-        flags += ['--train-split', 'validation']  # a quarter of the images
+        flags += ['--label-fraction', '0.25']
     log = launch([*words, *extra, *flags]).stderr
     assert 'using the bundled Fashion-MNIST sample' in log
     assert ('its contrastive checkpoint' in log) == (not extra)

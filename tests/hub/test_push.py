@@ -12,8 +12,10 @@ from hub_server import TOKEN
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
+from runs import train
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny_data import write_folders
 
 from timm_coretune import export_model, push_to_hub
 from timm_coretune.hub import HubError, push_run
@@ -95,6 +97,18 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
 
 
 @pytest.mark.skipif(Version(timm.__version__) < Version('1.0.31'), reason='timm could not choose among several files')
+@pytest.mark.parametrize(
+    'splits, measured',
+    [(['train', 'test'], 'on the test split'), ([''], 'on the held-out (10 %) split')],
+    ids=['test', 'held-out'],
+)
+def test_the_card_names_the_images_that_were_validated_on(hub, tmp_path, splits, measured):
+    data = write_folders(tmp_path / 'data', {f'{s}/{name}'.lstrip('/'): 9 for s in splits for name in ('ant', 'bee')})
+    push_run(train(data, tmp_path, '--epochs', 1), 'me/tuned')
+    card = hub.repositories['me/tuned'].files()['README.md'].decode()
+    assert f'Measured {measured}.' in card
+
+
 def test_the_folder_of_a_run_is_one_that_timm_loads(run_folder):
     model = timm.create_model(f'local-dir:{run_folder}', pretrained=True)
     expected = load_file(run_folder / 'model_best.safetensors')

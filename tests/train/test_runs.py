@@ -33,7 +33,7 @@ train = partial(runs.train, base=FLAGS)
     'flags, message',
     [
         (['--data-dir', 'nowhere'], "--data-dir 'nowhere', which does not exist"),
-        (['--data-dir', '.'], 'Expected images of the train split'),
+        (['--data-dir', '.'], 'Expected images in one folder per class'),
         (['--pretrained-path', 'nowhere.pth'], "found none at 'nowhere.pth'"),
         (['--pretrained-path', 'notes.txt'], "could not read 'notes.txt'"),
         (['--resume', 'nowhere.pth'], "--resume 'nowhere.pth', found none"),

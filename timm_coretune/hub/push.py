@@ -150,7 +150,7 @@ def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
     base_model = _base_model(args)
     return CardFacts(
         dataset=_dataset_name(args),
-        dataset_split=args['val_split'] or None,
+        dataset_split=notes.get('validated_on', args['val_split']) or None,
         base_model=base_model,
         start=None if base_model else _start(args),
         license=license,

@@ -25,6 +25,7 @@ from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
 from ..task import CoreTuningTask
 from .cli.conflicts import split_names
 from .cli.settings import LossSettings, ModelSettings, Settings
+from .data.classes import read_model_classes
 from .data.datasets import Datasets, count_labels, create_datasets
 from .data.loaders import LoaderFactory, Loaders
 from .model import create_backbone
@@ -36,12 +37,18 @@ CONFIG = CONFIG_NAME  # name of the file that describes the model in a run folde
 
 def open_datasets(settings: Settings) -> Datasets:
     """Open the validation split and, unless nothing is trained, the training split."""
-    return create_datasets(settings.data, not settings.loop.eval_only, settings.loop.seed)
+    with_training = not settings.loop.eval_only
+    return create_datasets(settings.data, with_training, settings.loop.seed, read_model_classes(settings.model))
 
 
 def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
     """Create the model, load its checkpoint, and return it with the preprocessing of its images."""
     model = create_backbone(settings.model, num_classes, settings.data.num_channels)
+    if num_classes is None and verbose:
+        _logger.warning(
+            f'THE NUMBER OF CLASSES IS NOT KNOWN: the model keeps its default of {model.num_classes}. Give '
+            '--num-classes, or a data set that knows its classes.'
+        )
     return model, resolve_data_config(vars(settings.data), model=model, verbose=verbose)
 
 

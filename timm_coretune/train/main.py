@@ -180,6 +180,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         )
         came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
         record.write_args(f'{parsed.text}# in this run: {came_to}\n')
+        if datasets.validated_on is not None:
+            record.notes['validated_on'] = datasets.validated_on
         record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(

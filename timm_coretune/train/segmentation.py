@@ -4,7 +4,7 @@ import logging
 import math
 import os
 from functools import partial
-from typing import Any, Dict, List, Optional, Tuple, cast
+from typing import Any, Dict, Iterable, List, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -39,6 +39,7 @@ from ..segmentation.predict import draw_predictions
 from .cli.settings import DataSettings, ModelSettings, Settings
 from .data.datasets import Datasets, get_img_mode, take_fraction
 from .data.loaders import Loaders, check_fills_a_batch
+from .data.splits import check_disjoint, real_paths
 from .model import create_backbone, load_initial_checkpoint
 
 _logger = logging.getLogger(__name__)
@@ -51,6 +52,12 @@ def _read_names(path: str) -> Optional[List[str]]:
         return read_lines(path) if path else None
     except OSError as e:
         raise ValueError(f'Expected the name of a class in each line of --class-map {path!r}: {e}') from e
+
+
+def _identities(dataset: SegmentationDataset) -> Iterable[str]:
+    """What tells the images of a data set apart: their files, or else the names that they have in messages."""
+    images = getattr(dataset.source, 'images', None)
+    return real_paths(images) if images else map(dataset.source.name, range(len(dataset)))
 
 
 def open_datasets(settings: Settings) -> Datasets:
@@ -80,6 +87,8 @@ def open_datasets(settings: Settings) -> Datasets:
         num_classes, class_names = known.num_classes, known.class_names
     if data.val_split:
         validation = create(sources[-1], num_classes, class_names)
+    if train is not None and validation is not None:
+        check_disjoint(_identities(train), _identities(validation))
     known = known or cast(SegmentationDataset, validation)
     if train is not None and data.label_fraction < 1:
         train = take_fraction(train, [0] * len(train), data.label_fraction, settings.loop.seed)

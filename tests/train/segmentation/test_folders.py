@@ -79,6 +79,18 @@ def test_a_mask_with_a_value_out_of_range_stops_the_run_with_its_name(tmp_path, 
         train(data, tmp_path, '-b', 9, '--coretune', '--workers', workers)
 
 
+@pytest.mark.parametrize('layout', ['voc', 'pair'])
+def test_images_that_are_trained_on_are_not_validated_on(tmp_path, layout):
+    data = write_odd(tmp_path / 'data', layout)
+    (data / 'classes.txt').write_text('\n'.join(NAMES))
+    lists = data / 'ImageSets' / 'Segmentation' if layout == 'voc' else data
+    stems = [path.stem for path in sorted(data.glob('[mS]*/*.png'))]
+    (lists / 'trainval.txt').write_text('\n'.join(stems))
+    (lists / 'val.txt').write_text('\n'.join(stems[:2]))
+    with pytest.raises(ValueError, match='2 of the 2 validation images are trained on'):
+        train(data, tmp_path, '-b', 9, '--train-split', 'trainval', '--val-split', 'val')
+
+
 def test_a_mask_of_another_size_stops_the_run_with_its_name(tmp_path):
     data = write_odd(tmp_path / 'data', 'pair')
     path = data / 'masks' / '3.png'

@@ -97,6 +97,8 @@ def resolve_split(split: str, available: Iterable[str], where: str) -> str:
         found = [name for name in synonyms if name in available]
         if split in synonyms and found:
             _logger.info(f'Split {found[0]} of {where} is used as {split}')
+            if found[0] == 'test':
+                _logger.warning('An epoch that is chosen by test images has a score that is too good.')
             return found[0]
     raise ValueError(
         f'Expected a split {split!r} in {where}, which has {sorted(available)}. Choose one of these, or check the path.'

@@ -7,7 +7,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ...evaluation.scores import FURTHER_OF_IMAGES, OF_PIXELS, scores_of_images
 from ...segmentation.data.transforms import INTERPOLATIONS
-from .settings import Settings
+from .settings import DataSettings, Settings
 
 Conditions = Dict[str, Any]  # error message -> a value that is true if the error is present
 _DEVICES = ('cpu', 'cuda', 'mps', 'xpu', 'npu', 'hpu', 'mlu', 'musa', 'sdaa')
@@ -100,6 +100,15 @@ def _of_batches(settings: Settings) -> Conditions:
         '--class-balance and --aug-repeats both order the images; choose one': data.class_balance and data.aug_repeats,
         '--class-balance needs a --batch-size of 4 or more': data.class_balance and data.batch_size < 4,
         '--label-fraction: above 0, at most 1': not 0 < data.label_fraction <= 1,
+        '--val-fraction: above 0 and below 1, or with --eval-only 1 for all images': (
+            data.val_fraction is not None
+            and not 0 < data.val_fraction < 1
+            and not (data.val_fraction == 1 and settings.loop.eval_only)
+        ),
+        '--val-fraction holds out training images: not with a --val-split or --segmentation': (
+            data.val_fraction is not None
+            and (data.segmentation or data.val_split != DataSettings().val_split)
+        ),
     }  # fmt: skip
 
 

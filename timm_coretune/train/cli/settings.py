@@ -115,6 +115,7 @@ class DataSettings:
     naflex_patchify_channels_first: bool = flag(False, 'order the values of a NaFlex patch by channel first')
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
+    val_fraction: Optional[float] = flag(None, 'share of each class held out (default: 0.1 if no split validates)')
     class_balance: bool = flag(False, 'batches in which a class appears at least twice or not at all')
     check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
     skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Dict, Iterator, List, Optional, Sized, Tuple, cast
 
 import torch.distributed as dist
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
@@ -83,17 +85,24 @@ def find_readable(dataset: Dataset, settings: DataSettings, is_training: bool) -
 
 
 class _Files:
-    """The files of a data set by index."""
+    """The files of a data set by index, of all its images or of those with the given indices."""
 
-    def __init__(self, reader: Any, paths: Optional[List[str]] = None):
+    def __init__(self, reader: Any, paths: Optional[List[str]] = None, indices: Optional[List[int]] = None):
         self.reader = reader
         self.paths = paths
+        self.indices = indices
 
     @classmethod
     def of(cls, dataset: Any) -> Optional['_Files']:
         """The files of a data set, None if it has none that can be opened."""
         if isinstance(dataset, IterableDataset):
             return None
+        indices = getattr(dataset, 'indices', None)
+        if indices is not None:  # part of a data set
+            files = cls.of(dataset.dataset)
+            if files is None:
+                return None
+            return cls(files.reader, files.paths, [files.index_of(index) for index in indices])
         reader = getattr(dataset, 'reader', None)
         if reader is not None:
             if isinstance(reader, ReaderSafetensors):
@@ -108,14 +117,21 @@ class _Files:
             return cls(None, [str(path) for path, *_ in samples])
         return None
 
+    def index_of(self, index: int) -> int:
+        """Index in the whole data set of the image with this index."""
+        return index if self.indices is None else self.indices[index]
+
     def __len__(self) -> int:
-        return len(cast(Sized, self.reader if self.paths is None else self.paths))
+        whole = self.reader if self.paths is None else self.paths
+        return len(cast(Sized, whole if self.indices is None else self.indices))
 
     def name(self, index: int) -> str:
+        index = self.index_of(index)
         return name_of(self.reader, index) if self.paths is None else self.paths[index]
 
     def fault(self, index: int, whole: bool) -> Optional[str]:
         """Why this image cannot be read, None if it can."""
+        index = self.index_of(index)
         try:
             with self.reader[index][0] if self.paths is None else open(self.paths[index], 'rb') as file:
                 return find_fault(file, whole)
@@ -125,7 +141,7 @@ class _Files:
     @property
     def are_paths(self) -> bool:
         """Whether the images have paths that are known without reading them, and can be opened by several threads."""
-        return self.paths is not None or type(self.reader).__name__ in ('ReaderImageFolder', 'ReaderImageInTar')
+        return self.paths is not None or isinstance(self.reader, (ReaderImageFolder, ReaderImageInTar))
 
     @property
     def num_threads(self) -> int:

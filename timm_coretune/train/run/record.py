@@ -95,6 +95,7 @@ class RunRecord:
         self.eval_metric: str = saved.eval_metric
         self.with_images = settings.save_images
         self.publish_ema = publish_ema
+        self.notes: Dict[str, str] = {}  # further notes in the header of the best weights
         self.last_state: Optional[str] = None
         self.last_row: Optional[Dict[str, float]] = None
         self.saver: Optional[_Saver] = None
@@ -217,7 +218,7 @@ class RunRecord:
                 )
             if weights is not None:
                 kind = 'ema' if self.publish_ema and trainer.ema_counts else 'model'
-                save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind)
+                save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind, **self.notes)
                 if eval_metrics is not None:
                     trainer.scored.write(self.folder)
             if not trainer.is_sharded:
