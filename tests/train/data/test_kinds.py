@@ -1,4 +1,4 @@
-"""Runs on data of other kinds: folders of images, torchvision"""
+"""Runs on data of other kinds: folders of images, and torchvision"""
 
 import logging
 import struct
