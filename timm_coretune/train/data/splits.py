@@ -96,7 +96,8 @@ def choose_splits(
     if held_out:
         validation = None
     elif validation == defaults.val_split:
-        validation = _find(VALIDATION_NAMES, usual) or _choose_test(usual, where, with_training)
+        others = [name for name in usual if name != train] if with_training else usual
+        validation = _find(VALIDATION_NAMES, others) or _choose_test(others, where, with_training)
         held_out = 0.0 if validation else HELD_OUT
     elif validation is not None and validation not in available:
         raise _missing('--val-split', validation, available, where)
