@@ -98,6 +98,7 @@ def test_a_link_that_loops_is_not_followed(tmp_path, messages):
     (tmp_path / 'train' / 'ant' / 'up').symlink_to('..')
     (tmp_path / 'train' / 'top').symlink_to(tmp_path)
     (tmp_path / 'train' / 'bee' / 'self').symlink_to('.')
+    (tmp_path / 'train' / 'itself').symlink_to('itself')
     found = open_(tmp_path)
     assert (len(found.train), found.class_names) == (8, ['ant', 'bee'])
     assert len([message for message in messages('WARNING') if 'leads to a folder that it lies in' in message]) == 3
