@@ -47,6 +47,16 @@ def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_car
     assert printed[0].split()[0] in NAMES
 
 
+def test_the_classes_of_a_pushed_model_are_known_to_a_run_that_starts_from_it(hub, run_python, model):
+    push_to_hub(model, 'me/my-model', label_names=NAMES)
+    code = (
+        'from timm_coretune.train.cli.settings import ModelSettings\n'
+        'from timm_coretune.train.data.classes import read_model_classes\n'
+        'print(*read_model_classes(ModelSettings(model="hf-hub:me/my-model", pretrained=True)))\n'
+    )
+    assert run_python(code).splitlines() == [f'{NAMES} 3 hf-hub:me/my-model False']
+
+
 def test_an_exported_folder_comes_back_with_its_size_channels_and_names(tmp_path):
     model = timm.create_model('test_vit', num_classes=3, img_size=64, in_chans=1).eval()
     data_config = {**DATA_CONFIG, 'input_size': (1, 64, 64), 'mean': (0.5,), 'std': (0.5,)}

@@ -17,9 +17,10 @@ from timm.data.readers.reader_image_folder import find_images_and_targets
 from tiny_data import write_folders, write_images
 from torchvision.datasets import ImageFolder
 
+from timm_coretune import export_model
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.class_folders import ReaderClassFolders, TorchvisionClassFolders
-from timm_coretune.train.data.classes import ModelClasses, names_by_index, read_class_map
+from timm_coretune.train.data.classes import ModelClasses, names_by_index, read_class_map, read_model_classes
 from timm_coretune.train.data.datasets import create_datasets, get_labels
 
 TWO_SPLITS = ('train', 'validation')
@@ -98,6 +99,7 @@ def test_a_link_that_loops_is_not_followed(tmp_path, messages):
     (tmp_path / 'train' / 'ant' / 'up').symlink_to('..')
     (tmp_path / 'train' / 'top').symlink_to(tmp_path)
     (tmp_path / 'train' / 'bee' / 'self').symlink_to('.')
+    (tmp_path / 'train' / 'itself').symlink_to('itself')
     found = open_(tmp_path)
     assert (len(found.train), found.class_names) == (8, ['ant', 'bee'])
     assert len([message for message in messages('WARNING') if 'leads to a folder that it lies in' in message]) == 3
@@ -329,6 +331,21 @@ def test_a_reordered_folder_scores_as_the_run_did_and_a_renamed_one_is_refused(t
             else:
                 with pytest.raises(ValueError, match='bee only in the model; cow only in the data'):
                     results_of(tmp_path / 'b.safetensors', tmp_path, *flags)
+
+
+def test_the_classes_of_a_model_are_read_from_its_folder(tmp_path):
+    names = ['ant', 'bee', 'cat']
+    model = timm.create_model('test_resnet', num_classes=3)
+    export_model(model, str(tmp_path / 'tuned'), label_names=names)
+    for flags, is_asked_for in (
+        (['--pretrained', '--model', f'local-dir:{tmp_path / "tuned"}'], False),
+        (['--initial-checkpoint', tmp_path / 'tuned'], True),
+        (['--initial-checkpoint', tmp_path / 'tuned' / 'model.safetensors'], True),
+    ):
+        found = read_model_classes(parse_args([str(flag) for flag in flags]).settings.model)
+        assert (found.names, found.num_classes, found.is_asked_for) == (names, 3, is_asked_for)
+    for flags in (['--model', 'hf-hub:me/tuned'], ['--pretrained', '--model', 'resnet18'], []):
+        assert read_model_classes(parse_args(flags).settings.model) is None
 
 
 def test_training_from_a_checkpoint_keeps_the_row_of_each_class(tmp_path):

@@ -2,11 +2,12 @@
 
 import logging
 import struct
+import tarfile
 
 import pytest
 import timm
 import torch
-from runs import train
+from runs import results_of, train
 from tiny_data import write_folders
 
 from timm_coretune.train.cli.arguments import parse_args
@@ -41,6 +42,23 @@ def test_folders_of_images_are_counted_and_trained_on(tmp_path, caplog):
     folder = train(data, tmp_path, '--coretune', '--epochs', 1, '-b', 12)
     model = timm.create_model('test_resnet', num_classes=3, checkpoint_path=str(folder / 'model_best.safetensors'))
     assert model.fc.weight.isfinite().all()
+
+
+@pytest.mark.parametrize('kind', ['folders', 'tar'])
+def test_validation_alone_sees_the_images_that_the_run_held_out(tmp_path, messages, kind):
+    data = write_folders(tmp_path / 'data', {'ant': 30, 'bee': 20, 'cat': 10})
+    if kind == 'tar':
+        with tarfile.open(tmp_path / 'data.tar', 'w') as tar:
+            tar.add(data, arcname='.')
+        data = tmp_path / 'data.tar'
+    (*_, result) = results_of(data, tmp_path, '--epochs', 1, '--seed', 3)
+    best = tmp_path / 'run' / 'model_best.safetensors'
+    (again,) = results_of(data, tmp_path, '--eval-only', '--initial-checkpoint', best)
+    assert again['validation'] == pytest.approx(result['validation'], rel=1e-5)
+    assert {
+        'Training: 54 images of 3 classes, 9 to 27 a class',
+        'Validation: 6 images of 3 classes, 1 to 3 a class',
+    } <= {*messages()}
 
 
 def test_classes_that_differ_between_the_splits_are_named(tmp_path):

@@ -91,6 +91,13 @@ def test_the_share_that_is_held_out_can_be_chosen(tmp_path, messages):
     assert sorted(files(whole.validation)) == below(tmp_path, 'test')
 
 
+def test_a_validation_split_that_is_trained_on_by_name_is_held_out_from(tmp_path):
+    folders(tmp_path, 'train', 'val', count=10)
+    found = open_(tmp_path, '--train-split', 'val')
+    assert sorted(files(found.train) + files(found.validation)) == below(tmp_path, 'val')
+    assert len(found.validation) == 2
+
+
 def test_a_class_of_one_image_keeps_it_for_training(tmp_path, messages):
     write_folders(tmp_path, {'ant': 1, 'bee': 3})
     found = open_(tmp_path)

@@ -78,6 +78,19 @@ def shorten(names: Sequence[str], count: int = 5) -> str:
     return f'{shown} and {len(names) - count} more' if len(names) > count else shown
 
 
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def subfolders(folder: str) -> List[str]:
+    """Names of the folders in a folder, without hidden ones, in natural order."""
+    with os.scandir(folder) as found:
+        return in_natural_order([e.name for e in found if _is_folder(e) and not e.name.startswith('.')])
+
+
 class _Scan:
     """Finds the images below a folder, and counts what is left out."""
 
@@ -92,7 +105,7 @@ class _Scan:
         with os.scandir(folder) as found:
             entries = sorted(found, key=lambda entry: entry.name)
         for entry in entries:
-            if entry.is_dir():
+            if _is_folder(entry):
                 if entry.name.startswith('.'):
                     self.hidden.append(entry.path)
                 elif entry.is_symlink() and _contains_one(os.path.realpath(entry.path), entered):

@@ -6,7 +6,7 @@ import os
 from typing import Any, Dict, Hashable, List, Mapping, NamedTuple, Optional, Sequence, Set, Union
 
 from timm.data.readers.class_map import load_class_map
-from timm.models import parse_model_name
+from timm.models import load_model_config_from_hf, parse_model_name
 
 from ...checkpoint.source import hub_id_of, resolve_source
 from ...run_folder import CONFIG_NAME, read_json
@@ -139,7 +139,11 @@ def read_model_classes(settings: ModelSettings) -> Optional[ModelClasses]:
     source = settings.initial_checkpoint
     if not source and settings.pretrained:
         kind, name = parse_model_name(settings.model)
-        source = {'hf-hub': f'hf-hub:{name}', 'local-dir': name}.get(kind or '', '')
+        if kind == 'hf-hub':  # of which timm will load the weights
+            config = load_model_config_from_hf(name)[0]
+            names = _listed(config.get('label_names'))
+            return ModelClasses(names, config.get('num_classes'), settings.model, is_asked_for=False)
+        source = name if kind == 'local-dir' else ''
     if not source:
         return None
     if hub_id_of(source) is not None:

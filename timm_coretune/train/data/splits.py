@@ -10,7 +10,7 @@ from typing import Any, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Op
 from torch.utils.data import Dataset, IterableDataset
 
 from ..cli.settings import DataSettings
-from .class_folders import ReaderClassTar, in_natural_order, shorten
+from .class_folders import ReaderClassTar, shorten, subfolders
 
 _logger = logging.getLogger(__name__)
 
@@ -96,7 +96,8 @@ def choose_splits(
     if held_out:
         validation = None
     elif validation == defaults.val_split:
-        validation = _find(VALIDATION_NAMES, usual) or _choose_test(usual, where, with_training)
+        others = [name for name in usual if name != train] if with_training else usual
+        validation = _find(VALIDATION_NAMES, others) or _choose_test(others, where, with_training)
         held_out = 0.0 if validation else HELD_OUT
     elif validation is not None and validation not in available:
         raise _missing('--val-split', validation, available, where)
@@ -124,10 +125,10 @@ def splits_of_folder(root: str, settings: DataSettings, with_training: bool = Tr
     Raises:
         ValueError: A split is not there.
     """
-    folders = in_natural_order([e.name for e in os.scandir(root) if e.is_dir() and not e.name.startswith('.')])
+    folders = subfolders(root)
     named = [s for s in (settings.train_split, settings.val_split) if s and os.path.isdir(os.path.join(root, s))]
     candidates = [name for name in folders if name.lower() in _USUAL_NAMES]
-    usual = [name for name in candidates if _has_folders(os.path.join(root, name))]
+    usual = [name for name in candidates if subfolders(os.path.join(root, name))]
     if candidates and not usual and len(candidates) == len(folders):
         raise ValueError(
             f'Expected images in one folder per class in {shorten(candidates)} of {root}, found no folders there. A '
@@ -148,20 +149,15 @@ def _warn_of_likely_splits(root: str, folders: Sequence[str]) -> None:
     """Warn if folders that are read as one whole look like splits: the same class folders are in several of them."""
     tops: Dict[Tuple[str, ...], List[str]] = {}
     for name in folders:
-        found = os.scandir(os.path.join(root, name))
-        inner = sorted(e.name for e in found if e.is_dir() and not e.name.startswith('.'))
+        inner = tuple(subfolders(os.path.join(root, name)))
         if inner:
-            tops.setdefault(tuple(inner), []).append(name)
+            tops.setdefault(inner, []).append(name)
     alike = max(tops.values(), key=len, default=[])
     if len(alike) > 1:
         _logger.warning(
             f'{shorten(alike)} of {root} have the same class folders, and are read as one. If they are splits, name '
             'them as --train-split and --val-split.'
         )
-
-
-def _has_folders(folder: str) -> bool:
-    return any(entry.is_dir() and not entry.name.startswith('.') for entry in os.scandir(folder))
 
 
 def splits_of_torchvision(name: str, settings: DataSettings, with_training: bool = True) -> Splits:
