@@ -332,6 +332,11 @@ class Trainer:
                 module = self.accelerator.unwrap_model(self.task.trainable_module, keep_fp32_wrapper=False)
                 self.task.trainable_module = self.accelerator.prepare_model(module)
 
+    def is_out_of_patience(self, epoch: int) -> bool:
+        """Whether the validations up to this epoch have been without a better score for as long as config allows."""
+        patience = self.config.patience
+        return patience is not None and epoch - (self.best[1] or 0) >= patience * self.config.val_interval
+
     def fit(
         self,
         train_loader: Any,
@@ -370,7 +375,7 @@ class Trainer:
                     self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
-            if config.patience and epoch - (self.best[1] or 0) >= config.patience * config.val_interval:
+            if self.is_out_of_patience(epoch):
                 _logger.info(f'No better {config.eval_metric} in {config.patience} validations: stopping.')
                 break
         return results
@@ -432,5 +437,5 @@ class Trainer:
             self.scheduler.restore_lr = state['plateau']['restore_lr']
             for group, lr in zip(self.optimizer.param_groups, state['lrs'], strict=True):
                 group['lr'] = lr
-            if not state['batch']:
+            if not state['batch'] and not state.get('restarted'):  # a state within an epoch has stepped already
                 self.scheduler.step(state['epoch'], state['metric'])

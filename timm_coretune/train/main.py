@@ -26,9 +26,10 @@ from .loss_meter import DivergedError
 from .model import compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from .processes import check_strategy, create_accelerator, start_trackers
-from .run.finish import continue_command, draw_tables, log_best, print_results, push
+from .run.finish import continue_command, draw_tables, log_best, print_results, push, reason_to_stop
 from .run.first_lines import log_data, log_optimization, log_update_size
 from .run.folder import default_name, find_newest_state, take_folder
+from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume
 
@@ -62,6 +63,7 @@ class Run(NamedTuple):
         loaders: Training and validation batches.
         epochs: Epochs still to train.
         start_batch: Batch of the first of these epochs to start at.
+        over: Why there is nothing left to train in a run that is continued, empty if there is.
         resolved: Values that follow from the settings.
         lock: Lock on the run folder, None on processes that do not write into it.
     """
@@ -70,6 +72,7 @@ class Run(NamedTuple):
     loaders: Loaders
     epochs: range
     start_batch: int
+    over: str
     resolved: Resolved
     lock: Optional[FileLock]
 
@@ -133,6 +136,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     values = {**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric}
     optimizer = create_optimizer(optimization, task, resolved.lr)
     continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
+    continuation = place_in_epoch(continuation, values, num_processes, loaders.train)
     setup_ema(settings.model, task, state_path)
     compile_task(settings.model, task)
 
@@ -174,8 +178,9 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
             publish_ema=settings.model.model_ema and not settings.model.model_ema_force_cpu,
         )
         came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
+        came_to += f', device {accelerator.device.type}, {num_processes} process(es)'
         record.write_args(f'{parsed.text}# in this run: {came_to}\n')
-        record.continue_from(continuation)
+        continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(
         task,
@@ -192,7 +197,10 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     trainer.best = continuation.best
     if continuation.loop_state:
         trainer.load_state_dict(continuation.loop_state)
-    return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, resolved, lock)
+    epochs, over = range(start_epoch, num_epochs), ''
+    if state_path is not None and settings.loop.start_epoch is None and not start_batch:
+        over = reason_to_stop(trainer, epochs)
+    return Run(trainer, loaders, epochs, start_batch, over, resolved, lock)
 
 
 def _prepare_process(parsed: ParsedArguments) -> Accelerator:
@@ -241,7 +249,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     kind = kind_of(settings)
     accelerator = _prepare_process(parsed)
     datasets = kind.open_datasets(settings)
-    trainer, loaders, epochs, start_batch, resolved, lock = set_up(parsed, kind, accelerator, datasets)
+    trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets)
     record: Optional[RunRecord] = trainer.record
     if record is None:
         metrics = trainer.evaluate(loaders.validation)
@@ -253,7 +261,10 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     results: List[Dict[str, Any]] = []
     is_over = False
     try:
-        results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
+        if over:
+            _logger.info(over)
+        else:
+            results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
         record.finish()
         is_over = True
     except KeyboardInterrupt:
@@ -267,7 +278,8 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
         _summarize(kind, settings.model, record, trainer, datasets)
-        print_results(results, resolved.eval_metric)
+        if not over:
+            print_results(results, resolved.eval_metric)
     accelerator.end_training()
     if output.push_to_hub and accelerator.is_main_process:
         push(output, record.folder, is_over)

@@ -6,7 +6,8 @@ from typing import Any, Dict, Iterator, Optional, Tuple, Union
 
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from ...data.resumable import EpochBatchSampler, SeededErasing
 
@@ -48,6 +49,13 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
             'The batches after them may be others than those of an uninterrupted run.'
         )
     return itertools.islice(loader, start, None)
+
+
+def has_plain_order(loader: Any) -> bool:
+    """Whether the order of the images is the same for any batch size and number of processes."""
+    batches: Any = getattr(_order_of(loader), 'batches', None)
+    order = getattr(batches, 'sampler', None)
+    return isinstance(batches, BatchSampler) and isinstance(order, (RandomSampler, DistributedSampler))
 
 
 def is_even(loader: Any, accelerator: Accelerator) -> bool:
