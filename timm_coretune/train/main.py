@@ -15,6 +15,7 @@ from huggingface_hub import get_token
 from timm.utils import random_seed, setup_default_logging, unwrap_model
 
 from ..hub.upload import quiet_requests
+from ..run_folder import ARGS_NAME
 from . import classification, segmentation
 from .cli.arguments import ParsedArguments, parse_args
 from .cli.settings import ModelSettings, SavedArguments, Settings
@@ -177,9 +178,6 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
             SavedArguments(**values),
             publish_ema=settings.model.model_ema and not settings.model.model_ema_force_cpu,
         )
-        came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
-        came_to += f', device {accelerator.device.type}, {num_processes} process(es)'
-        record.write_args(f'{parsed.text}# in this run: {came_to}\n')
         continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(
@@ -200,6 +198,10 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     epochs, over = range(start_epoch, num_epochs), ''
     if state_path is not None and settings.loop.start_epoch is None and not start_batch:
         over = reason_to_stop(trainer, epochs)
+    if record is not None and not (over and os.path.exists(record.path(ARGS_NAME))):  # what trained stays in the file
+        came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
+        came_to += f', device {accelerator.device.type}, {num_processes} process(es)'
+        record.write_args(f'{parsed.text}# in this run: {came_to}\n')
     return Run(trainer, loaders, epochs, start_batch, over, resolved, lock)
 
 

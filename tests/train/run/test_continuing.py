@@ -328,8 +328,8 @@ def test_another_score_has_another_best_epoch(tmp_path, data, straight, messages
 
 def test_a_run_that_is_over_says_so_in_one_sentence(tmp_path, data, straight, messages, capsys):
     folder = copy_of(straight(), tmp_path)
-    before = {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != '.yaml'}
-    assert runs.results_of(data, tmp_path, '--resume', 'auto', base=FLAGS) == []
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert runs.results_of(data, tmp_path, '--resume', 'auto', '--lr', 1, base=FLAGS) == []
     said = [message for message in messages() if 'is over' in message]
     assert said == [
         'This run is over: all its 3 epochs are trained, so nothing is trained; ask for more --epochs to train on, or '
@@ -398,6 +398,21 @@ def test_another_optimizer_goes_on_with_the_weights_alone(tmp_path, data, straig
     folder = copy_of(straight(), tmp_path)
     train(data, tmp_path, '--opt', 'adamw', '--no-resume-opt', '--resume', folder / 'checkpoint-1.pth.tar')
     assert len(read_csv(folder / 'summary.csv')) == 3
+
+
+def test_a_state_without_its_generator_goes_on(tmp_path, data, straight, read_csv):
+    state = torch.load(straight() / 'checkpoint-1.pth.tar', weights_only=False)
+    del state['task_state']['generator']
+    (tmp_path / 'run').mkdir()
+    torch.save(state, tmp_path / 'run' / 'last.pth.tar')
+    folder = train(data, tmp_path, '--resume', 'auto')
+    assert len(read_csv(folder / 'summary.csv')) == 3
+
+
+def test_a_history_that_was_longer_is_left_alone(tmp_path, data, straight):
+    folder = copy_of(straight(), tmp_path)
+    train(data, tmp_path, '--checkpoint-hist', 1, '--resume', 'auto')
+    assert len(list(folder.glob('checkpoint-*'))) == 3
 
 
 def test_a_changed_momentum_is_used(tmp_path, data, straight):

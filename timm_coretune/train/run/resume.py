@@ -22,6 +22,7 @@ _MAY_DIFFER = {
 
 ROWS_KEY = 'rows'  # where a state keeps the rows of the summary, in what it keeps of the loop
 Best = Tuple[Optional[float], Optional[int]]
+_GENERATORS = ('generator', '_extra_state')  # states of random generators, which a state may lack
 # what the groups of an optimizer keep of this run, whatever the state has
 _OF_THE_COMMAND_LINE = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
 
@@ -110,7 +111,9 @@ def _flatten(state: Mapping[str, Any], prefix: str = '') -> Dict[str, torch.Tens
 
 def _difference(what: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> List[str]:
     """Say in a list of at most one sentence in what the tensors of a state differ from those of this run."""
-    shapes, expected = ({k: tuple(v.shape) for k, v in _flatten(state).items()} for state in (saved, own))
+    shapes, expected = (
+        {k: tuple(v.shape) for k, v in _flatten(state).items() if not k.endswith(_GENERATORS)} for state in (saved, own)
+    )
     names = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
     if not names:
         return []

@@ -64,9 +64,11 @@ class Saver(CheckpointSaver):
         kept = {epoch for epoch, _ in ranking}
         if state_epoch in kept and not os.path.exists(self.state_of(state_epoch)):
             self.copy_state(state, self.state_of(state_epoch))
-        for epoch in metrics.keys() - kept:
-            if os.path.exists(self.state_of(epoch)) and not os.path.samefile(self.state_of(epoch), state):
-                os.unlink(self.state_of(epoch))
+        extra = [self.state_of(epoch) for epoch in metrics.keys() - kept if os.path.exists(self.state_of(epoch))]
+        if len(extra) == 1 and not os.path.samefile(
+            extra[0], state
+        ):  # more are not from a kill: --checkpoint-hist was larger
+            os.unlink(extra[0])
         paths = [(self.state_of(epoch), metric) for epoch, metric in ranking]
         self.checkpoint_files = [(path, metric) for path, metric in paths if os.path.exists(path)]
         recoveries = glob.glob(os.path.join(glob.escape(self.recovery_dir), RECOVERY_PATTERN))
