@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 
-class LabelledImages(NamedTuple):
+class ImageSplit(NamedTuple):
     """The images of one split.
 
     Attributes:
@@ -40,7 +40,7 @@ def find_splits(path: str) -> List[str]:
     return sorted(stem for stem in stems if f'{stem}.image' in keys)
 
 
-def read_split(path: str, split: str) -> LabelledImages:
+def read_split(path: str, split: str) -> ImageSplit:
     """Read the images and labels of one split.
 
     Args:
@@ -71,7 +71,7 @@ def read_split(path: str, split: str) -> LabelledImages:
         raise ValueError(
             f'Expected {split}.label as integers ({len(image)},), got {label.dtype} {tuple(label.shape)} in {path!r}.'
         )
-    return LabelledImages(image, label, class_names)
+    return ImageSplit(image, label, class_names)
 
 
 def _read_class_names(metadata: Dict[str, str], path: str) -> Optional[List[str]]:

@@ -15,7 +15,8 @@ _STRIPE = 128  # ignored pixels get stripes of this gray level, as white may be 
 def read_columns(path: str) -> Dict[str, List[float]]:
     """Read the columns of a summary.csv by name. Without rows there are no columns."""
     rows = read_summary(path)
-    return {name: [float(row[name]) for row in rows] for name in rows[0]} if rows else {}
+    # a score that was asked for in the middle of a run has no value before
+    return {name: [float(row[name] or 'nan') for row in rows] for name in rows[0]} if rows else {}
 
 
 def _is_percentage(score: str) -> bool:

@@ -351,7 +351,7 @@ class Trainer:
         _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
         return metrics
 
-    def _out_of_patience(self, epoch: int) -> bool:
+    def is_out_of_patience(self, epoch: int) -> bool:
         """Whether the scores up to this epoch, the last one with a score, have not got better for too long."""
         best_epoch, patience = self.best[1], self.config.patience
         if not patience or best_epoch is None:
@@ -411,7 +411,7 @@ class Trainer:
                     self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
-            if metric is not None and self._out_of_patience(epoch):
+            if metric is not None and self.is_out_of_patience(epoch):
                 _logger.info(f'No better {name} in {config.patience} validations: stopping.')
                 break
         return results
@@ -440,6 +440,7 @@ class Trainer:
         return dict(
             **self.position._asdict(),
             best=list(self.best),
+            ema_counts=self.ema_counts,
             lrs=[group['lr'] for group in self.optimizer.param_groups],
             plateau=None if self.scheduler is None or plateau is None else dict(
                 state=plateau.state_dict(), restore_lr=self.scheduler.restore_lr
@@ -473,5 +474,5 @@ class Trainer:
             self.scheduler.restore_lr = state['plateau']['restore_lr']
             for group, lr in zip(self.optimizer.param_groups, state['lrs'], strict=True):
                 group['lr'] = lr
-            if not state['batch']:
+            if not state['batch'] and not state.get('restarted'):  # a state within an epoch has stepped already
                 self.scheduler.step(state['epoch'], state['metric'])

@@ -15,6 +15,7 @@ from huggingface_hub import get_token
 from timm.utils import random_seed, setup_default_logging, unwrap_model
 
 from ..hub.upload import quiet_requests
+from ..run_folder import ARGS_NAME
 from . import classification, segmentation
 from .cli.arguments import ParsedArguments, parse_args
 from .cli.settings import ModelSettings, SavedArguments, Settings
@@ -26,9 +27,10 @@ from .loss_meter import DivergedError
 from .model import compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import clip_gradients, count_accumulated, create_optimizer, create_schedule, resolve_lr
 from .processes import check_strategy, create_accelerator, precision_of, start_trackers
-from .run.finish import continue_command, draw_tables, log_best, print_results, push
+from .run.finish import continue_command, draw_tables, log_best, print_results, push, reason_to_stop
 from .run.first_lines import log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, find_newest_state, take_folder
+from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume
 
@@ -62,6 +64,7 @@ class Run(NamedTuple):
         loaders: Training and validation batches.
         epochs: Epochs still to train.
         start_batch: Batch of the first of these epochs to start at.
+        over: Why there is nothing left to train in a run that is continued, empty if there is.
         resolved: Values that follow from the settings.
         lock: Lock on the run folder, None on processes that do not write into it.
     """
@@ -70,6 +73,7 @@ class Run(NamedTuple):
     loaders: Loaders
     epochs: range
     start_batch: int
+    over: str
     resolved: Resolved
     lock: Optional[FileLock]
 
@@ -136,6 +140,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     values = {**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric}
     optimizer = create_optimizer(optimization, task, resolved.lr)
     continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
+    continuation = place_in_epoch(continuation, values, num_processes, loaders.train)
     setup_ema(settings.model, task, state_path)
     compile_task(settings.model, task)
 
@@ -178,11 +183,9 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
             SavedArguments(**values),
             publish_ema=settings.model.model_ema and not settings.model.model_ema_force_cpu,
         )
-        came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
-        record.write_args(f'{parsed.text}# in this run: {came_to}\n')
         if datasets.validated_on is not None:
             record.notes['validated_on'] = datasets.validated_on
-        record.continue_from(continuation)
+        continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(
         task,
@@ -199,7 +202,14 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     trainer.best = continuation.best
     if continuation.loop_state:
         trainer.load_state_dict(continuation.loop_state)
-    return Run(trainer, loaders, range(start_epoch, num_epochs), start_batch, resolved, lock)
+    epochs, over = range(start_epoch, num_epochs), ''
+    if state_path is not None and settings.loop.start_epoch is None and not start_batch:
+        over = reason_to_stop(trainer, epochs)
+    if record is not None and not (over and os.path.exists(record.path(ARGS_NAME))):  # what trained stays in the file
+        came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
+        came_to += f', device {accelerator.device.type}, {num_processes} process(es)'
+        record.write_args(f'{parsed.text}# in this run: {came_to}\n')
+    return Run(trainer, loaders, epochs, start_batch, over, resolved, lock)
 
 
 def _prepare_process(parsed: ParsedArguments) -> Accelerator:
@@ -248,7 +258,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     kind = kind_of(settings)
     accelerator = _prepare_process(parsed)
     datasets = kind.open_datasets(settings)
-    trainer, loaders, epochs, start_batch, resolved, lock = set_up(parsed, kind, accelerator, datasets)
+    trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets)
     record: Optional[RunRecord] = trainer.record
     if record is None:
         metrics = trainer.evaluate(loaders.validation)
@@ -260,7 +270,10 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     results: List[Dict[str, Any]] = []
     is_over = False
     try:
-        results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
+        if over:
+            _logger.info(over)
+        else:
+            results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
         record.finish()
         is_over = True
     except KeyboardInterrupt:
@@ -274,7 +287,8 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
         _summarize(kind, settings.model, record, trainer, datasets)
-        print_results(results, resolved.eval_metric)
+        if not over:
+            print_results(results, resolved.eval_metric)
     accelerator.end_training()
     if output.push_to_hub and accelerator.is_main_process:
         push(output, record.folder, is_over)

@@ -8,6 +8,12 @@ from train_flags import ACTIONS, PACKAGE, PARSER, flat, preset
 
 from timm_coretune.train.cli.arguments import PRESETS, parse_args
 
+# what is not part of the file that repeats a run
+OF_ONE_START = (
+    *('device', 'push_to_hub', 'hub_private', 'hub_revision', 'resume', 'no_resume_opt', 'wandb_resume_id'),
+    *('local_rank', 'config', 'data'),
+)
+
 
 def test_defaults_fill_in_the_sample_and_its_checkpoint():
     parsed = parse_args([])
@@ -16,8 +22,8 @@ def test_defaults_fill_in_the_sample_and_its_checkpoint():
     assert os.path.isfile(settings.data.data_dir)
     assert os.path.isfile(settings.model.pretrained_path)
     assert '--data-dir DIR --model NAME --pretrained-path FILE' in parsed.assumed
-    asked = {'config': '', 'data': None, 'preset': None}
-    assert yaml.safe_load(parsed.text) == {**settings.flat(), **asked}
+    expected = {k: v for k, v in {**settings.flat(), 'preset': None}.items() if k not in OF_ONE_START}
+    assert yaml.safe_load(parsed.text) == expected
 
 
 @pytest.mark.parametrize(
@@ -201,3 +207,52 @@ def test_a_search_of_the_help_finds_a_flag_with_what_it_does(capsys):
     for action in PARSER._actions:
         name = (action.option_strings or [action.metavar])[-1]
         assert any(name in line and line.endswith(action.help.replace('%%', '%')) for line in lines), name
+
+
+# the file that repeats a run
+
+
+def saved(tmp_path, *line):
+    """The settings that the file of a run with this command line gives to another."""
+    parsed = parse_args([str(word) for word in line])
+    (tmp_path / 'args.yaml').write_text(parsed.text)
+    return parsed, parse_args(['-c', str(tmp_path / 'args.yaml')])
+
+
+def test_the_saved_file_repeats_a_run_but_neither_publishes_nor_resumes_nor_asks_for_a_device(tmp_path):
+    line = ['--data-dir', tmp_path, '--preset', 'vit', '--model', 'test_vit', '--epochs', 3, '--experiment', 'e']
+    once = ['--push-to-hub', 'me/tuned', '--hub-private', '--hub-revision', 'b', '--resume', 'auto', '--start-epoch', 2]
+    first, again = saved(tmp_path, *line, *once)
+    assert first.settings.output.push_to_hub == 'me/tuned'
+    assert again.settings.flat() == parse_args([str(word) for word in line]).settings.flat()
+    assert 'device' not in again.given
+    assert again.assumed is None
+
+
+def test_the_saved_file_keeps_a_device_that_was_given(tmp_path):
+    _, again = saved(tmp_path, '--device', 'cpu')
+    assert again.settings.loop.device == 'cpu'
+    assert 'device' in again.given
+
+
+def test_the_saved_file_tells_what_was_given_from_what_was_not(tmp_path):
+    parsed, _ = saved(tmp_path, '--epochs', 3, tmp_path, '--coretune')
+    given, rest = parsed.text.split('# given:\n')[1].split('# defaults, or from a preset or recipe:\n')
+    assert yaml.safe_load(given) == {'epochs': 3, 'coretune': True, 'data_dir': str(tmp_path)}
+    assert yaml.safe_load(rest)['batch_size'] == 128
+
+
+def test_a_saved_file_of_an_earlier_version_is_not_published_again_either(tmp_path):
+    old = {**flat(['--epochs', '3']).__dict__, 'config': '', 'data': None, 'preset': None}
+    old.update(push_to_hub='me/tuned', device='cuda', resume='auto', hub_private=True)
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump(old))
+    parsed = parse_args(['-c', str(tmp_path / 'args.yaml')])
+    assert parsed.settings.output.push_to_hub is None
+    assert not parsed.settings.output.hub_private
+    assert parsed.settings.output.resume == ''
+    assert 'device' not in parsed.given
+    assert 'push_to_hub, hub_private, resume, device left out' in parsed.assumed
+    own = tmp_path / 'own.yaml'
+    own.write_text('push_to_hub: me/tuned\ndevice: cpu\n')  # what a user writes is taken as it is
+    parsed = parse_args(['-c', str(own)])
+    assert (parsed.settings.output.push_to_hub, parsed.settings.loop.device) == ('me/tuned', 'cpu')

@@ -14,6 +14,12 @@ from .flags import Parser, add_flags, nearest
 from .settings import TUNING, Settings
 
 PRESETS = ('cnn', 'vit')
+# Settings that belong to one start of a run and are not repeated with it: where it is published, what it continues, and
+# other names of settings
+_OF_ONE_START = (
+    *('push_to_hub', 'hub_private', 'hub_revision', 'resume', 'no_resume_opt', 'wandb_resume_id'),
+    *('config', 'data', 'local_rank'),
+)
 
 
 class ParsedArguments(NamedTuple):
@@ -21,7 +27,8 @@ class ParsedArguments(NamedTuple):
 
     Attributes:
         settings: The settings of the run.
-        text: The settings as YAML, with the names of config and preset, to be written into the run folder.
+        text: The settings as YAML for --config, to be written into the run folder. They repeat the run, so where to
+            publish, what to resume, and a device that was not asked for are left out.
         given: Names of the settings that were given by flags or in the YAML file.
         assumed: Message about data that was assumed because none was given, or None.
     """
@@ -89,6 +96,26 @@ def _read_config(path: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
     return config
 
 
+def _leave_out_one_start(config: Dict[str, Any]) -> List[str]:
+    """Take out what an args.yaml of an earlier version has beyond the settings that repeat a run. Returns the names."""
+    if 'config' not in config:  # only a saved file names the file that it was itself read from
+        return []
+    left_out = [name for name in (*_OF_ONE_START, 'device') if config.pop(name, None)]
+    return [name for name in left_out if name not in ('config', 'data')]
+
+
+def _to_yaml(args: argparse.Namespace, given: frozenset) -> str:
+    """The settings for --config: those that were given, then those that follow from presets, recipes and defaults."""
+    left_out = {*_OF_ONE_START, *(() if 'device' in given else ('device',)), *(('start_epoch',) if args.resume else ())}
+    asked = given | ({'data_dir'} if 'data' in given else set())
+    text = '# train.py -c FILE repeats the run with the settings in this file.\n'
+    for title, is_asked in (('given', True), ('defaults, or from a preset or recipe', False)):
+        values = {k: v for k, v in vars(args).items() if k not in left_out and (k in asked) is is_asked}
+        if values:
+            text += f'# {title}:\n{yaml.safe_dump(values, default_flow_style=False)}'
+    return text
+
+
 def _assume_sample(parser: argparse.ArgumentParser, named_model: Optional[str], segmentation: bool) -> str:
     """Make the bundled sample and its recipe the defaults, except for a model that was named. Returns a message."""
     name, data = 'sample.yaml', 'the bundled Fashion-MNIST sample'
@@ -118,6 +145,7 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
         action.default = argparse.SUPPRESS
     given = vars(bare.parse_args(argv))
     config = _read_config(given['config'], parser) if 'config' in given else {}
+    left_out = _leave_out_one_start(config)
     given = {**config, **given}
 
     assumed = None
@@ -142,5 +170,8 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     settings = Settings.from_flat(vars(args))
     for problem in find_contradictions(settings):
         parser.error(problem)
-    text = yaml.safe_dump(vars(args), default_flow_style=False)
+    text = _to_yaml(args, frozenset(given))
+    if left_out:
+        note = f'The --config is of an earlier version and not repeated in full: {", ".join(left_out)} left out.'
+        assumed = f'{assumed} {note}' if assumed else note
     return ParsedArguments(settings, text, frozenset(given), assumed)

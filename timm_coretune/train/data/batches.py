@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard
 from timm.data.distributed_sampler import OrderedDistributedSampler
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     DistributedSampler,
     IterableDataset,
@@ -60,6 +61,13 @@ def batches_from(loader: Any, epoch: int, start: int = 0) -> Iterator[Any]:
             'The batches after them may be others than those of an uninterrupted run.'
         )
     return itertools.islice(loader, start, None)
+
+
+def has_plain_order(loader: Any) -> bool:
+    """Whether the order of the images is the same for any batch size and number of processes."""
+    batches: Any = getattr(_order_of(loader), 'batches', None)
+    order = getattr(batches, 'sampler', None)
+    return isinstance(batches, BatchSampler) and isinstance(order, (RandomSampler, DistributedSampler))
 
 
 def is_even(loader: Any, accelerator: Accelerator) -> bool:

@@ -18,6 +18,7 @@ from ...run_folder import (
     CURVES_NAME,
     EVAL_PREFIX,
     SUMMARY_NAME,
+    read_summary,
 )
 from ..cli.settings import OutputSettings
 from ..loop import Trainer
@@ -34,6 +35,23 @@ def continue_command(argv: List[str], folder: str) -> str:
     installed = os.path.basename(sys.argv[0]) in ('__main__.py', 'timm-coretune', 'timm-coretune-train')
     script = '-m timm_coretune.train' if installed else shlex.quote(sys.argv[0])
     return f'accelerate launch {script} {shlex.join([*argv, *words])}'
+
+
+def reason_to_stop(trainer: Trainer, epochs: range) -> str:
+    """Why a run that is continued has nothing left to train, in one sentence. Empty if it has.
+
+    Args:
+        trainer: Has the best score of the run so far.
+        epochs: Epochs that are left.
+    """
+    done = f'This run is over: all its {epochs.stop} epochs are trained'
+    if len(epochs):
+        if trainer.best[1] is None or not trainer.is_out_of_patience(epochs.start - 1):
+            return ''
+        config = trainer.config
+        done = f'This run is over: it stopped after {config.patience} validations without a better {config.eval_metric}'
+    flag = 'a larger --patience' if len(epochs) else 'more --epochs'
+    return f'{done}, so nothing is trained; ask for {flag} to train on, or for another --experiment to start anew.'
 
 
 def log_best(record: RunRecord, trainer: Trainer, load_hint: str) -> None:
@@ -59,6 +77,8 @@ def draw_tables(record: RunRecord) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    if not read_summary(record.path(SUMMARY_NAME)):  # a run that was over already, continued in another folder
+        return
     plot_curves(record.path(SUMMARY_NAME), record.path(CURVES_NAME))
     _logger.info(f'Curves: {record.path(CURVES_NAME)}')
     if os.path.exists(record.path(CONFUSION_NAME)):

@@ -11,7 +11,8 @@ import torch
 from filelock import FileLock, Timeout
 from timm.models import safe_model_name
 
-from ...run_folder import ARGS_NAME, STATE_PATTERNS, SUMMARY_NAME
+from ...atomic import TEMPORARY_SUFFIX
+from ...run_folder import ARGS_NAME, STATE_PATTERNS, SUMMARY_NAME, UNFINISHED_STATE_NAMES
 from ..cli.settings import OutputSettings, SavedArguments
 
 _logger = logging.getLogger(__name__)
@@ -44,6 +45,16 @@ def default_name(model: str, img_size: int) -> str:
     return '-'.join([datetime.now().strftime('%Y%m%d-%H%M%S'), safe_model_name(model), str(img_size)])
 
 
+def remove_unfinished(folder: str) -> List[str]:
+    """Remove files that were not written to their end. Returns their names."""
+    names = [
+        name for name in sorted(os.listdir(folder)) if name.endswith(TEMPORARY_SUFFIX) or name in UNFINISHED_STATE_NAMES
+    ]
+    for name in names:
+        os.unlink(os.path.join(folder, name))
+    return names
+
+
 def take_folder(settings: OutputSettings, name: str, resumed: Optional[str]) -> Tuple[str, FileLock]:
     """Create and lock the folder of a run, or lock that of the training state it continues.
 
@@ -63,13 +74,14 @@ def take_folder(settings: OutputSettings, name: str, resumed: Optional[str]) -> 
     wanted = folder = folder_of(settings, name)
     continues = resumed is not None and os.path.abspath(os.path.dirname(resumed)) == os.path.abspath(folder)
     # --resume auto takes over a folder whose run was stopped before its first epoch ended
-    mark = SUMMARY_NAME if settings.resume == 'auto' else ARGS_NAME
+    marks = (SUMMARY_NAME,) if settings.resume == 'auto' else (ARGS_NAME, SUMMARY_NAME)
     number = 0
     try:
         while True:
             os.makedirs(folder, exist_ok=True)
             lock = _lock(folder)
-            if lock is not None and (continues or not os.path.exists(os.path.join(folder, mark))):
+            is_taken = any(os.path.exists(os.path.join(folder, mark)) for mark in marks)
+            if lock is not None and (continues or not is_taken):
                 break
             if lock is None and (continues or settings.resume == 'auto'):
                 raise ValueError(f'Another run writes {folder!r} at this moment. Wait for it, or choose --experiment.')
@@ -77,8 +89,11 @@ def take_folder(settings: OutputSettings, name: str, resumed: Optional[str]) -> 
                 lock.release()
             number += 1
             folder = f'{wanted}-{number}'
+        unfinished = remove_unfinished(folder)
     except OSError as e:
         raise ValueError(f'Expected to write the run into {folder!r}: {e}. Choose another folder with --output.') from e
+    if unfinished:
+        _logger.info(f'Removed what a stopped run left half written: {", ".join(unfinished)}.')
     if number:
         _logger.warning(f'{wanted!r} holds a run already, this one goes to {folder!r} (--resume auto continues one).')
     return folder, lock
@@ -112,13 +127,18 @@ def progress_of(state: Dict[str, Any]) -> Tuple[int, int]:
     return run['epoch'], run['batch']
 
 
-def find_newest_state(folder: str) -> Optional[str]:
-    """Path of the intact state with the most training, None if there is none. Logs damaged files and skips them."""
-    best: Optional[Tuple[Tuple[int, int], str]] = None
+def state_paths(folder: str) -> List[str]:
+    """Paths of the training states in a folder."""
     paths: List[str] = []
     for pattern in STATE_PATTERNS:
         paths += sorted(glob.glob(os.path.join(glob.escape(folder), pattern)))
-    for path in paths:
+    return paths
+
+
+def find_newest_state(folder: str) -> Optional[str]:
+    """Path of the intact state with the most training, None if there is none. Logs damaged files and skips them."""
+    best: Optional[Tuple[Tuple[int, int], str]] = None
+    for path in state_paths(folder):
         try:
             progress = progress_of(read_state(path))
         except ValueError as e:

@@ -3,18 +3,19 @@
 import contextlib
 import csv
 import glob
+import logging
 import os
-import shutil
-from typing import Any, Dict, Iterator, List, Optional, Tuple, cast
+from typing import Any, Dict, Iterator, List, Optional, cast
 
 import torch
 import torch.nn as nn
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from timm.task import TrainingTask
-from timm.utils import CheckpointSaver, get_state_dict, unwrap_model, update_summary
+from timm.utils import get_state_dict, unwrap_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from ...atomic import TEMPORARY_SUFFIX, move_into_place, write_text, write_whole
+from ...atomic import write_text, write_whole
 from ...evaluation.scores import SCORES, for_ranking
 from ...export import save_weights
 from ...run_folder import (
@@ -24,45 +25,15 @@ from ...run_folder import (
     LAST_STATE_NAME,
     RECOVERY_PATTERN,
     SUMMARY_NAME,
-    UNFINISHED_STATE_NAMES,
-    read_summary,
 )
 from ..cli.settings import OutputSettings, SavedArguments
 from ..loop import Trainer
-from .resume import Continuation, LoopState
+from .folder import remove_unfinished
+from .repair import best_of, intact_rows, repair_best, set_aside_later
+from .resume import ROWS_KEY, Best, Continuation, LoopState
+from .saver import Saver
 
-
-class _Saver(CheckpointSaver):
-    """timm's saver, but files are replaced in one step. timm's own removes the old file before it moves the new one."""
-
-    def _replace(self, src: str, dst: str) -> None:
-        move_into_place(src, dst)
-
-    def _duplicate(self, src: str, dst: str) -> None:
-        with write_whole(dst) as temporary:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            try:
-                os.link(src, temporary)
-            except OSError:
-                shutil.copy2(src, temporary)
-
-    def restore(self, best: Tuple[Optional[float], Optional[int]], metrics: Dict[int, float]) -> None:
-        """Rank the states in the folder as an uninterrupted run would have ranked them.
-
-        Args:
-            best: Best score and its epoch.
-            metrics: Score of every validated epoch.
-        """
-        self.best_metric, self.best_epoch = best
-        files = [(self._checkpoint_path(epoch), metric) for epoch, metric in metrics.items()]
-        self.checkpoint_files = sorted(
-            [(path, metric) for path, metric in files if os.path.exists(path)],
-            key=lambda item: item[1],
-            reverse=not self.decreasing,
-        )[: self.max_history]
-        recoveries = glob.glob(os.path.join(glob.escape(self.recovery_dir), RECOVERY_PATTERN))
-        self.curr_recovery_file = max(recoveries, key=os.path.getmtime, default='')
+_logger = logging.getLogger(__name__)
 
 
 class RunRecord:
@@ -94,13 +65,15 @@ class RunRecord:
         self.accelerator = accelerator
         self.eval_metric: str = saved.eval_metric
         self.with_images = settings.save_images
+        self.sets_aside = settings.resume != 'auto'
+        self.rows: List[Dict[str, str]] = []
         self.publish_ema = publish_ema
         self.notes: Dict[str, str] = {}  # further notes in the header of the best weights
         self.last_state: Optional[str] = None
         self.last_row: Optional[Dict[str, float]] = None
-        self.saver: Optional[_Saver] = None
+        self.saver: Optional[Saver] = None
         if accelerator.is_main_process:
-            self.saver = _Saver(
+            self.saver = Saver(
                 model=task.get_eval_model(),
                 optimizer=optimizer,
                 args=saved,
@@ -126,42 +99,84 @@ class RunRecord:
         try:
             yield
         except (OSError, RuntimeError) as e:  # torch raises RuntimeError when a disk is full
-            for name in os.listdir(self.folder):
-                if name.endswith(TEMPORARY_SUFFIX) or name in UNFINISHED_STATE_NAMES:
-                    os.unlink(self.path(name))
-            kept = 'There is no state yet. Make room, then start anew.'
-            if self.last_state:
-                kept = f'The state before is intact: {self.last_state}. Make room, then continue with --resume auto.'
-            raise OSError(f'Could not write to {self.folder!r}: {e}. {kept}') from e
+            remove_unfinished(self.folder)
+            kept = f'The state before is intact: {self.last_state}.' if self.last_state else 'There is no state yet.'
+            raise OSError(
+                f'Could not write to {self.folder!r}: {e}. {kept} Make room, then continue with --resume auto.'
+            ) from e
 
-    def continue_from(self, continuation: Continuation) -> None:
-        """Continue a state of this folder. Rows and ranks of later epochs are dropped."""
-        path = self.last_state = continuation.path
-        if path is None or self.saver is None:
-            return
-        if os.path.abspath(os.path.dirname(path)) != os.path.abspath(self.folder):
-            return
-        rows = read_summary(self.path(SUMMARY_NAME))
-        rows = [row for row in rows if int(row['epoch']) < continuation.epoch]
-        self._write_rows(rows)
+    def continue_from(self, continuation: Continuation) -> Continuation:
+        """Bring the folder to the place at which a state continues. All processes must call this together.
+
+        Rows and ranks of later epochs are dropped. A state of another folder starts a summary of its own. Returns the
+        continuation, without the best score if no file holds the best weights any more.
+        """
+        self.last_state = continuation.path
+        if continuation.path is None:
+            return continuation
+        best = continuation.best if self.saver is None else self._take_over(continuation, self.saver)
+        best = tuple(gather_object([best])[0])  # that of the main process
+        loop_state = continuation.loop_state
+        return continuation._replace(best=best, loop_state={**loop_state, 'best': list(best)} if loop_state else {})
+
+    def _take_over(self, continuation: Continuation, saver: Saver) -> Best:
+        path, best = continuation.path, continuation.best
+        assert path is not None
+        origin = os.path.dirname(os.path.abspath(path))
+        is_own = origin == os.path.abspath(self.folder)
+        with self._writing():
+            if is_own:
+                if self.sets_aside:
+                    set_aside_later(self.folder, continuation.saved_at, best[1])
+                rows = continuation.rows
+                if rows is None:
+                    rows = intact_rows(self.path(SUMMARY_NAME))
+                self.rows = [row for row in rows if int(row['epoch']) < continuation.epoch]
+                self._write_rows()
+            ranked = self._ranked()
+            metric_before = continuation.before.get('eval_metric', self.eval_metric)
+            if metric_before != self.eval_metric:
+                best = best_of(self.eval_metric, ranked)
+                found = 'no epoch has it' if best[1] is None else f'the best is now epoch {best[1]}'
+                _logger.warning(f'The best epoch was chosen by {metric_before}, now by {self.eval_metric}: {found}.')
+            if is_own:
+                epoch, batch = continuation.saved_at
+                saver.restore(ranked, path, None if batch else epoch - 1)
+            if best[1] is not None and not repair_best(
+                saver, self.folder, origin, best[1], self.publish_ema, self.notes
+            ):
+                state = os.path.basename(saver.state_of(best[1]))
+                _logger.warning(
+                    f'{self.path(BEST_WEIGHTS_NAME)!r} lacks the weights of the best epoch {best[1]}, and there '
+                    f'is no intact {state} to take them from: the best is sought anew from epoch {continuation.epoch} '
+                    'on.'
+                )
+                best = None, None
+            saver.best_metric, saver.best_epoch = best
+            if best[0] is not None:
+                saver.best_metric = for_ranking(self.eval_metric, best[0])
+        return best
+
+    def _ranked(self) -> Dict[int, float]:
+        """The score of every epoch in the summary that has it."""
         column = f'{EVAL_PREFIX}{self.eval_metric}'
-        ranked = {
-            int(row['epoch']): for_ranking(self.eval_metric, float(row.get(column) or row['train_loss']))
-            for row in rows
-        }
-        score, epoch = continuation.best
-        self.saver.restore((None if score is None else for_ranking(self.eval_metric, score), epoch), ranked)
+        if self.eval_metric == 'loss' and not any(row.get(column) for row in self.rows):
+            column = 'train_loss'  # nothing is validated
+        scores = {int(row['epoch']): float(row[column]) for row in self.rows if row.get(column)}
+        return {epoch: for_ranking(self.eval_metric, score) for epoch, score in scores.items()}
 
-    def _write_rows(self, rows: List[Dict[str, str]]) -> None:
+    def _write_rows(self) -> None:
         path = self.path(SUMMARY_NAME)
-        if not rows:
+        if not self.rows:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             return
+        # a run that is continued with other --metrics has columns that not all rows fill
+        columns = list(dict.fromkeys(name for row in [self.rows[-1], *self.rows] for name in row))
         with write_whole(path) as temporary, open(temporary, 'w', newline='', encoding='utf-8') as f:
-            writer = csv.DictWriter(f, fieldnames=list(rows[0]))
+            writer = csv.DictWriter(f, fieldnames=columns, restval='')
             writer.writeheader()
-            writer.writerows(rows)
+            writer.writerows(self.rows)
 
     def save_images(self, input: Any, batch_idx: int) -> None:
         """Save a batch as a picture, with --save-images only."""
@@ -174,7 +189,7 @@ class RunRecord:
         """Save a training state in the middle of an epoch."""
         if trainer.is_sharded:
             return
-        self.loop_state.values = trainer.state_dict()
+        self.loop_state.values = {**trainer.state_dict(), ROWS_KEY: self.rows}
         if self.saver is not None:
             with self._writing():
                 self.saver.save_recovery(epoch, batch_idx=update)
@@ -188,34 +203,24 @@ class RunRecord:
         train_metrics: Dict[str, float],
         eval_metrics: Optional[Dict[str, float]],
     ) -> None:
-        """Add a row to the summary, save the weights if they are the best so far, then a state.
+        """Save the weights if they are the best so far, then a state, then add a row to the summary.
 
-        The state comes last, so all files up to its epoch exist. After a crash, later ones are written again.
+        The state holds the rows too, so it alone decides whether the epoch is over: after a crash before it the epoch
+        is trained again, and after a crash behind it the summary is written from it.
         """
         weights = self._published_weights(trainer) if is_best else None
-        if not trainer.is_sharded:
-            self.loop_state.values = trainer.state_dict()
         lrs = [group['lr'] for group in trainer.optimizer.param_groups]
         row = {f'train_{k}': v for k, v in train_metrics.items()}
         row.update({f'{EVAL_PREFIX}{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
         self.last_row = row
+        self.rows.append({'epoch': str(epoch), **{k: str(v) for k, v in row.items()}})
+        if not trainer.is_sharded:
+            self.loop_state.values = {**trainer.state_dict(), ROWS_KEY: self.rows}
         if self.accelerator.trackers:
             self.accelerator.log(row, step=epoch)
         if self.saver is None:
             return
         with self._writing():
-            path = self.path(SUMMARY_NAME)
-            with write_whole(path) as temporary:
-                if os.path.exists(path):
-                    shutil.copyfile(path, temporary)
-                update_summary(
-                    epoch,
-                    train_metrics,
-                    eval_metrics,
-                    filename=temporary,
-                    lr=row['lr'],
-                    write_header=not os.path.exists(path),
-                )
             if weights is not None:
                 kind = 'ema' if self.publish_ema and trainer.ema_counts else 'model'
                 save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind, **self.notes)
@@ -227,6 +232,7 @@ class RunRecord:
                     epoch, metric=None if metric is None else for_ranking(self.eval_metric, metric)
                 )
                 self.last_state = self.path(LAST_STATE_NAME)
+            self._write_rows()
 
     def finish(self) -> None:
         """Remove the states saved within epochs. Call this when the run is over."""

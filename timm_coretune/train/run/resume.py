@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from timm.models import clean_state_dict
 from timm.task import TrainingTask, resume_task_checkpoint
 
 from ..cli.settings import OutputSettings, SavedArguments
@@ -18,6 +19,12 @@ _logger = logging.getLogger(__name__)
 _MAY_DIFFER = {
     *('resume', 'output', 'experiment', 'start_epoch', 'config', 'eval_only', 'local_rank', 'data', 'preset'),
 }
+
+ROWS_KEY = 'rows'  # where a state keeps the rows of the summary, in what it keeps of the loop
+Best = Tuple[Optional[float], Optional[int]]
+_GENERATORS = ('generator', '_extra_state')  # states of random generators, which a state may lack
+# what the groups of an optimizer keep of this run, whatever the state has
+_OF_THE_COMMAND_LINE = ('lr', 'initial_lr', 'lr_scale', 'weight_decay', 'momentum', 'betas', 'eps')
 
 
 class LoopState:
@@ -48,13 +55,19 @@ class Continuation(NamedTuple):
         batch: Batch of the epoch to continue with.
         best: Best score so far and its epoch.
         loop_state: State of the training loop, empty if it is not continued.
+        saved_at: Epoch and batch at which the state was saved. They may differ from those to continue with.
+        rows: Rows of the summary up to the state. None if the state has none, as those of earlier versions.
+        before: Settings of the run that wrote the state, by name.
     """
 
     path: Optional[str] = None
     epoch: int = 0
     batch: int = 0
-    best: Tuple[Optional[float], Optional[int]] = (None, None)
+    best: Best = (None, None)
     loop_state: Dict[str, Any] = {}
+    saved_at: Tuple[int, int] = (0, 0)
+    rows: Optional[List[Dict[str, str]]] = None
+    before: Mapping[str, Any] = {}
 
 
 def resolve_resume(settings: OutputSettings, accelerator: Accelerator) -> Optional[str]:
@@ -81,11 +94,64 @@ def resolve_resume(settings: OutputSettings, accelerator: Accelerator) -> Option
     return found[0]
 
 
-def _report_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> List[str]:
     names = sorted((before.keys() & now.keys()) - _MAY_DIFFER)
-    changes = [f'{name} {before[name]} -> {now[name]}' for name in names if before[name] != now[name]]
-    if changes:
-        _logger.warning(f'Continuing with other arguments than those of the state: {", ".join(changes)}.')
+    return [f'{name} {before[name]} -> {now[name]}' for name in names if before[name] != now[name]]
+
+
+def _flatten(state: Mapping[str, Any], prefix: str = '') -> Dict[str, torch.Tensor]:
+    tensors: Dict[str, torch.Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Mapping):
+            tensors.update(_flatten(value, f'{prefix}{name}.'))
+        elif isinstance(value, torch.Tensor):
+            tensors[f'{prefix}{name}'] = value
+    return tensors
+
+
+def _difference(what: str, saved: Mapping[str, Any], own: Mapping[str, Any]) -> List[str]:
+    """Say in a list of at most one sentence in what the tensors of a state differ from those of this run."""
+    shapes, expected = (
+        {k: tuple(v.shape) for k, v in _flatten(state).items() if not k.endswith(_GENERATORS)} for state in (saved, own)
+    )
+    names = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+    if not names:
+        return []
+    was, now = (f'of shape {found[names[0]]}' if names[0] in found else 'missing' for found in (shapes, expected))
+    return [
+        f'{what}: {len(names)} of {len({**expected, **shapes})} tensors do not fit, such as {names[0]}, which is {was} '
+        f'in the state and {now} here'
+    ]
+
+
+def _obstacles(
+    state: Mapping[str, Any],
+    task: TrainingTask,
+    optimizer: Optional[torch.optim.Optimizer],
+    values: Mapping[str, Any],
+) -> List[str]:
+    """What of a state does not fit this run, in words. Empty if the run can continue."""
+    own = task.get_checkpoint_state()
+    found = _difference('the weights', clean_state_dict(state['state_dict']), own['state_dict'])
+    saved_loss, own_loss = state.get('task_state') or {}, own.get('task_state') or {}
+    if saved_loss and own_loss:
+        found += _difference('the loss', saved_loss, own_loss)
+    if optimizer is None or 'optimizer' not in state:
+        return found
+    before = getattr(state.get('args'), 'opt', None)
+    if before is not None and values.get('opt', before) != before:
+        found.append(f'the optimizer: the state is that of {before}, this run has {values["opt"]}')
+    else:
+        saved, here = (
+            [len(group['params']) for group in groups]
+            for groups in (state['optimizer']['param_groups'], optimizer.param_groups)
+        )
+        if saved != here:
+            found.append(
+                f'the optimizer: the state has {sum(saved)} parameters in {len(saved)} groups, this run {sum(here)} in '
+                f'{len(here)}'
+            )
+    return found
 
 
 def resume(
@@ -103,12 +169,28 @@ def resume(
         optimizer: Optimizer of the task.
         with_optimizer: Whether to load the states of the optimizer and of the training loop too.
         values: Settings of this run by name. The log names those that were different in the state.
+
+    Raises:
+        ValueError: The state does not fit this run.
     """
     if path is None:
         return Continuation()
+    state = read_state(path)
+    before = vars(state['args']) if isinstance(state.get('args'), SavedArguments) else {}
+    changes = _changes(before, values)
+    if changes:
+        _logger.warning(f'Continuing with other arguments than those of the state: {", ".join(changes)}.')
+    obstacles = _obstacles(state, task, optimizer if with_optimizer else None, values)
+    if obstacles:
+        remedy = 'Continue with the arguments of the state, or start a new run from its weights (--initial-checkpoint).'
+        if all(obstacle.startswith('the optimizer') for obstacle in obstacles):
+            remedy = 'Continue with the arguments of the state, or with a new optimizer (--no-resume-opt).'
+        raise ValueError(
+            f'Cannot continue {path!r}. Changed arguments: {", ".join(changes) or "none"}. What does not fit is '
+            f'{"; ".join(obstacles)}. {remedy}'
+        )
     kept: List[Dict[str, Any]] = [
-        {k: group[k] for k in ('lr', 'initial_lr', 'lr_scale', 'weight_decay') if k in group}
-        for group in optimizer.param_groups
+        {k: group[k] for k in _OF_THE_COMMAND_LINE if k in group} for group in optimizer.param_groups
     ]
     loop_state = LoopState()
     resume_task_checkpoint(
@@ -119,10 +201,11 @@ def resume(
     )
     for group, own in zip(optimizer.param_groups, kept, strict=True):
         group.update(own)
-    state = read_state(path)
-    epoch, batch = progress_of(state)
-    best = tuple(state.get('run_state', {}).get('best', (None, None)))
+    epoch, batch = saved_at = progress_of(state)
+    run_state = state.get('run_state', {})
+    best = tuple(run_state.get('best', (None, None)))
+    batch = batch if loop_state.values else 0
     _logger.info(f'Continuing {path!r} with epoch {epoch}, batch {batch}.')
-    if isinstance(state.get('args'), SavedArguments):
-        _report_changes(vars(state['args']), values)
-    return Continuation(path, epoch, batch if loop_state.values else 0, best, loop_state.values)
+    return Continuation(
+        path, epoch, batch, best, loop_state.values, saved_at, run_state.get(ROWS_KEY), before
+    )  # fmt: skip
