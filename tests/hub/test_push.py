@@ -47,6 +47,7 @@ def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_car
     assert printed[0].split()[0] in NAMES
 
 
+@pytest.mark.slow
 def test_the_classes_of_a_pushed_model_are_known_to_a_run_that_starts_from_it(hub, run_python, model):
     push_to_hub(model, 'me/my-model', label_names=NAMES)
     code = (
