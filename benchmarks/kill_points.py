@@ -125,7 +125,7 @@ class Watch:
         self._wrap(os, 'replace', 'rename', lambda source, target: target)
         self._wrap(os, 'link', 'link', lambda source, target: target)
         for name in ('unlink', 'remove'):
-            self._wrap(os, name, 'unlink', lambda path, **kwargs: path)
+            self._wrap(os, name, 'unlink', lambda path, **kwargs: path if os.path.lexists(path) else None)
 
 
 def run_apart(work: Callable[[], Any], log: str) -> int:
