@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from ..atomic import write_whole
+from ..run_folder import CONFIG_NAME, Description, describe_config
 from .architectures import build_on_meta, candidates, fitting_models
 from .plan import Plan, make_plan
 from .pretraining import write_data_config
@@ -38,11 +39,12 @@ def load_checkpoint(
     The model is changed only after every tensor of its backbone was found in the file, in the right shape and with
     finite values. Projection heads, queues and other copies of the encoder are left out. If the normalization of the
     pretraining images is known, it is written to `model.pretrained_cfg`, where
-    `timm.data.resolve_model_data_config` finds it.
+    `timm.data.resolve_model_data_config` finds it. With `load_classifier` the same holds for the whole preparation of
+    images, if a config.json of the same timm model is beside the weights.
 
     Args:
         model: A timm model, created for the new labels.
-        source: A file or folder, `hf-hub:owner/name[@revision]`, an `https://` URL, or a short name like
+        source: A file or folder, `hf-hub:owner/name[/file][@revision]`, an `https://` URL, or a short name like
             `mocov2_resnet50`.
         load_classifier: Load the classifier too, if the file has one that fits. Otherwise the classifier of the model
             stays as it is.
@@ -58,7 +60,8 @@ def load_checkpoint(
     Raises:
         ValueError: The file cannot be read, lacks a part of the backbone, or has a part that the model lacks.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, described=load_classifier)
+    description = _describe(checkpoint, model) if load_classifier else None
     if checkpoint.kind == 'npz':
         checkpoint = read_npz(model, checkpoint)
     target = create_target(model)
@@ -68,9 +71,12 @@ def load_checkpoint(
         for batch in checkpoint.batches(plan.tensors):
             for name, tensor in batch.items():
                 state[name].copy_(tensor)
-    report = dataclasses.replace(
-        plan.report, notes=(*plan.report.notes, *write_data_config(model, plan.report.data_config))
-    )
+    report = plan.report
+    if description is not None:
+        data_config = {**report.data_config, **description.data_config}
+        report = dataclasses.replace(report, data_config=data_config, described_by=description.path)
+    notes = write_data_config(model, report.data_config, description is not None, report.resized)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
     _logger.info(f'Loaded {report.line()}.')
     for note in report.notes:
         _logger.warning(f'{report.source}: {note}.')
@@ -138,14 +144,26 @@ def convert_checkpoint(
     return report
 
 
-def open_checkpoint(source: Union[str, os.PathLike]) -> Checkpoint:
+def _describe(checkpoint: Checkpoint, model: nn.Module) -> Optional[Description]:
+    """What the config.json of a checkpoint says, None if it is of another architecture than the model."""
+    path = f'{CONFIG_NAME} of {checkpoint.source}'
+    description = describe_config(checkpoint.config.get(CONFIG_NAME), path)
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    return description if description is not None and description.architecture == architecture else None
+
+
+def open_checkpoint(source: Union[str, os.PathLike], described: bool = False) -> Checkpoint:
     """Find the files of a checkpoint and read them, mapped into memory.
+
+    Args:
+        source: As for `load_checkpoint`.
+        described: Read the config.json beside a single file too, if it is one of timm.
 
     Raises:
         ValueError: There is no checkpoint, or reading it would need to run code from it.
     """
     source = os.fspath(source)
-    files = resolve_source(source)
+    files = resolve_source(source, described)
     config = {**files.config, 'release': source} if source in RELEASES else files.config
     return read_files(source, files.paths, config)
 

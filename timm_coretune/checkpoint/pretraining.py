@@ -1,5 +1,6 @@
 """Facts of the pretraining that shapes do not show: number of attention heads, activation, image normalization"""
 
+import re
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
@@ -7,10 +8,14 @@ import torch.nn as nn
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.layers import QuickGELU
 
+from ..run_folder import PREPROCESSING
 from .mapping import Mapping
 from .rules import IMAGENET
 
 Configs = Dict[str, Any]
+_PATCHES = re.compile(
+    r'(^|\.)(patch_embed\.proj|patch_embed\.projection|patch_embeddings\.projection|patch_embedding|conv1)\.weight$'
+)
 
 
 def _section(config: Configs, *names: str) -> Dict[str, Any]:
@@ -128,26 +133,64 @@ def data_config(mapping: Mapping, model: nn.Module, file_tensors: Dict[str, torc
 
 
 def trained_size(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> int:
-    """Side of the pretraining images in pixels, from the number of position embeddings in the file.
+    """Side of the pretraining images in pixels, from the position embeddings and the patch projection in the file.
 
-    Returns 0 if the file has none, or if they do not form a square.
+    Returns 0 if the file has none, or if the embeddings do not form a square.
     """
-    patch_size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    built = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    patch_size = trained_patch_size(file_tensors) or built
+    side = trained_grid(file_tensors)
+    return side * patch_size[0] if patch_size and side else 0
+
+
+def trained_grid(file_tensors: Dict[str, torch.Tensor]) -> int:
+    """Number of patches along a side of the pretraining images, 0 if the file does not tell."""
     names = ('pos_embed', 'positional_embedding', 'position_embeddings', 'position_embedding.weight')
     tokens = next((t.shape[-2] for key, t in file_tensors.items() if key.endswith(names) and t.ndim in (2, 3)), 0)
     for extra in (1, 0, 2):  # tokens beside the patches: class token; none; class and distillation token
         side = round((tokens - extra) ** 0.5) if tokens > extra else 0
-        if patch_size and side and side * side == tokens - extra:
-            return side * patch_size[0]
+        if side and side * side == tokens - extra:
+            return side
     return 0
 
 
-def write_data_config(model: nn.Module, found: Configs) -> List[str]:
+def patch_projection(file_tensors: Dict[str, torch.Tensor]) -> Optional[torch.Tensor]:
+    """Weight of the convolution that embeds the patches of a ViT, None if the file has none."""
+    return next((t for key, t in file_tensors.items() if _PATCHES.search(key) and t.ndim in (4, 5)), None)
+
+
+def trained_patch_size(file_tensors: Dict[str, torch.Tensor]) -> Optional[Tuple[int, int]]:
+    """Height and width of a patch of the pretrained ViT, None if the file does not tell."""
+    projection = patch_projection(file_tensors)
+    return None if projection is None else (projection.shape[-2], projection.shape[-1])
+
+
+def resampled_patches(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> List[str]:
+    """Note about patches of another size than those of the model: the projection computes other values then."""
+    patch_embed = getattr(model, 'patch_embed', None)
+    built, trained = getattr(patch_embed, 'patch_size', None), trained_patch_size(file_tensors)
+    if not built or trained is None or tuple(built) == trained:
+        return []
+    note = (
+        f'pretrained with patches of {trained[0]} px, the model has patches of {built[0]} px: the patch projection is '
+        'resampled'
+    )
+    side, grid = trained_grid(file_tensors), getattr(patch_embed, 'grid_size', None)
+    if side and grid and tuple(grid) != (side, side):
+        note += f', and position embeddings are resized from {side} x {side} to {grid[0]} x {grid[1]}'
+    return [f'{note}. --model-kwargs patch_size={trained[0]} avoids that']
+
+
+def write_data_config(
+    model: nn.Module, found: Configs, described: bool = False, resized: Tuple[str, ...] = ()
+) -> List[str]:
     """Write the data config of the pretraining to the model, where `timm.data.resolve_model_data_config` finds it.
 
     Args:
         model: Model whose `pretrained_cfg` is replaced.
         found: Result of `data_config`.
+        described: Whether the values are those that a config.json of this very model says. They need no notes.
+        resized: Names of the tensors that were resized.
 
     Returns:
         Notes for the user.
@@ -156,20 +199,27 @@ def write_data_config(model: nn.Module, found: Configs) -> List[str]:
     if not isinstance(cfg, dict):
         return []
     notes = []
-    known: Configs = {key: found[key] for key in ('mean', 'std') if key in found}
+    keys = [key for key in PREPROCESSING if key != 'input_size'] if described else ['mean', 'std']
+    known: Configs = {key: found[key] for key in keys if key in found}
     old = tuple(cfg.get('mean') or IMAGENET_DEFAULT_MEAN)
-    if known and tuple(known['mean']) != old:
+    if not described and known and tuple(known['mean']) != old:
         notes.append(f'images are to be normalized with mean {known["mean"]} and std {known["std"]}, not mean {old}')
-    if not known and old != IMAGENET_DEFAULT_MEAN:
+    if not described and not known and old != IMAGENET_DEFAULT_MEAN:
         notes.append(f'the file does not tell how images were normalized: the mean {old} of the timm model is kept')
     if 'input_size' in found:
+        size = tuple(found['input_size'])[1:]
         built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-        if built and tuple(built) != found['input_size'][1:]:
+        if built and tuple(built) != size:
+            is_resized = any(name.endswith('pos_embed') for name in resized)
             notes.append(
-                f'pretrained at {found["input_size"][1]} px, the model is built for {built[0]} px: '
-                'its position embeddings are resized'
+                f'pretrained at {size[0]} px, the model is built for {built[0]} px'
+                f'{": its position embeddings are resized" if is_resized else ""}'
             )
         else:
-            known['input_size'] = found['input_size']
+            known['input_size'] = ((cfg.get('input_size') or (3,))[0], *size)
+    if described:  # what timm would use in place of these values for tests, and a fact about the old size
+        cfg = {key: value for key, value in cfg.items() if key not in ('test_input_size', 'test_crop_pct')}
+        if 'input_size' in known and tuple(known['input_size']) != tuple(cfg.get('input_size') or ()):
+            cfg['pool_size'] = None
     model.pretrained_cfg = {**cfg, **known}  # type: ignore[assignment]  # nn.Module types attributes as tensors
     return notes

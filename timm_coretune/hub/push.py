@@ -8,7 +8,7 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, is_model
 
-from ..export import SEGMENTATION_WEIGHTS_NAME, WEIGHTS_NAME, export_backbone, export_model
+from ..export import export_backbone, export_model
 from ..run_folder import (
     ARGS_NAME,
     BEST_WEIGHTS_NAME,
@@ -16,7 +16,9 @@ from ..run_folder import (
     EVAL_PREFIX,
     PUBLISHED_NAMES,
     SEGMENTATION_CONFIG_NAME,
+    SEGMENTATION_WEIGHTS_NAME,
     SUMMARY_NAME,
+    WEIGHTS_NAME,
     read_args,
     read_json,
     read_notes,
