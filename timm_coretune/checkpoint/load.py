@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 
 from ..atomic import write_whole
 from ..run_folder import CONFIG_NAME, Description, describe_config
+from ..timm_model import create_target
 from .architectures import build_on_meta, candidates, fitting_models
 from .plan import Plan, make_plan
-from .pretraining import write_data_config
+from .pretraining import average_frames, write_data_config
 from .read import Checkpoint, read_files
 from .report import CheckpointReport
 from .source import RELEASES, resolve_source
-from .target import create_target
 
 _logger = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ def load_checkpoint(
     load_classifier: bool = False,
     checkpoint_key: Optional[str] = None,
     allow_partial: bool = False,
+    allow_differences: bool = False,
+    frames: Optional[int] = None,
 ) -> CheckpointReport:
     """Load the backbone of any self-supervised checkpoint into a timm model.
 
@@ -52,7 +54,11 @@ def load_checkpoint(
             (`student`), a prefix (`encoder_k`), or both (`state_dict/encoder_k`). None takes the copy that the authors
             of the method evaluate.
         allow_partial: Accept a file that lacks a part of the backbone, or has a part that the model lacks. If it fills
-            more than half of the backbone, what fits is loaded with a warning.
+            more than half of the backbone, what fits is loaded with a warning. It allows differences too.
+        allow_differences: Accept a model that differs from the config beside the checkpoint, such as in
+            `layer_norm_eps`, with a warning.
+        frames: Number of frames that a network of video was trained with. They are averaged to one picture: the patch
+            projection is summed over time, position embeddings are averaged. None refuses such a network.
 
     Returns:
         Report of what was loaded.
@@ -64,8 +70,10 @@ def load_checkpoint(
     description = _describe(checkpoint, model) if load_classifier else None
     if checkpoint.kind == 'npz':
         checkpoint = read_npz(model, checkpoint)
+    if frames is not None:
+        checkpoint = checkpoint._replace(tree=average_frames(checkpoint.tree, frames))
     target = create_target(model)
-    plan = make_plan(target, checkpoint, load_classifier, checkpoint_key, allow_partial)
+    plan = make_plan(target, checkpoint, load_classifier, checkpoint_key, allow_partial, allow_differences)
     state = model.state_dict()
     with torch.no_grad():
         for batch in checkpoint.batches(plan.tensors):
@@ -96,7 +104,7 @@ def inspect_checkpoint(
     Raises:
         ValueError: The checkpoint cannot be read, or fits no model.
     """
-    return _plan(open_checkpoint(source), model, checkpoint_key)[0].report
+    return _plan(open_checkpoint(source), model, checkpoint_key, allow_differences=True)[0].report
 
 
 def convert_checkpoint(
@@ -104,6 +112,7 @@ def convert_checkpoint(
     destination: Union[str, os.PathLike],
     model: Optional[nn.Module] = None,
     checkpoint_key: Optional[str] = None,
+    allow_differences: bool = False,
 ) -> CheckpointReport:
     """Write the backbone of a checkpoint as a safetensors file with timm's names.
 
@@ -115,6 +124,7 @@ def convert_checkpoint(
         destination: File to write, ending in .safetensors.
         model: Model to read the checkpoint for. None looks for a timm model that fits.
         checkpoint_key: As for `load_checkpoint`.
+        allow_differences: As for `load_checkpoint`.
 
     Raises:
         ValueError: The checkpoint cannot be read, it fits no model, or the destination has another ending.
@@ -126,7 +136,7 @@ def convert_checkpoint(
             'by its ending.'
         )
     checkpoint = open_checkpoint(source)
-    plan, model = _plan(checkpoint, model, checkpoint_key)
+    plan, model = _plan(checkpoint, model, checkpoint_key, allow_differences)
     target = create_target(model)
     tensors = {}
     for batch in checkpoint.batches(plan.tensors):
@@ -195,7 +205,9 @@ def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint._replace(tree=filled)
 
 
-def _plan(checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Optional[str]) -> Tuple[Plan, nn.Module]:
+def _plan(
+    checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Optional[str], allow_differences: bool
+) -> Tuple[Plan, nn.Module]:
     """Map a checkpoint onto a model, or onto the first timm model that fits if none is given. Returns both."""
     if model is None:
         if checkpoint.kind == 'npz':
@@ -215,5 +227,7 @@ def _plan(checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Op
         architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
         if checkpoint.kind == 'npz':
             checkpoint = read_npz(model, checkpoint)
-    plan = make_plan(create_target(model), checkpoint, checkpoint_key=checkpoint_key)
+    plan = make_plan(
+        create_target(model), checkpoint, checkpoint_key=checkpoint_key, allow_differences=allow_differences
+    )
     return plan._replace(report=dataclasses.replace(plan.report, architecture=architecture)), model

@@ -69,6 +69,8 @@ def create_backbone(
             settings.pretrained_path,
             checkpoint_key=settings.checkpoint_key,
             allow_partial=settings.allow_partial,
+            allow_differences=settings.allow_differences,
+            frames=settings.checkpoint_frames,
         )
     if whole:
         load_initial_checkpoint(settings, model, data)
@@ -103,6 +105,7 @@ def load_initial_checkpoint(settings: ModelSettings, model: nn.Module, data: Opt
         load_classifier=True,
         checkpoint_key=settings.checkpoint_key,
         allow_partial=settings.allow_partial,
+        allow_differences=settings.allow_differences,
     )
     if data is not None:
         log_preprocessing(data, report.data_config if report.described_by else None, report.described_by)

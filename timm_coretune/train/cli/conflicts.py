@@ -60,6 +60,9 @@ def _of_models(settings: Settings) -> Conditions:
             settings.loop.amp and model.model_dtype not in (None, 'float32')
         ),
         '--head-lr-scale: above 0': optimization.head_lr_scale <= 0,
+        '--checkpoint-frames: 1 or more, of a --pretrained-path': (
+            model.checkpoint_frames is not None and (model.checkpoint_frames < 1 or not model.pretrained_path)
+        ),
         '--freeze-epochs: 0 or more': optimization.freeze_epochs < 0,
     }  # fmt: skip
 

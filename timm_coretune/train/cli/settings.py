@@ -173,6 +173,8 @@ class ModelSettings:
         None, 'which backbone to load from a checkpoint that holds several', 'KEY', section=TUNING
     )
     allow_partial: bool = flag(False, 'load a checkpoint although parts of the backbone are missing')
+    allow_differences: bool = flag(False, 'load a checkpoint although its config differs from the model')
+    checkpoint_frames: Optional[int] = flag(None, 'frames of a video checkpoint, averaged to load it for pictures')
 
     segmentation_head: Optional[Head] = flag(
         None, 'segmentation head (default: chosen by the feature maps)', section=SEGMENTATION
