@@ -15,10 +15,8 @@ from timm.models import _hub
 from timm.utils import unwrap_model
 
 from .atomic import write_text, write_whole
-from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, read_json
+from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, WEIGHTS_NAME, read_json
 
-WEIGHTS_NAME = 'model.safetensors'
-SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'  # backbone and head of a segmentation model
 BACKBONE_PREFIX = 'backbone.'
 # facts about the original weights, which may not be true of tuned weights
 _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'notes')

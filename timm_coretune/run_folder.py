@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-from typing import Any, Dict, List, Union
+from typing import Any, Dict, List, NamedTuple, Optional, Union
 
 import yaml
 from safetensors import safe_open
@@ -11,6 +11,8 @@ from safetensors import safe_open
 ARGS_NAME = 'args.yaml'
 SUMMARY_NAME = 'summary.csv'
 BEST_WEIGHTS_NAME = 'model_best.safetensors'
+WEIGHTS_NAME = 'model.safetensors'  # of an exported model; the backbone if that is a segmentation model
+SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'  # backbone and head of an exported segmentation model
 CONFIG_NAME = 'config.json'  # plain timm rebuilds a classifier from it
 SEGMENTATION_CONFIG_NAME = 'segmentation.json'  # load_segmentation_model rebuilds a segmentation model from it
 # tables with a row for each class, from the best epoch
@@ -32,6 +34,9 @@ SET_ASIDE_NAME = 'set_aside'  # folder for what a run did after the state from w
 PUBLISHED_NAMES = (
     *(ARGS_NAME, SUMMARY_NAME, CURVES_NAME, CONFUSION_PICTURE_NAME, CONFUSION_NAME, PER_CLASS_NAME, PREDICTIONS_NAME),
 )
+
+# what timm's data config says about the preparation of images
+PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
 
 EVAL_PREFIX = 'eval_'  # prefix of the columns of the summary that are scores of the validation
 
@@ -59,3 +64,71 @@ def read_notes(weights_path: Union[str, os.PathLike]) -> Dict[str, str]:
 def read_json(path: Union[str, os.PathLike]) -> Dict[str, Any]:
     with open(path, encoding='utf-8') as f:
         return json.load(f)
+
+
+class Description(NamedTuple):
+    """What the config beside weights says about the model and about the preparation of its images.
+
+    Attributes:
+        path: The config.
+        architecture: timm model, of a segmentation model its backbone.
+        model_args: Arguments of the timm model.
+        data_config: Values by the names in PREPROCESSING, as far as the config has them.
+        segmentation_head: Head of a segmentation model, None for a classifier.
+    """
+
+    path: str
+    architecture: str
+    model_args: Dict[str, Any]
+    data_config: Dict[str, Any]
+    segmentation_head: Optional[str] = None
+
+
+def describe_config(config: Any, path: str) -> Optional[Description]:
+    """Take the description of a model from the content of a config. None if it is not of timm or of this package."""
+    timm_config = config.get('backbone', config) if isinstance(config, dict) else None
+    if not isinstance(timm_config, dict) or 'architecture' not in timm_config:
+        return None
+    images = dict(timm_config.get('pretrained_cfg') or {})
+    if timm_config is not config:
+        images = {**config, 'input_size': (images.get('input_size', (3,))[0], *config['img_size'])}
+    data_config = {key: images[key] for key in PREPROCESSING if images.get(key) is not None}
+    data_config = {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
+    args = {key: value for key, value in (timm_config.get('model_args') or {}).items() if key != 'num_classes'}
+    head = config.get('head') if timm_config is not config else None
+    return Description(path, timm_config['architecture'], args, data_config, head)
+
+
+def describe_weights(source: Union[str, os.PathLike]) -> Optional[Description]:
+    """Read the config that belongs to weights on this machine.
+
+    Args:
+        source: A file of weights, or the folder of a run or of an exported model.
+
+    Returns:
+        The description, None if there is no such file or folder, or no config of timm or of this package beside it.
+
+    Raises:
+        ValueError: The config is no JSON.
+    """
+    source = os.fspath(source)
+    if not os.path.exists(source):
+        return None
+    folder = source if os.path.isdir(source) else os.path.dirname(source)
+    # an exported segmentation model has the weights of its backbone alone too, which the config.json describes
+    is_backbone = os.path.basename(source) == WEIGHTS_NAME
+    for name in (CONFIG_NAME,) if is_backbone else (SEGMENTATION_CONFIG_NAME, CONFIG_NAME):
+        path = os.path.join(folder, name)
+        if os.path.isfile(path):
+            try:
+                return describe_config(read_json(path), path)
+            except (ValueError, KeyError, TypeError) as e:
+                raise ValueError(f'Expected the description of a model in {path!r}, got {e!r}. Get it again.') from e
+    return None
+
+
+def find_weights(folder: str, description: Description) -> Optional[str]:
+    """Path of the weights in a folder that its description is about, None if there are none."""
+    exported = WEIGHTS_NAME if description.segmentation_head is None else SEGMENTATION_WEIGHTS_NAME
+    paths = [os.path.join(folder, name) for name in (BEST_WEIGHTS_NAME, exported)]
+    return next((path for path in paths if os.path.isfile(path)), None)

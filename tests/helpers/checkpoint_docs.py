@@ -16,14 +16,42 @@ HEAD = """# Checkpoints
 
 `load_checkpoint(model, source)`, `train.py --pretrained-path SOURCE` and
 `python -m timm_coretune.checkpoint inspect SOURCE` take a file (safetensors, `.pth`, `.pth.tar`, `.pt`, `.ckpt`,
-`.bin`, and `.npz` where timm reads it), a folder (of shards, or of Hugging Face), `hf-hub:owner/name[@revision]`, an
-`https://` URL, or a short name. Code in pickles is never run. A file that needs more than tensors and plain data is
-refused, and the error names what the file wanted to import.
+`.bin`, and `.npz` where timm reads it), a folder (of shards, of Hugging Face, or of a run),
+`hf-hub:owner/name[/file][@revision]`, an `https://` URL, or a short name. A repository or folder with several files of
+weights and none of a usual name is refused, and the error lists them. Code in pickles is never run. A file that needs
+more than tensors and plain data is refused, and the error names what the file wanted to import.
 
 The file must have all of the backbone, and no block of the file may be left over. Otherwise the model stays unchanged,
 and the error names the timm models that would fit. `python -m timm_coretune.checkpoint convert SOURCE FILE.safetensors`
 writes the backbone to a file for plain timm:
 `timm.create_model(name, num_classes=0, checkpoint_path='FILE.safetensors')`.
+
+Shapes do not show everything. These are compared too:
+
+- With the `config.json` of transformers or the config of open_clip: number of attention heads, activation, epsilon of
+  layer norms, and where a ResNet halves the image. With timm's `config.json`: heads, activations and epsilons of the
+  model that it names. A difference is an error. `--allow-differences` (`allow_differences`) loads the file with a
+  warning. The default ViT of transformers has a `layer_norm_eps` of 1e-12, those of timm have 1e-6.
+- The size of the patches of a ViT: the patch projection is resampled as timm does, and a warning names both sizes.
+- The number of position embeddings: they are resized as timm does, and a warning says so.
+- The time axis of a network of video: an error, unless it surely has one frame. `--checkpoint-frames N` (`frames`)
+  makes it a network of pictures: the patch projection is summed over time, the position embeddings are averaged.
+
+## Weights of a run
+
+`--initial-checkpoint` and `load_checkpoint(..., load_classifier=True)` read the `config.json` beside the file too, if
+it is of the same timm model: mean, std, size, interpolation and crop of the images become those of the run. In
+`train.py` model and arguments come from it as well, and of a segmentation run from `segmentation.json`, so that
+
+```
+train.py --eval-only --model output/train/RUN --data-dir DIR
+train.py --eval-only --initial-checkpoint output/train/RUN/model_best.safetensors --data-dir DIR
+```
+
+give the figures of the run. Flags win, and a line of the log says what came from where. `--pretrained-path` takes
+weights only.
+
+## How this page is written
 
 `tests/helpers/checkpoint_docs.py` writes this page from the cases of the tests. A test checks that it is up to date.
 

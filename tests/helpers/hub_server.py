@@ -93,6 +93,7 @@ STEPS = (
     ('commit', 'POST', r'/api/models/([^/]+/[^/]+)/commit/(.+)'),
     ('paths', 'POST', r'/api/models/([^/]+/[^/]+)/paths-info/(.+)'),
     ('info', 'GET', r'/api/models/([^/]+/[^/]+)(?:/revision/(.+))?'),
+    ('tree', 'GET', r'/api/models/([^/]+/[^/]+)/tree/(.+)'),
     ('batch', 'POST', r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch'),
     ('upload', 'PUT', r'/lfs/(\w+)'),
     ('resolve', 'HEAD', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)'),
@@ -241,6 +242,16 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{'rfilename': path} for path in commits[-1][2]]
         return self.answer(
             200, {'id': name, 'sha': commits[-1][0], 'private': repository.private, 'siblings': siblings}
+        )
+
+    def on_tree(self, name, revision):
+        repository = self.server.repositories.get(name)
+        commits = repository and repository.find(revision)
+        if not commits:
+            return self.answer(404, {'error': 'not found'}, X_Error_Code='RepoNotFound')
+        files = commits[-1][2].items()
+        return self.answer(
+            200, [{'type': 'file', 'path': path, 'size': len(content), 'oid': '0' * 40} for path, content in files]
         )
 
     def on_resolve(self, name, revision, path):

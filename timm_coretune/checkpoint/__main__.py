@@ -44,6 +44,12 @@ def create_parser() -> argparse.ArgumentParser:
             metavar='KEY=VALUE',
             help='arguments for creating the timm model of --model, such as num_heads=12',
         )
+        if name == 'convert':
+            command.add_argument(
+                '--allow-differences',
+                action='store_true',
+                help='write the backbone although the config beside it differs from the model, as in layer_norm_eps',
+            )
         command.add_argument(
             '--checkpoint-key',
             metavar='KEY',
@@ -67,7 +73,7 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
         report = inspect_checkpoint(args.source, model, args.checkpoint_key)
         print(report)
         return report
-    report = convert_checkpoint(args.source, args.destination, model, args.checkpoint_key)
+    report = convert_checkpoint(args.source, args.destination, model, args.checkpoint_key, args.allow_differences)
     name, *kwargs = report.architecture.split(', ')
     kwargs += [f'{key}={value!r}' for key, value in args.model_kwargs.items()]
     print(report)

@@ -7,10 +7,11 @@ import torch
 import torch.nn as nn
 from timm.models import create_model, is_model
 
-from .mapping import search, state_dicts
-from .pretraining import contradictions
+from ..timm_model import create_target
+from .differences import contradictions
+from .mapping import search, state_dicts, strip
+from .pretraining import resampled_patches
 from .read import Checkpoint
-from .target import create_target
 
 Architecture = Tuple[str, Dict[str, Any]]
 
@@ -96,11 +97,14 @@ def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[s
         Models as 'name, key=value', the most common first.
     """
     found: List[str] = []
+    resampling: List[str] = []  # these fit too, but have patches of another size
     for description in candidates(checkpoint):
         target = create_target(build_on_meta(description))
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
-            found.append(description)
+            containers = dict(state_dicts(checkpoint.tree))
+            source = strip(containers.get(mappings[0].container, {}), mappings[0].prefix)
+            (resampling if resampled_patches(target.model, source) else found).append(description)
         if len(found) == most:
             break
-    return found
+    return (found + resampling)[:most]

@@ -15,13 +15,14 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from ..atomic import write_whole
+from ..run_folder import CONFIG_NAME, Description, describe_config
+from ..timm_model import create_target
 from .architectures import build_on_meta, candidates, fitting_models
 from .plan import Plan, make_plan
-from .pretraining import write_data_config
+from .pretraining import average_frames, write_data_config
 from .read import Checkpoint, read_files
 from .report import CheckpointReport
 from .source import RELEASES, resolve_source
-from .target import create_target
 
 _logger = logging.getLogger(__name__)
 
@@ -32,17 +33,20 @@ def load_checkpoint(
     load_classifier: bool = False,
     checkpoint_key: Optional[str] = None,
     allow_partial: bool = False,
+    allow_differences: bool = False,
+    frames: Optional[int] = None,
 ) -> CheckpointReport:
     """Load the backbone of any self-supervised checkpoint into a timm model.
 
     The model is changed only after every tensor of its backbone was found in the file, in the right shape and with
     finite values. Projection heads, queues and other copies of the encoder are left out. If the normalization of the
     pretraining images is known, it is written to `model.pretrained_cfg`, where
-    `timm.data.resolve_model_data_config` finds it.
+    `timm.data.resolve_model_data_config` finds it. With `load_classifier` the same holds for the whole preparation of
+    images, if a config.json of the same timm model is beside the weights.
 
     Args:
         model: A timm model, created for the new labels.
-        source: A file or folder, `hf-hub:owner/name[@revision]`, an `https://` URL, or a short name like
+        source: A file or folder, `hf-hub:owner/name[/file][@revision]`, an `https://` URL, or a short name like
             `mocov2_resnet50`.
         load_classifier: Load the classifier too, if the file has one that fits. Otherwise the classifier of the model
             stays as it is.
@@ -50,7 +54,11 @@ def load_checkpoint(
             (`student`), a prefix (`encoder_k`), or both (`state_dict/encoder_k`). None takes the copy that the authors
             of the method evaluate.
         allow_partial: Accept a file that lacks a part of the backbone, or has a part that the model lacks. If it fills
-            more than half of the backbone, what fits is loaded with a warning.
+            more than half of the backbone, what fits is loaded with a warning. It allows differences too.
+        allow_differences: Accept a model that differs from the config beside the checkpoint, such as in
+            `layer_norm_eps`, with a warning.
+        frames: Number of frames that a network of video was trained with. They are averaged to one picture: the patch
+            projection is summed over time, position embeddings are averaged. None refuses such a network.
 
     Returns:
         Report of what was loaded.
@@ -58,19 +66,25 @@ def load_checkpoint(
     Raises:
         ValueError: The file cannot be read, lacks a part of the backbone, or has a part that the model lacks.
     """
-    checkpoint = open_checkpoint(source)
+    checkpoint = open_checkpoint(source, described=load_classifier)
+    description = _describe(checkpoint, model) if load_classifier else None
     if checkpoint.kind == 'npz':
         checkpoint = read_npz(model, checkpoint)
+    if frames is not None:
+        checkpoint = checkpoint._replace(tree=average_frames(checkpoint.tree, frames))
     target = create_target(model)
-    plan = make_plan(target, checkpoint, load_classifier, checkpoint_key, allow_partial)
+    plan = make_plan(target, checkpoint, load_classifier, checkpoint_key, allow_partial, allow_differences)
     state = model.state_dict()
     with torch.no_grad():
         for batch in checkpoint.batches(plan.tensors):
             for name, tensor in batch.items():
                 state[name].copy_(tensor)
-    report = dataclasses.replace(
-        plan.report, notes=(*plan.report.notes, *write_data_config(model, plan.report.data_config))
-    )
+    report = plan.report
+    if description is not None:
+        data_config = {**report.data_config, **description.data_config}
+        report = dataclasses.replace(report, data_config=data_config, described_by=description.path)
+    notes = write_data_config(model, report.data_config, description is not None, report.resized)
+    report = dataclasses.replace(report, notes=(*report.notes, *notes))
     _logger.info(f'Loaded {report.line()}.')
     for note in report.notes:
         _logger.warning(f'{report.source}: {note}.')
@@ -90,7 +104,7 @@ def inspect_checkpoint(
     Raises:
         ValueError: The checkpoint cannot be read, or fits no model.
     """
-    return _plan(open_checkpoint(source), model, checkpoint_key)[0].report
+    return _plan(open_checkpoint(source), model, checkpoint_key, allow_differences=True)[0].report
 
 
 def convert_checkpoint(
@@ -98,6 +112,7 @@ def convert_checkpoint(
     destination: Union[str, os.PathLike],
     model: Optional[nn.Module] = None,
     checkpoint_key: Optional[str] = None,
+    allow_differences: bool = False,
 ) -> CheckpointReport:
     """Write the backbone of a checkpoint as a safetensors file with timm's names.
 
@@ -109,6 +124,7 @@ def convert_checkpoint(
         destination: File to write, ending in .safetensors.
         model: Model to read the checkpoint for. None looks for a timm model that fits.
         checkpoint_key: As for `load_checkpoint`.
+        allow_differences: As for `load_checkpoint`.
 
     Raises:
         ValueError: The checkpoint cannot be read, it fits no model, or the destination has another ending.
@@ -120,7 +136,7 @@ def convert_checkpoint(
             'by its ending.'
         )
     checkpoint = open_checkpoint(source)
-    plan, model = _plan(checkpoint, model, checkpoint_key)
+    plan, model = _plan(checkpoint, model, checkpoint_key, allow_differences)
     target = create_target(model)
     tensors = {}
     for batch in checkpoint.batches(plan.tensors):
@@ -138,14 +154,26 @@ def convert_checkpoint(
     return report
 
 
-def open_checkpoint(source: Union[str, os.PathLike]) -> Checkpoint:
+def _describe(checkpoint: Checkpoint, model: nn.Module) -> Optional[Description]:
+    """What the config.json of a checkpoint says, None if it is of another architecture than the model."""
+    path = f'{CONFIG_NAME} of {checkpoint.source}'
+    description = describe_config(checkpoint.config.get(CONFIG_NAME), path)
+    architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    return description if description is not None and description.architecture == architecture else None
+
+
+def open_checkpoint(source: Union[str, os.PathLike], described: bool = False) -> Checkpoint:
     """Find the files of a checkpoint and read them, mapped into memory.
+
+    Args:
+        source: As for `load_checkpoint`.
+        described: Read the config.json beside a single file too, if it is one of timm.
 
     Raises:
         ValueError: There is no checkpoint, or reading it would need to run code from it.
     """
     source = os.fspath(source)
-    files = resolve_source(source)
+    files = resolve_source(source, described)
     config = {**files.config, 'release': source} if source in RELEASES else files.config
     return read_files(source, files.paths, config)
 
@@ -177,7 +205,9 @@ def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint._replace(tree=filled)
 
 
-def _plan(checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Optional[str]) -> Tuple[Plan, nn.Module]:
+def _plan(
+    checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Optional[str], allow_differences: bool
+) -> Tuple[Plan, nn.Module]:
     """Map a checkpoint onto a model, or onto the first timm model that fits if none is given. Returns both."""
     if model is None:
         if checkpoint.kind == 'npz':
@@ -197,5 +227,7 @@ def _plan(checkpoint: Checkpoint, model: Optional[nn.Module], checkpoint_key: Op
         architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
         if checkpoint.kind == 'npz':
             checkpoint = read_npz(model, checkpoint)
-    plan = make_plan(create_target(model), checkpoint, checkpoint_key=checkpoint_key)
+    plan = make_plan(
+        create_target(model), checkpoint, checkpoint_key=checkpoint_key, allow_differences=allow_differences
+    )
     return plan._replace(report=dataclasses.replace(plan.report, architecture=architecture)), model

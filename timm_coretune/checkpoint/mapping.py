@@ -10,10 +10,10 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 import torch
 from timm.models import adapt_input_conv
 
+from ..timm_model import Target
 from .read import walk
 from .renames import apply_rename, renames_for
 from .rules import BLOCKS, RULES, WRAPPERS, Rule
-from .target import Target
 
 Tensors = Dict[str, torch.Tensor]
 

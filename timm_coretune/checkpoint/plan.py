@@ -6,13 +6,14 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
+from ..timm_model import Target
 from .architectures import fitting_models
+from .differences import contradictions, differences, unknowns
 from .mapping import Mapping, search, state_dicts, strip
-from .pretraining import contradictions, data_config, unknowns
+from .pretraining import data_config, resampled_patches, several_frames
 from .read import Checkpoint
 from .report import CheckpointReport, few
 from .rules import HEADS, REFUSALS
-from .target import Target
 
 
 class Plan(NamedTuple):
@@ -33,6 +34,7 @@ def make_plan(
     load_classifier: bool = False,
     checkpoint_key: Optional[str] = None,
     allow_partial: bool = False,
+    allow_differences: bool = False,
 ) -> Plan:
     """Map a checkpoint onto a model and check the result, without changing the model.
 
@@ -42,22 +44,30 @@ def make_plan(
         load_classifier: As for `load_checkpoint`.
         checkpoint_key: As for `load_checkpoint`.
         allow_partial: As for `load_checkpoint`.
+        allow_differences: As for `load_checkpoint`.
 
     Raises:
         ValueError: The checkpoint does not fit the model, was made for another network, or has values that are not
             finite.
     """
     mapping = _choose(target, checkpoint, checkpoint_key)
-    problems = contradictions(mapping, target.model, checkpoint.config)
-    if not mapping.complete:
-        problems.insert(0, _explain(target, checkpoint, mapping))
-    notes = tuple(unknowns(mapping, target.model, checkpoint.config))
-    if problems:
-        text = ' '.join(problems)
+    source = _source(checkpoint, mapping)
+    notes = (*unknowns(mapping, target.model, checkpoint.config), *resampled_patches(target.model, source))
+    frames = several_frames(target.model, source, checkpoint.config)
+    missing = [] if mapping.complete else [_explain(target, checkpoint, mapping)]
+    different = contradictions(mapping, target.model, checkpoint.config)
+    if mapping.complete:
+        compared = differences(target.model, checkpoint.config)
+        if compared:
+            compared[-1] += ' --allow-differences (allow_differences) loads the checkpoint nevertheless.'
+        different += compared
+    refused = [*frames, *missing, *different]
+    if refused:
         # a file with less than half of the network has another network
-        if not allow_partial or 2 * len(mapping.missing) > len(target.backbone):
-            raise ValueError(text)
-        notes = (text, *notes)
+        partial_allowed = allow_partial and 2 * len(mapping.missing) <= len(target.backbone)
+        if frames or (missing and not partial_allowed) or not (allow_partial or allow_differences):
+            raise ValueError(' '.join(refused))
+        notes = (' '.join(refused), *notes)
     has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())
     tensors = {
         name: tensor for name, tensor in mapping.tensors.items() if has_classifier or name not in target.classifier
@@ -102,6 +112,12 @@ def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
                         f'Expected a network that timm has in {checkpoint.source!r}, got {refusal.what} '
                         f'({key}). {refusal.why}'
                     )
+
+
+def _source(checkpoint: Checkpoint, mapping: Mapping) -> Dict[str, torch.Tensor]:
+    """Tensors of the backbone by their names in the file, without the prefix."""
+    container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
+    return strip(container, mapping.prefix)
 
 
 def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
@@ -163,7 +179,7 @@ def _report(
 ) -> CheckpointReport:
     """Report what a mapping takes from the checkpoint and what it leaves there."""
     container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
-    source = strip(container, mapping.prefix)
+    source = _source(checkpoint, mapping)
     storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
     outside = [key for key in container if not key.startswith(mapping.prefix)]
     under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]

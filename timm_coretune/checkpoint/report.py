@@ -41,7 +41,9 @@ class CheckpointReport:
         dropped: Keys of heads, queues and other copies of the encoder that were left out.
         missing: Names of the backbone's tensors that are not in the file, and of norms that keep their initial values.
         left_over: Keys of the file that belong neither to the backbone nor to a known head.
-        data_config: Mean, std and input size of the pretraining images, as far as they are known.
+        data_config: Mean, std and input size of the pretraining images, as far as they are known. Of tuned weights
+            with a config.json of the same timm model also interpolation and crop.
+        described_by: This config.json, '' if there is none.
         notes: Notes for the user.
         architecture: timm model and its arguments, '' if the report is of `load_checkpoint`.
     """
@@ -66,6 +68,7 @@ class CheckpointReport:
     data_config: Dict[str, Any] = field(default_factory=dict)
     notes: Tuple[str, ...] = ()
     architecture: str = ''
+    described_by: str = ''
 
     @property
     def matched(self) -> int:

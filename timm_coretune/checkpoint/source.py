@@ -8,18 +8,20 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 
+from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME, describe_config
 from .download import download
+from .report import few
 from .sniff import sniff
 
 # Names of weights in a folder: the first one that is there is taken. An index lists the files (shards) that a state
 # dict is split into.
 WEIGHTS = (
-    'model.safetensors', 'model.safetensors.index.json', 'open_clip_model.safetensors', 'pytorch_model.bin',
-    'pytorch_model.bin.index.json', 'open_clip_pytorch_model.bin',
+    WEIGHTS_NAME, 'model.safetensors.index.json', 'open_clip_model.safetensors', 'pytorch_model.bin',
+    'pytorch_model.bin.index.json', 'open_clip_pytorch_model.bin', BEST_WEIGHTS_NAME,
 )  # fmt: skip
 EXTENSIONS = ('.safetensors', '.pth', '.pth.tar', '.pt', '.ckpt', '.bin', '.npz')
 HUB_PREFIXES = ('hf-hub:', 'hf_hub:')
-CONFIGS = ('config.json', 'preprocessor_config.json', 'open_clip_config.json')
+CONFIGS = (CONFIG_NAME, 'preprocessor_config.json', 'open_clip_config.json')
 
 
 class Release(NamedTuple):
@@ -107,11 +109,13 @@ class Files(NamedTuple):
     config: Dict[str, Any]
 
 
-def resolve_source(source: str) -> Files:
+def resolve_source(source: str, described: bool = False) -> Files:
     """Find the files of a checkpoint, and download those that are not on this machine.
 
     Args:
-        source: Path of a file or folder, `hf-hub:owner/name[@revision]`, a URL, or a short name, a key of RELEASES.
+        source: Path of a file or folder, `hf-hub:owner/name[/file][@revision]`, a URL, or a short name, a key of
+            RELEASES.
+        described: Read the config.json beside a single file too, if it is one of timm.
 
     Raises:
         ValueError: There is no checkpoint, or a folder holds more than one.
@@ -121,10 +125,10 @@ def resolve_source(source: str) -> Files:
     if os.path.isfile(source):
         if source.endswith('.index.json') or sniff(source) == 'index':
             return Files(_shards(source), _configs(os.path.dirname(source) or '.'))
-        return Files((source,), {})
+        return Files((source,), _timm_config(os.path.dirname(source) or '.') if described else {})
     hub_id = hub_id_of(source)
     if hub_id is not None:
-        return _from_folder(_snapshot(hub_id))
+        return _from_hub(hub_id)
     if '://' in source:
         return Files((download(source),), {})
     if source in RELEASES:
@@ -150,8 +154,13 @@ def explain_hub_error(hub_id: str, error: Exception) -> str:
     )
 
 
-def _from_folder(folder: str) -> Files:
-    """Find the one checkpoint in a folder and the configs beside it."""
+def _from_folder(folder: str, name_of_file: str = '') -> Files:
+    """Find the one checkpoint in a folder and the configs beside it.
+
+    Args:
+        folder: The folder.
+        name_of_file: How a user writes one file of it, '' if by its path.
+    """
     names = set(os.listdir(folder))
     if '.metadata' in names or any(name.endswith('.distcp') for name in names):
         raise ValueError(
@@ -164,7 +173,7 @@ def _from_folder(folder: str) -> Files:
         if len(files) != 1:
             raise ValueError(
                 f'Expected one checkpoint in {folder!r}, found {", ".join(files) or "none"}. '
-                'Give the path of the file to load.'
+                f'{f"Name the file to load: {name_of_file}" if name_of_file else "Give the path of the file to load"}.'
             )
         found = files[0]
     path = os.path.join(folder, found)
@@ -199,10 +208,10 @@ def _shards(index: str) -> Tuple[str, ...]:
     return tuple(paths)
 
 
-def _configs(folder: str) -> Dict[str, Any]:
+def _configs(folder: str, names: Tuple[str, ...] = CONFIGS) -> Dict[str, Any]:
     """Contents of the JSON configs in a folder, by file name."""
     configs = {}
-    for name in CONFIGS:
+    for name in names:
         path = Path(folder, name)
         if path.is_file():
             try:
@@ -212,20 +221,71 @@ def _configs(folder: str) -> Dict[str, Any]:
     return configs
 
 
+def _timm_config(folder: str) -> Dict[str, Any]:
+    """The config.json in a folder, under its name, if timm or this package wrote it. It may be of other files."""
+    config = _configs(folder, (CONFIG_NAME,))
+    return config if describe_config(config.get(CONFIG_NAME), folder) else {}
+
+
+def split_hub_id(hub_id: str) -> Tuple[str, str, str]:
+    """Split owner/name[/file][@revision] into owner/name, file and revision. What is not there is ''."""
+    name, _, revision = hub_id.partition('@')
+    parts = name.split('/')
+    return '/'.join(parts[:2]), '/'.join(parts[2:]), revision
+
+
+def _from_hub(hub_id: str) -> Files:
+    """Find the one checkpoint of a Hub repository, or the file of it that is named, and download it."""
+    repo_id, file, revision = split_hub_id(hub_id)
+    folder = _snapshot(hub_id)
+    if not file:
+        return _from_folder(folder, f'hf-hub:{repo_id}/FILE{"@" if revision else ""}{revision}')
+    path = os.path.join(folder, file)
+    if not os.path.isfile(path):
+        raise ValueError(f'Expected {file!r} of {repo_id!r} in the cache of the Hub, as the Hub does not answer.')
+    return Files(_shards(path) if file.endswith('.index.json') else (path,), _configs(os.path.dirname(path)))
+
+
 def _snapshot(hub_id: str) -> str:
     """Download one checkpoint of a Hub repository with its configs, or find it in the cache, and return its folder."""
-    repo_id, _, revision = hub_id.partition('@')
+    repo_id, file, revision = split_hub_id(hub_id)
+    options: Dict[str, Any] = dict(revision=revision or None)
     try:
-        names = huggingface_hub.list_repo_files(repo_id, revision=revision or None)
-        weights = next((name for name in WEIGHTS if name in names), None)
-        if weights is None:
-            weights = next((name for name in names if '/' not in name and name.endswith(EXTENSIONS)), '')
-        wanted = [*CONFIGS, weights]
-        if weights.endswith('.json'):
-            wanted.append(weights.replace('model', 'model-*').replace('.index.json', ''))
-        return huggingface_hub.snapshot_download(repo_id, revision=revision or None, allow_patterns=wanted)
+        names = huggingface_hub.list_repo_files(repo_id, **options)
+        weights = file or _choose_weights(names, hub_id)
+        if weights in names:
+            start = weights.rpartition('/')[0] and weights.rpartition('/')[0] + '/'
+            wanted = [*(start + name for name in CONFIGS), weights]
+            if weights.endswith('.json'):
+                wanted.append(weights.replace('model', 'model-*').replace('.index.json', ''))
+            return huggingface_hub.snapshot_download(repo_id, allow_patterns=wanted, **options)
+    except _AmbiguousError:
+        raise
     except Exception as e:  # the HTTP library, and so its exceptions, depends on the version of the client
         try:
-            return huggingface_hub.snapshot_download(repo_id, revision=revision or None, local_files_only=True)
+            return huggingface_hub.snapshot_download(repo_id, local_files_only=True, **options)
         except Exception:
             raise ValueError(explain_hub_error(hub_id, e)) from e
+    found = few([name for name in names if name.endswith(EXTENSIONS)], 20)
+    raise ValueError(f'Expected the file {file!r} in the Hub repository {repo_id!r}, its weights are: {found}.')
+
+
+class _AmbiguousError(ValueError):
+    """A repository does not have exactly one checkpoint."""
+
+
+def _choose_weights(names: List[str], hub_id: str) -> str:
+    """Choose among the files of a repository: those in WEIGHTS first, else the only one with weights at its top."""
+    known = next((name for name in WEIGHTS if name in names), None)
+    if known is not None:
+        return known
+    files = [name for name in names if name.endswith(EXTENSIONS)]
+    at_top = [name for name in files if '/' not in name]
+    if len(at_top) == 1:
+        return at_top[0]
+    repo_id, _, revision = split_hub_id(hub_id)
+    raise _AmbiguousError(
+        f'Expected one checkpoint at the top of the Hub repository {hub_id!r}, found {few(at_top or files, 20)}'
+        f'{"" if at_top else " below it" if files else ""}. '
+        f'Name the file to load: hf-hub:{repo_id}/FILE{"@" if revision else ""}{revision}.'
+    )

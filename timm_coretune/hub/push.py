@@ -8,7 +8,8 @@ from typing import Any, Dict, Mapping, Optional, Sequence
 import torch.nn as nn
 from timm.models import get_pretrained_cfg, is_model
 
-from ..export import SEGMENTATION_WEIGHTS_NAME, WEIGHTS_NAME, export_backbone, export_model
+from ..checkpoint.source import hub_id_of, split_hub_id
+from ..export import export_backbone, export_model
 from ..run_folder import (
     ARGS_NAME,
     BEST_WEIGHTS_NAME,
@@ -16,7 +17,9 @@ from ..run_folder import (
     EVAL_PREFIX,
     PUBLISHED_NAMES,
     SEGMENTATION_CONFIG_NAME,
+    SEGMENTATION_WEIGHTS_NAME,
     SUMMARY_NAME,
+    WEIGHTS_NAME,
     read_args,
     read_json,
     read_notes,
@@ -187,9 +190,10 @@ def _base_model(args: Mapping[str, Any]) -> Optional[str]:
     """Name of the tuned model on the Hub as owner/name, None if it is not on the Hub."""
     source = args['initial_checkpoint'] or args['pretrained_path']
     if source:
-        return source.removeprefix('hf-hub:') if source.startswith('hf-hub:') else None
+        hub_id = hub_id_of(source)
+        return split_hub_id(hub_id)[0] if hub_id else None
     if args['model'].startswith('hf-hub:'):
-        return args['model'].removeprefix('hf-hub:') if args['pretrained'] else None
+        return split_hub_id(args['model'].removeprefix('hf-hub:'))[0] if args['pretrained'] else None
     if not args['pretrained'] or not is_model(args['model']):
         return None
     pretrained = get_pretrained_cfg(args['model'])

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.utils import unwrap_model
 
-from ..export import SEGMENTATION_WEIGHTS_NAME, create_config, save_weights, write_json
-from ..run_folder import SEGMENTATION_CONFIG_NAME, read_json
+from ..export import create_config, save_weights, write_json
+from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME, read_json
 from .data.masks import IGNORE_INDEX
 from .locate import find_model_files
 from .model import SegmentationModel, create_segmentation_model

@@ -8,8 +8,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..checkpoint.source import explain_hub_error, hub_id_of
-from ..export import SEGMENTATION_WEIGHTS_NAME
-from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAME
+from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
 
 
 def find_model_files(source: str) -> Tuple[str, str]:

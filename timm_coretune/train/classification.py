@@ -43,7 +43,7 @@ def open_datasets(settings: Settings) -> Datasets:
 
 def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
     """Create the model, load its checkpoint, and return it with the preprocessing of its images."""
-    model = create_backbone(settings.model, num_classes, settings.data.num_channels)
+    model = create_backbone(settings.model, num_classes, settings.data)
     if num_classes is None and verbose:
         _logger.warning(
             f'THE NUMBER OF CLASSES IS NOT KNOWN: the model keeps its default of {model.num_classes}. Give '
@@ -187,10 +187,17 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
 
 
 def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
-    """A line of Python that loads the best weights of a run."""
+    """Lines of Python that load the best weights of a run and the transform of its validation images."""
+    if os.path.exists(os.path.join(folder, CONFIG)):
+        name = f'local-dir:{os.path.abspath(folder)}'
+        transform = 'timm.data.create_transform(**timm.data.resolve_model_data_config(model))'
+        return f'model = timm.create_model({name!r}, pretrained=True).eval(); transform = {transform}'
     kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
-    return f"timm.create_model('{settings.model}'{kwargs}, checkpoint_path='{weights}')"
+    return (
+        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={weights!r}), for images prepared as in this '
+        f'run: there is no {CONFIG} that says how'
+    )
 
 
 def load_pushed_hint(repo_id: str) -> str:

@@ -1,7 +1,7 @@
 """The timm model of a run: created, loaded and placed on its device"""
 
 import logging
-from typing import Any, Optional
+from typing import Any, Dict, Optional
 
 import torch
 import torch.nn as nn
@@ -12,7 +12,8 @@ from timm.task import TrainingTask, load_task_ema_checkpoint
 from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
-from .cli.settings import ModelSettings
+from ..run_folder import CONFIG_NAME, PREPROCESSING
+from .cli.settings import DataSettings, ModelSettings
 
 _logger = logging.getLogger(__name__)
 
@@ -34,14 +35,14 @@ def resolve_num_classes(asked: Optional[int], num_data_classes: Optional[int]) -
 
 
 def create_backbone(
-    settings: ModelSettings, num_classes: Optional[int], in_chans: int, whole: bool = True
+    settings: ModelSettings, num_classes: Optional[int], data: DataSettings, whole: bool = True
 ) -> nn.Module:
     """Create the model or backbone and load the checkpoint it starts from.
 
     Args:
         settings: Model and checkpoints.
         num_classes: Number of classes, None for the model's default.
-        in_chans: Number of image channels.
+        data: Number of image channels, and the flags that win over what a checkpoint says about its images.
         whole: Load --initial-checkpoint too. False for a backbone, as that checkpoint is of the model around it.
     """
     if settings.fuser:
@@ -51,7 +52,7 @@ def create_backbone(
     model: Any = create_model(
         settings.model,
         pretrained=settings.pretrained,
-        in_chans=in_chans,
+        in_chans=data.num_channels,
         num_classes=num_classes,
         drop_rate=settings.drop,
         drop_path_rate=settings.drop_path,
@@ -68,9 +69,11 @@ def create_backbone(
             settings.pretrained_path,
             checkpoint_key=settings.checkpoint_key,
             allow_partial=settings.allow_partial,
+            allow_differences=settings.allow_differences,
+            frames=settings.checkpoint_frames,
         )
     if whole:
-        load_initial_checkpoint(settings, model)
+        load_initial_checkpoint(settings, model, data)
     with torch.no_grad():
         if settings.head_init_scale is not None:
             model.get_classifier().weight.mul_(settings.head_init_scale)
@@ -84,16 +87,51 @@ def create_backbone(
     return model
 
 
-def load_initial_checkpoint(settings: ModelSettings, model: nn.Module) -> None:
-    """Load --initial-checkpoint if it is given, with its classifier if that fits the model."""
-    if settings.initial_checkpoint:
-        load_checkpoint(
-            model,
-            settings.initial_checkpoint,
-            load_classifier=True,
-            checkpoint_key=settings.checkpoint_key,
-            allow_partial=settings.allow_partial,
+def load_initial_checkpoint(settings: ModelSettings, model: nn.Module, data: Optional[DataSettings] = None) -> None:
+    """Load --initial-checkpoint if it is given, with its classifier if that fits the model.
+
+    If the checkpoint says how images are prepared, this becomes the default of the model.
+
+    Args:
+        settings: Model and checkpoint.
+        model: Model to load it into.
+        data: Flags that win over what the checkpoint says about its images, for the log.
+    """
+    if not settings.initial_checkpoint:
+        return
+    report = load_checkpoint(
+        model,
+        settings.initial_checkpoint,
+        load_classifier=True,
+        checkpoint_key=settings.checkpoint_key,
+        allow_partial=settings.allow_partial,
+        allow_differences=settings.allow_differences,
+    )
+    if data is not None:
+        log_preprocessing(data, report.data_config if report.described_by else None, report.described_by)
+
+
+def log_preprocessing(data: DataSettings, described: Optional[Dict[str, Any]], path: Optional[str]) -> None:
+    """Log in one line what the config of a checkpoint says about the preparation of images, and which flags win.
+
+    Args:
+        data: The flags.
+        described: Values from the config, None if the checkpoint has no config.
+        path: The config.
+    """
+    if not described:
+        _logger.info(
+            f'No {CONFIG_NAME} of this model is beside the checkpoint: images are prepared as the timm model and flags '
+            'say, unless a line above says otherwise.'
         )
+        return
+    flags = {key: getattr(data, key, None) or None for key in PREPROCESSING}
+    if data.img_size is not None and flags['input_size'] is None:
+        flags['input_size'] = data.img_size
+    taken = [f'{key} {value}' for key, value in described.items() if flags.get(key) is None]
+    given = [f'{key} {value}' for key, value in flags.items() if value is not None]
+    text = f'Images are prepared as {path} says: {", ".join(taken) or "nothing"}'
+    _logger.info(f'{text}; by flags or the YAML file: {", ".join(given)}.' if given else f'{text}.')
 
 
 def place_model(settings: ModelSettings, model: nn.Module, accelerator: Accelerator, aug_splits: int = 0) -> nn.Module:

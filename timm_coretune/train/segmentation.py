@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Samp
 
 from ..data.resumable import make_resumable
 from ..evaluation.segmentation import SegmentationEvaluator
-from ..run_folder import PREDICTIONS_NAME, SEGMENTATION_CONFIG_NAME
+from ..run_folder import PREDICTIONS_NAME, SEGMENTATION_CONFIG_NAME, describe_weights
 from ..segmentation import (
     SegmentationModel,
     SegmentationTask,
@@ -40,7 +40,7 @@ from .cli.settings import DataSettings, ModelSettings, Settings
 from .data.datasets import Datasets, get_img_mode, take_fraction
 from .data.loaders import Loaders, check_fills_a_batch
 from .data.splits import check_disjoint, real_paths
-from .model import create_backbone, load_initial_checkpoint
+from .model import create_backbone, load_initial_checkpoint, log_preprocessing
 
 _logger = logging.getLogger(__name__)
 
@@ -97,7 +97,14 @@ def open_datasets(settings: Settings) -> Datasets:
 
 def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:
     """Create backbone and head, load the checkpoint, and return the model with the preprocessing of its images."""
-    backbone = create_backbone(settings.model, 0, settings.data.num_channels, whole=False)
+    backbone: Any = create_backbone(settings.model, 0, settings.data, whole=False)
+    description = describe_weights(settings.model.initial_checkpoint)
+    if description is not None and description.architecture != backbone.pretrained_cfg['architecture']:
+        description = None
+    if description is not None:
+        backbone.pretrained_cfg = {**backbone.pretrained_cfg, **description.data_config}
+    if settings.model.initial_checkpoint:
+        log_preprocessing(settings.data, description and description.data_config, description and description.path)
     data_config = adapt_data_config(
         resolve_data_config(vars(settings.data), model=backbone, verbose=verbose)
     )  # fmt: skip

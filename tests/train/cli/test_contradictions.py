@@ -104,6 +104,8 @@ CONTRADICTIONS = [
     ('--patience 0', '--patience: 1 or more'),
     ('--push-to-hub name', '--push-to-hub: OWNER/NAME'),
     ("--push-to-hub 'me/a b'", '--push-to-hub: OWNER/NAME'),
+    ('--checkpoint-frames 4 --data-dir x', '--checkpoint-frames: 1 or more, of a --pretrained-path'),
+    ('--checkpoint-frames 0 --pretrained-path moco.pth', '--checkpoint-frames: 1 or more'),
     ('--push-to-hub me/name --eval-only', '--push-to-hub pushes what was trained: not with --eval-only'),
     ('--hub-revision b', '--hub-private and --hub-revision need --push-to-hub'),
     ('--hub-private', '--hub-private and --hub-revision need --push-to-hub'),

@@ -77,6 +77,23 @@ def test_the_figures_of_a_run_are_those_of_its_weights(voc, tuned, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize('named', ['folder', 'weights'])
+def test_validation_alone_needs_no_flag_but_the_data(named, voc, tmp_path, messages):
+    images = ('--mean', 0.3, 0.4, 0.2, '--std', 0.1, 0.3, 0.2, '--interpolation', 'nearest')
+    head = ('--segmentation-head', 'fcn', '--model-kwargs', 'output_stride=16', '--epochs', '1')
+    (expected,) = runs.results_of(voc, tmp_path, *images, *head, base=FLAGS)
+    run = tmp_path / 'run'
+    flags = ['--model', run] if named == 'folder' else ['--initial-checkpoint', run / 'model_best.safetensors']
+    alone = ('--eval-only', '--device', 'cpu', '--workers', '0')
+    (result,) = runs.results_of(voc, tmp_path / 'again', *flags, base=alone)
+    assert result['validation'] == pytest.approx(expected['validation'], rel=1e-5)
+    (line,) = [line for line in messages() if line.startswith('Images are prepared as ')]
+    assert line == (
+        f'Images are prepared as {run}/segmentation.json says: input_size (3, {SIZE}, {SIZE}), mean (0.3, 0.4, 0.2), '
+        'std (0.1, 0.3, 0.2), interpolation nearest.'
+    )
+
+
 def test_a_run_leaves_the_files_of_a_segmentation_and_none_of_an_image_model(voc, tuned, read_csv):
     assert {path.name for path in tuned.iterdir()} - {'.lock'} == FILES
     rows = read_csv(tuned / 'per_class.csv')

@@ -9,6 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import yaml
 
+from ...run_folder import PREPROCESSING, Description, describe_weights, find_weights
 from .conflicts import find_contradictions
 from .flags import Parser, add_flags, nearest
 from .settings import TUNING, Settings
@@ -20,6 +21,8 @@ _OF_ONE_START = (
     *('push_to_hub', 'hub_private', 'hub_revision', 'resume', 'no_resume_opt', 'wandb_resume_id'),
     *('config', 'data', 'local_rank'),
 )
+# arguments of a timm model that have a flag of their own
+_FLAG_OF = {'in_chans': 'in_chans', 'global_pool': 'gp', 'bn_eps': 'bn_eps', 'bn_momentum': 'bn_momentum'}
 
 
 class ParsedArguments(NamedTuple):
@@ -116,14 +119,88 @@ def _to_yaml(args: argparse.Namespace, given: frozenset) -> str:
     return text
 
 
-def _assume_sample(parser: argparse.ArgumentParser, named_model: Optional[str], segmentation: bool) -> str:
+class _Weights(NamedTuple):
+    """Weights that the command line names, and what the config beside them says.
+
+    Attributes:
+        path: File of the weights.
+        description: Content of the config.
+    """
+
+    path: str
+    description: Description
+
+
+def _find_weights(given: Dict[str, Any], parser: argparse.ArgumentParser) -> Optional[_Weights]:
+    """Find the weights of --model FOLDER, or of an --initial-checkpoint that has the model of --model or is alone.
+
+    Returns None if there are no such weights, or no config beside them.
+    """
+    model, checkpoint = str(given.get('model') or ''), str(given.get('initial_checkpoint') or '')
+    is_folder = os.path.isdir(model) and not timm.is_model(model)
+    try:
+        description = describe_weights(model if is_folder else checkpoint)
+    except ValueError as e:
+        parser.error(f'argument {"--model" if is_folder else "--initial-checkpoint"}: {e}')
+    if is_folder:
+        path = checkpoint or (find_weights(model, description) if description else None)
+        if description is None or not path:
+            missing = 'weights' if description else 'config.json or segmentation.json'
+            parser.error(
+                f'argument --model: expected a timm model or the folder of a run, found no {missing} in {model!r}. '
+                'A run writes its weights when its first epoch is over.'
+            )
+        if given.get('segmentation') and description.segmentation_head is None:
+            parser.error(
+                f'argument --model: {model!r} is the run of a classifier. Start a segmentation from it with --model '
+                f'{description.architecture} --pretrained-path {path}'
+            )
+        if given.get('pretrained') or given.get('pretrained_path'):
+            parser.error('argument --model: a folder brings its weights; not with --pretrained or --pretrained-path')
+        return _Weights(path, description)
+    named = timm.models.split_model_name_tag(model)[0]
+    if description is None or named not in ('', description.architecture):
+        return None
+    if named and bool(given.get('segmentation')) != (description.segmentation_head is not None):
+        return None  # the backbone of another kind of model
+    return _Weights(checkpoint, description)
+
+
+def _follow_weights(args: argparse.Namespace, weights: _Weights, given: Dict[str, Any]) -> None:
+    """Take model, arguments and task from the config beside weights, except for what was given."""
+    description = weights.description
+    args.initial_checkpoint = weights.path
+    if 'model' not in given or not timm.is_model(args.model):
+        args.model = description.architecture
+    model_args = dict(description.model_args)
+    for key, flag in _FLAG_OF.items():
+        value = model_args.pop(key, None)
+        if value is None or flag in given:
+            continue
+        if (key == 'in_chans' and 'input_size' in given) or (key == 'global_pool' and args.segmentation):
+            continue
+        setattr(args, flag, value)
+    size = given['input_size'][1:] if given.get('input_size') else given.get('img_size')
+    if 'img_size' in model_args and size:
+        model_args['img_size'] = size  # the model is built for one size
+    args.model_kwargs = {**model_args, **args.model_kwargs}
+    if description.segmentation_head is not None and 'segmentation_head' not in given:
+        args.segmentation_head = description.segmentation_head
+
+
+def _assume_sample(
+    parser: argparse.ArgumentParser, named_model: Optional[str], segmentation: bool, weights: Optional[_Weights]
+) -> str:
     """Make the bundled sample and its recipe the defaults, except for a model that was named. Returns a message."""
     name, data = 'sample.yaml', 'the bundled Fashion-MNIST sample'
     if segmentation:
         name, data = 'sample_segmentation.yaml', 'scenes made of the bundled Fashion-MNIST sample'
     recipe = _sample_recipe(name)
     what = f'{data} with its recipe ({name})'
-    if named_model is None:
+    if weights is not None:  # their config says how images are prepared
+        excluded = ('model', 'pretrained_path', 'model_kwargs', 'img_size', *PREPROCESSING)
+        recipe = {k: v for k, v in recipe.items() if k not in excluded}
+    elif named_model is None:
         what += f' and its contrastive checkpoint ({os.path.basename(recipe["pretrained_path"])})'
     else:
         recipe = {k: v for k, v in recipe.items() if k not in ('model', 'pretrained_path', 'model_kwargs')}
@@ -147,10 +224,14 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     config = _read_config(given['config'], parser) if 'config' in given else {}
     left_out = _leave_out_one_start(config)
     given = {**config, **given}
+    weights = _find_weights(given, parser)
+    if weights is not None and weights.description.segmentation_head is not None:
+        given.setdefault('segmentation', True)
+        parser.set_defaults(segmentation=True)
 
     assumed = None
     if not any(given.get(key) for key in ('data', 'data_dir', 'dataset')):
-        assumed = _assume_sample(parser, given.get('model'), given.get('segmentation', False))
+        assumed = _assume_sample(parser, given.get('model'), given.get('segmentation', False), weights)
     if given.keys() & {'preset', 'lr_base', 'lr_base_size', 'lr_base_scale'}:
         parser.set_defaults(lr=None)  # otherwise the lr of the sample's recipe would win over them
     if given.get('preset'):
@@ -163,6 +244,8 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     args = parser.parse_args(argv)
     if args.preset and 'warmup_epochs' not in given:
         args.warmup_epochs = _shortened_warmup(args.preset, args.epochs)
+    if weights is not None:
+        _follow_weights(args, weights, given)
     args.data_dir = args.data_dir or args.data
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     args.eval_only = args.eval_only or args.epochs == 0

@@ -63,6 +63,9 @@ def _of_models(settings: Settings) -> Conditions:
             model.model_ema_publish == 'ema' and (not model.model_ema or model.model_ema_force_cpu)
         ),
         '--head-lr-scale: above 0': optimization.head_lr_scale <= 0,
+        '--checkpoint-frames: 1 or more, of a --pretrained-path': (
+            model.checkpoint_frames is not None and (model.checkpoint_frames < 1 or not model.pretrained_path)
+        ),
         '--freeze-epochs: 0 or more': optimization.freeze_epochs < 0,
     }  # fmt: skip
 

@@ -182,6 +182,8 @@ class ModelSettings:
     )
     allow_partial: bool = flag(False, 'load a checkpoint although parts of the backbone are missing')
     model_ema_publish: Literal['better', 'ema'] = flag('better', 'with --model-ema, whose scores and weights count')
+    allow_differences: bool = flag(False, 'load a checkpoint although its config differs from the model')
+    checkpoint_frames: Optional[int] = flag(None, 'frames of a video checkpoint, averaged to load it for pictures')
 
     segmentation_head: Optional[Head] = flag(
         None, 'segmentation head (default: chosen by the feature maps)', section=SEGMENTATION
