@@ -52,7 +52,8 @@ def model():
 @pytest.fixture(scope='session')
 def run_folder(tmp_path_factory):
     """A folder as a run leaves it, of 2 epochs."""
-    flags = ['--label-fraction', '0.05', '--epochs', '2', '--workers', '0', '--model-ema', '--coretune']
+    flags = ['--label-fraction', '0.05', '--epochs', '2', '--workers', '0', '--coretune']
+    flags += ['--model-ema', '--model-ema-publish', 'ema']
     return train(None, tmp_path_factory.mktemp('runs'), *flags, base=())
 
 

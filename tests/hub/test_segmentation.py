@@ -248,7 +248,8 @@ def test_the_files_of_a_repository_are_downloaded_and_then_found_without_the_hub
 
 @pytest.mark.slow
 def test_training_ends_with_a_repository_whose_card_and_command_predict_masks(hub, run_python, tmp_path):
-    flags = ['--label-fraction', '0.1', '--epochs', '1', '--coretune', '--push-to-hub', 'me/scenes', '--model-ema']
+    flags = ['--label-fraction', '0.1', '--epochs', '1', '--coretune', '--push-to-hub', 'me/scenes']
+    flags += ['--model-ema', '--model-ema-publish', 'ema']
     folder = train(None, tmp_path, '--segmentation', *flags, base=())
     files = hub.repositories['me/scenes'].files()
     assert {'segmentation.json', 'segmentation.safetensors', 'segmentation.png', 'model.safetensors'} <= set(files)

@@ -15,7 +15,7 @@ from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import create_datasets
 from timm_coretune.train.loop import LoopConfig
-from timm_coretune.train.processes import check_accumulation
+from timm_coretune.train.processes import check_accumulation, precision_of
 
 
 @pytest.mark.parametrize(
@@ -108,10 +108,12 @@ def test_gradients_that_deepspeed_would_divide_too_are_refused():
 
 def test_float16_on_a_cpu_is_said_to_be_float32(messages):
     task = ClassificationTask(torch.nn.Linear(1, 2), torch.nn.CrossEntropyLoss(), verbose=False)
-    Trainer(task, torch.optim.SGD(task.parameters(), 0.1), Accelerator(cpu=True, mixed_precision='fp16'))
+    accelerator = Accelerator(cpu=True, mixed_precision='fp16')
+    Trainer(task, torch.optim.SGD(task.parameters(), 0.1), accelerator)
     (warning,) = messages('WARNING')
     assert warning == 'Mixed precision in float16 needs a GPU: this run computes in float32, on the CPU.'
     assert task(torch.rand(2, 1), torch.tensor([0, 1]))['output'].dtype == torch.float32
+    assert precision_of(accelerator).startswith('no, since float16 needs a GPU')
 
 
 def test_neighbouring_outputs_are_averaged_in_validation():

@@ -20,7 +20,8 @@ FLAGS = (
     'embed_dim=16 depth=2 num_heads=2 --img-size 32 --label-fraction 0.1 --epochs 3 --batch-size 64 --opt adamw '
     '--lr 0.005 --warmup-epochs 0 --sched-on-updates --contrast-weight 1 --model-ema --model-ema-decay 0.8 '
     '--recovery-interval 2 --smoothing 0.1 --reprob 0.3 --drop 0.1 --device cpu --workers 0 --eval-metric loss '
-    '--output output'
+    '--output output '
+    '--model-ema-publish ema'  # as that version did, which had no such flag
 )
 
 
