@@ -16,6 +16,8 @@ from tiny_checkpoints import tiny, weights
 
 from timm_coretune import convert_checkpoint, export_model, inspect_checkpoint, load_checkpoint
 from timm_coretune.checkpoint.__main__ import run
+from timm_coretune.checkpoint.source import split_hub_id
+from timm_coretune.hub.push import _base_model
 
 
 def vit(**kwargs):
@@ -291,3 +293,17 @@ def test_the_heads_and_epsilon_of_an_open_clip_config_are_compared(tmp_path):
     load_checkpoint(model, tmp_path)
     with torch.no_grad():
         assert (model(picture(32)) @ module.visual.proj - module.encode_image(picture(32))).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    'hub_id, expected',
+    [
+        ('owner/name', ('owner/name', '', '')),
+        ('owner/name@v2', ('owner/name', '', 'v2')),
+        ('owner/name/deep/file.pth@refs/pr/1', ('owner/name', 'deep/file.pth', 'refs/pr/1')),
+    ],
+)
+def test_a_hub_id_has_a_repository_a_file_and_a_revision(hub_id, expected):
+    assert split_hub_id(hub_id) == expected
+    # the card names the repository as the base model, neither the file nor the revision
+    assert _base_model({'initial_checkpoint': '', 'pretrained_path': f'hf-hub:{hub_id}'}) == 'owner/name'
