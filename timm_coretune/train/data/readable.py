@@ -18,7 +18,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ...data.images import find_fault, is_hidden, name_of, reason_of
+from ...data.images import find_fault, name_of, reason_of
 from ...data.safetensors_reader import ReaderSafetensors
 from ...distributed import process_index_and_count
 from ..cli.settings import DataSettings
@@ -51,34 +51,29 @@ def find_readable(dataset: Dataset, settings: DataSettings, is_training: bool) -
             _logger.warning('A stream cannot be looked at before the run: its images are not checked.')
         return None
     split = 'training' if is_training else 'validation'
-    hidden = {index for index in range(len(files)) if files.are_paths and is_hidden(files.name(index))}
-    if hidden:
-        _logger.info(f'{len(hidden)} files of the {split} are named ._*: macOS wrote them, and they are no images.')
     faults: Dict[int, str] = {}
     # the loader of NaFlex passes over images with a warning, so that none must be left that fails
     whole = (
         settings.check_images == 'pixels' or settings.naflex_loader or (settings.skip_unreadable and not is_training)
     )
     if whole or settings.check_images != 'none':
-        faults = _find_faults(files, [index for index in range(len(files)) if index not in hidden], whole, split)
+        faults = _find_faults(files, whole, split)
     named = [f'{files.name(index)} ({fault})' for index, fault in sorted(faults.items())]
     if named and not is_training and not settings.skip_unreadable:
         more = f' and {len(named) - _NUM_SHOWN} more' if len(named) > _NUM_SHOWN else ''
         raise ValueError(
-            f'Expected validation images that can be read, {len(named)} of {len(files) - len(hidden)} cannot: '
+            f'Expected validation images that can be read, {len(named)} of {len(files)} cannot: '
             f'{", ".join(named[:_NUM_SHOWN])}{more}. Replace or remove them, or leave them out of all scores with '
             '--skip-unreadable.'
         )
     if named and process_index_and_count()[0] == 0:
         left_out = 'the training' if is_training else 'all scores of the validation'
-        _logger.warning(
-            f'{len(named)} of {len(files) - len(hidden)} {split} images cannot be read and are left out of {left_out}:'
-        )
+        _logger.warning(f'{len(named)} of {len(files)} {split} images cannot be read and are left out of {left_out}:')
         for name in named:
             _logger.warning(f'Left out: {name}')
-    if not hidden and not faults:
+    if not faults:
         return None
-    readable = [index for index in range(len(files)) if index not in hidden and index not in faults]
+    readable = [index for index in range(len(files)) if index not in faults]
     if not readable:
         raise ValueError(f'Expected {split} images that can be read, all {len(files)} cannot. Check the files.')
     return readable
@@ -149,10 +144,10 @@ class _Files:
         return min(16, 2 * (os.cpu_count() or 1)) if self.are_paths else 1
 
 
-def _find_faults(files: _Files, indices: List[int], whole: bool, split: str) -> Dict[int, str]:
+def _find_faults(files: _Files, whole: bool, split: str) -> Dict[int, str]:
     """Reason of every image that cannot be read, found by all processes together, so that all have the same."""
     rank, num_processes = process_index_and_count()
-    own = indices[rank::num_processes]
+    own = range(len(files))[rank::num_processes]
 
     def look(start: int) -> List[Tuple[int, str]]:
         looked = ((index, files.fault(index, whole)) for index in own[start : start + _PER_TASK])

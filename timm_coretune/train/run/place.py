@@ -8,8 +8,11 @@ from .resume import Continuation
 
 _logger = logging.getLogger(__name__)
 
-# settings that the order of images depends on, besides the batches
-_ORDER = ('seed', 'label_fraction', 'class_balance', 'aug_repeats', 'train_img_sizes', 'naflex_loader', 'epoch_repeats')
+# settings that the images and their order depend on, besides the batches
+_ORDER = (
+    *('train_split', 'val_fraction', 'label_fraction', 'class_map', 'check_images', 'seed', 'class_balance'),
+    *('aug_repeats', 'train_img_sizes', 'naflex_loader', 'epoch_repeats'),
+)
 
 
 def _average_meter(processes: List[Dict[str, Any]], num_batches: int) -> Dict[str, Any]:
