@@ -83,7 +83,7 @@ def test_a_score_that_is_not_a_number_is_the_worst_after_a_resume_too(tmp_path):
     for epoch, score in enumerate([math.nan, 3.0]):
         save(trainer, record, epoch, score)
     trainer, record = recorder(tmp_path, 'top1', history=3)
-    record.continue_from(Continuation(str(tmp_path / 'last.pth.tar'), epoch=2, best=(3.0, 1)))
+    record.continue_from(Continuation(str(tmp_path / 'last.pth.tar'), epoch=2, best=(3.0, 1), saved_at=(2, 0)))
     assert [path.rsplit('-', 1)[1] for path, _ in record.saver.checkpoint_files] == ['1.pth.tar', '0.pth.tar']
     save(trainer, record, 2, 2.0)
     save(trainer, record, 3, 1.0)

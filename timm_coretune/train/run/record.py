@@ -100,10 +100,10 @@ class RunRecord:
             yield
         except (OSError, RuntimeError) as e:  # torch raises RuntimeError when a disk is full
             remove_unfinished(self.folder)
-            kept = f'The state before is intact: {self.last_state}.' if self.last_state else 'There is no state yet.'
-            raise OSError(
-                f'Could not write to {self.folder!r}: {e}. {kept} Make room, then continue with --resume auto.'
-            ) from e
+            kept = 'There is no state yet. Make room, then start anew.'
+            if self.last_state:
+                kept = f'The state before is intact: {self.last_state}. Make room, then continue with --resume auto.'
+            raise OSError(f'Could not write to {self.folder!r}: {e}. {kept}') from e
 
     def continue_from(self, continuation: Continuation) -> Continuation:
         """Bring the folder to the place at which a state continues. All processes must call this together.
