@@ -26,7 +26,8 @@ from ..task import CoreTuningTask
 from .cli.conflicts import split_names
 from .cli.settings import LossSettings, ModelSettings, Settings
 from .data.classes import read_model_classes
-from .data.datasets import Datasets, count_labels, create_datasets
+from .data.datasets import Datasets, create_datasets
+from .data.labelled import count_labels
 from .data.loaders import LoaderFactory, Loaders
 from .model import create_backbone
 

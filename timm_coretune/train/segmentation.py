@@ -37,8 +37,10 @@ from ..segmentation.dense import DenseCrossEntropy
 from ..segmentation.export import write_segmentation_config
 from ..segmentation.predict import draw_predictions
 from .cli.settings import DataSettings, ModelSettings, Settings
-from .data.datasets import Datasets, get_img_mode, take_fraction
+from .data.datasets import Datasets
 from .data.loaders import Loaders, check_fills_a_batch
+from .data.opening import get_img_mode
+from .data.shares import take_fraction
 from .data.splits import check_disjoint, real_paths
 from .model import create_backbone, load_initial_checkpoint, log_preprocessing
 

@@ -21,7 +21,8 @@ from timm_coretune import export_model
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.class_folders import ReaderClassFolders, TorchvisionClassFolders
 from timm_coretune.train.data.classes import ModelClasses, names_by_index, read_class_map, read_model_classes
-from timm_coretune.train.data.datasets import create_datasets, get_labels
+from timm_coretune.train.data.datasets import create_datasets
+from timm_coretune.train.data.labelled import get_labels
 
 TWO_SPLITS = ('train', 'validation')
 
@@ -230,7 +231,7 @@ def test_a_run_on_a_tar_file_has_its_classes(tmp_path, messages):
 
 def test_the_default_number_of_classes_of_a_model_is_said_loudly(tmp_path, messages, monkeypatch):
     monkeypatch.setattr('timm_coretune.train.data.datasets.get_labels', lambda dataset: None)
-    monkeypatch.setattr('timm_coretune.train.data.datasets._class_to_idx', lambda dataset: None)
+    monkeypatch.setattr('timm_coretune.train.data.datasets.class_to_idx_of', lambda dataset: None)
     train(splits_of(tmp_path / 'data', 'ant', 'bee', count=8), tmp_path, '--epochs', 1)
     assert any('THE NUMBER OF CLASSES IS NOT KNOWN' in message and '1000' in message for message in messages('WARNING'))
 

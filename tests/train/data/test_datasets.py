@@ -10,7 +10,8 @@ from tiny_data import write_folders
 from torch.utils.data import IterableDataset
 
 from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.data.datasets import LabelledSubset, create_datasets, get_labels
+from timm_coretune.train.data.datasets import create_datasets
+from timm_coretune.train.data.labelled import LabelledSubset, get_labels
 
 
 def fraction_of(tiny_images, counts, fraction, seed=42):

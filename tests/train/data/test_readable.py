@@ -17,7 +17,8 @@ from tiny_data import write_folders
 from timm_coretune.data.images import UnreadableImageError
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data import readable
-from timm_coretune.train.data.datasets import create_datasets, get_labels
+from timm_coretune.train.data.datasets import create_datasets
+from timm_coretune.train.data.labelled import get_labels
 
 
 def noise(seed, size=32):

@@ -14,7 +14,8 @@ from PIL import Image
 from tiny_data import write_folders, write_images
 
 from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.data.datasets import LabelledSubset, create_datasets, get_labels
+from timm_coretune.train.data.datasets import create_datasets
+from timm_coretune.train.data.labelled import LabelledSubset, get_labels
 
 CLASSES = ('ant', 'bee')
 

@@ -17,7 +17,8 @@ from torch.utils.data import Dataset, IterableDataset
 from ...data.class_balance import ClassBalancedBatchSampler
 from ...data.resumable import make_resumable
 from ..cli.settings import DataSettings
-from .datasets import Datasets, get_labels
+from .datasets import Datasets
+from .labelled import get_labels
 
 
 class Loaders(NamedTuple):

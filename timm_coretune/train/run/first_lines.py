@@ -7,7 +7,8 @@ import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from ..data.datasets import Datasets, count_labels
+from ..data.datasets import Datasets
+from ..data.labelled import count_labels
 
 _logger = logging.getLogger(__name__)
 

@@ -1,0 +1,164 @@
+"""Labelled images of any data set, whole or in part, and their labels and classes without reading an image"""
+
+import copy
+import functools
+import numbers
+from collections import Counter
+from typing import Any, Callable, Dict, List, Optional
+from weakref import WeakKeyDictionary
+
+import torch
+from torch.utils.data import Dataset, IterableDataset
+from torchvision.datasets import INaturalist
+
+from ...data.images import convert, open_image, upright
+from ...data.safetensors_reader import ReaderSafetensors
+from .classes import LabelMap
+
+_KNOWN_LABELS: 'WeakKeyDictionary[Any, List[Any]]' = WeakKeyDictionary()
+
+
+class _Convert:
+    """Turns an image upright, converts it to a PIL mode, then applies a transform."""
+
+    def __init__(self, img_mode: str, transform: Optional[Callable]):
+        self.img_mode = img_mode
+        self.transform = transform
+
+    def __call__(self, image: Any) -> Any:
+        image = convert(upright(image), self.img_mode)
+        return image if self.transform is None else self.transform(image)
+
+
+class ConvertedImages(Dataset):
+    """A torchvision data set whose images are converted to a PIL mode, as timm does in its own data sets.
+
+    Args:
+        dataset: A data set that applies its `transform` to PIL images.
+        img_mode: PIL mode, such as RGB.
+    """
+
+    def __init__(self, dataset: Dataset, img_mode: str):
+        self.dataset: Any = dataset
+        self.img_mode = img_mode
+        self.transform = None
+        if hasattr(self.dataset, 'loader'):  # a data set of files, whose own loader would drop the transparency
+            self.dataset.loader = functools.partial(open_image, mode=img_mode)
+
+    @property
+    def transform(self) -> Optional[Callable]:
+        return self.dataset.transform.transform
+
+    @transform.setter
+    def transform(self, transform: Optional[Callable]) -> None:
+        self.dataset.transform = _Convert(self.img_mode, transform)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class LabelledSubset(Dataset):
+    """Part of a data set. Its `transform`, which timm's loader sets, is that of the whole data set.
+
+    Args:
+        dataset: The whole data set.
+        indices: Indices of the images that belong to the part.
+    """
+
+    def __init__(self, dataset: Dataset, indices: List[int]):
+        self.dataset: Any = dataset
+        self.indices = indices
+
+    @property
+    def transform(self) -> Optional[Callable]:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Optional[Callable]) -> None:
+        self.dataset.transform = transform
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
+def get_labels(dataset: Dataset) -> Optional[List[int]]:
+    """Class of every image, known without reading the images, or None if the data set cannot tell."""
+    labels = read_labels(dataset)
+    if labels is None or not all(isinstance(label, numbers.Integral) for label in labels):
+        return None
+    return [int(label) for label in labels]
+
+
+def read_labels(dataset: Dataset) -> Optional[List[Any]]:
+    """Label of every image, an index or what else the data set has, None if it cannot tell."""
+    if isinstance(dataset, LabelledSubset):
+        whole = read_labels(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    if isinstance(dataset, ConvertedImages):
+        return read_labels(dataset.dataset)
+    if isinstance(dataset, IterableDataset):
+        return None
+    transform = getattr(dataset, 'target_transform', None)
+    if transform is not None:
+        if not isinstance(transform, LabelMap):
+            return None
+        original: Any = copy.copy(dataset)
+        original.target_transform = None
+        whole = read_labels(original)
+        return None if whole is None else [transform(label) for label in whole]
+    reader: Any = getattr(dataset, 'reader', dataset)
+    labels: List[Any]
+    if isinstance(reader, ReaderSafetensors):
+        return reader.label.tolist()
+    if hasattr(reader, 'iter_targets'):
+        if reader not in _KNOWN_LABELS:  # reading them takes a minute for a million images
+            try:
+                _KNOWN_LABELS[reader] = list(reader.iter_targets())
+            except KeyError as e:
+                raise ValueError(f'Expected all labels of {reader.split!r} in --class-map, it has no {e}.') from e
+        labels = list(_KNOWN_LABELS[reader])
+    elif isinstance(dataset, INaturalist) and dataset.target_type == ['full']:
+        labels = [category for category, _ in dataset.index]
+    elif hasattr(reader, 'targets'):  # a torchvision data set
+        labels = list(reader.targets)
+    elif hasattr(reader, 'samples'):  # a data set of folders
+        labels = [sample[1] for sample in reader.samples]
+    else:
+        return None
+    return [label.item() if isinstance(label, torch.Tensor) else label for label in labels]
+
+
+def count_labels(dataset: Optional[Dataset]) -> Optional[List[int]]:
+    """Number of images of each class that occurs, None if the data set cannot tell."""
+    labels = None if dataset is None else get_labels(dataset)
+    return None if labels is None else list(Counter(labels).values())
+
+
+def class_to_idx_of(dataset: Any) -> Optional[Dict[Any, int]]:
+    while isinstance(dataset, (LabelledSubset, ConvertedImages)):
+        dataset = dataset.dataset
+    reader = getattr(dataset, 'reader', dataset)  # timm keeps the classes in the reader, torchvision in the data set
+    if isinstance(reader, INaturalist) and reader.target_type == ['full']:
+        return {name: index for index, name in enumerate(reader.all_categories)}
+    return getattr(reader, 'class_to_idx', None) or getattr(reader, 'class_name_to_idx', None) or None
+
+
+def map_labels(dataset: Any, indices: Dict[Any, int]) -> None:
+    """Map the labels of a data set to class indices."""
+    while isinstance(dataset, (LabelledSubset, ConvertedImages)):
+        dataset = dataset.dataset
+    dataset.target_transform = LabelMap(indices)
+
+
+def copy_of(dataset: Dataset) -> Dataset:
+    """A copy with a transform of its own. It shares the reader and the files."""
+    copied: Any = copy.copy(dataset)
+    if isinstance(copied, (LabelledSubset, ConvertedImages)):
+        copied.dataset = copy_of(copied.dataset)
+    return copied
