@@ -4,12 +4,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Tuple
 
+from ..listing import shorten
+
 
 def few(names: Iterable[str], most: int = 5) -> str:
     """The first few names as text, and how many more there are."""
-    names = sorted(names)
-    more = f' and {len(names) - most} more' if len(names) > most else ''
-    return ', '.join(names[:most]) + more or 'none'
+    return shorten(sorted(names), most) or 'none'
 
 
 def by_head(names: Iterable[str]) -> str:

@@ -18,6 +18,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torchvision.datasets import ImageFolder
 
+from ...listing import shorten
+
 _logger = logging.getLogger(__name__)
 
 
@@ -71,11 +73,6 @@ def assign_classes(folders: Sequence[str], class_map: Optional[Dict[str, int]], 
         _logger.warning(f'--class-map names classes without images in {where}: {shorten(absent)}.')
     return Classes(kept, [class_to_idx[folders[index]] for index in kept], class_to_idx)
 
-
-def shorten(names: Sequence[str], count: int = 5) -> str:
-    """The first names of a list, and the number of the others."""
-    shown = ', '.join(map(str, names[:count]))
-    return f'{shown} and {len(names) - count} more' if len(names) > count else shown
 
 
 def _is_folder(entry: os.DirEntry) -> bool:

@@ -5,8 +5,8 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 from torch.utils.data import Dataset
 
+from ...listing import shorten
 from ..cli.settings import DataSettings
-from .class_folders import shorten
 from .classes import (
     ModelClasses,
     are_placeholders,

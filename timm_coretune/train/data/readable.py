@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ...data.images import find_fault, name_of, reason_of
 from ...data.safetensors_reader import ReaderSafetensors
 from ...distributed import process_index_and_count
+from ...listing import shorten
 from ..cli.settings import DataSettings
 
 _logger = logging.getLogger(__name__)
@@ -60,10 +61,9 @@ def find_readable(dataset: Dataset, settings: DataSettings, is_training: bool) -
         faults = _find_faults(files, whole, split)
     named = [f'{files.name(index)} ({fault})' for index, fault in sorted(faults.items())]
     if named and not is_training and not settings.skip_unreadable:
-        more = f' and {len(named) - _NUM_SHOWN} more' if len(named) > _NUM_SHOWN else ''
         raise ValueError(
             f'Expected validation images that can be read, {len(named)} of {len(files)} cannot: '
-            f'{", ".join(named[:_NUM_SHOWN])}{more}. Replace or remove them, or leave them out of all scores with '
+            f'{shorten(named, _NUM_SHOWN)}. Replace or remove them, or leave them out of all scores with '
             '--skip-unreadable.'
         )
     if named and process_index_and_count()[0] == 0:

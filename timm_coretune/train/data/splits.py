@@ -9,8 +9,9 @@ from typing import Any, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Op
 
 from torch.utils.data import Dataset, IterableDataset
 
+from ...listing import shorten
 from ..cli.settings import DataSettings
-from .class_folders import ReaderClassTar, shorten, subfolders
+from .class_folders import ReaderClassTar, subfolders
 
 _logger = logging.getLogger(__name__)
 
