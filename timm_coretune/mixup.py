@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
+from torch import library
 
 from .checks import check_features, check_not_recomputed, check_target
 from .mining import at_least_float32, hard_label, select_hard_pairs
@@ -105,19 +106,19 @@ def sample_beta(alpha: float, size: int, generator: Optional[torch.Generator] = 
 # the object with the generator by its number.
 _numbers = itertools.count()
 _mixups: 'WeakValueDictionary[int, HardPairMixup]' = WeakValueDictionary()
-torch.library.define(
+library.define(
     'timm_coretune::draw_mixtures',
     '(int number, SymInt size, str device) -> (Tensor, Tensor, Tensor)',
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 
-@torch.library.impl('timm_coretune::draw_mixtures', 'default')
+@library.impl('timm_coretune::draw_mixtures', 'default')
 def _draw_mixtures(number: int, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _mixups[number].draw_on_own_device(size)
 
 
-@torch.library.register_fake('timm_coretune::draw_mixtures')
+@library.register_fake('timm_coretune::draw_mixtures')
 def _draw_nothing(number: int, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     first, second, third = (torch.empty(size, device=device) for _ in range(3))
     return first, second, third

@@ -38,6 +38,11 @@ def rows_of(path):
         return list(csv.DictReader(f))
 
 
+def outcome(folder):
+    """What two runs must have alike, byte by byte."""
+    return {name: (folder / name).read_bytes() for name in ('summary.csv', 'model_best.safetensors')}
+
+
 def stop_at(monkeypatch, name, count):
     """Press Ctrl-C in the call of a method of Trainer with that index."""
     original, calls = getattr(Trainer, name), []

@@ -7,8 +7,9 @@ All code of this package that opens an image does it here, so that training, val
 """
 
 import errno
+import functools
 import os
-from typing import IO, Any, Iterator, Optional
+from typing import IO, Any, Iterator, List, Optional
 
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, IterableImageDataset
@@ -128,6 +129,11 @@ class LabelledImages(ImageDataset):
         reader: A timm reader, which opens the file of an image and tells its label.
         input_img_mode: PIL mode of the images.
     """
+
+    @functools.cached_property
+    def stored_labels(self) -> List[Any]:
+        """Label of every image as the reader of records has it. Reading them takes a minute for a million images."""
+        return list(self.reader.iter_targets())
 
     def __getitem__(self, index: int) -> Any:
         try:

@@ -12,7 +12,7 @@ import runs
 import torch
 from commands import in_two_processes
 from paths import ROOT, SAMPLE
-from runs import ON_CPU, SMALL, copy_of, stop_at
+from runs import ON_CPU, SMALL, copy_of, outcome, stop_at
 from safetensors import safe_open
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
@@ -31,23 +31,6 @@ def data(tiny_images):
 
 FLAGS = (*ON_CPU, '-b', '4', '--epochs', '3', '--coretune', '--eval-metric', 'loss')
 train = partial(runs.train, base=FLAGS)
-
-
-@pytest.fixture(scope='module')
-def straight(data, tmp_path_factory):
-    """The folder of an uninterrupted run with these flags."""
-    folders = {}
-
-    def run(*flags):
-        if flags not in folders:
-            folders[flags] = train(data, tmp_path_factory.mktemp('straight'), *flags)
-        return folders[flags]
-
-    return run
-
-
-def outcome(folder):
-    return {name: (folder / name).read_bytes() for name in ('summary.csv', 'model_best.safetensors')}
 
 
 def noted_epoch(weights):

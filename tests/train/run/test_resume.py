@@ -13,7 +13,7 @@ import timm
 import torch
 from commands import environment_with, run_command
 from paths import ROOT
-from runs import ON_CPU, copy_of, stop_at
+from runs import ON_CPU, copy_of, outcome, stop_at
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver
 
@@ -88,23 +88,6 @@ def test_a_full_disk_leaves_the_state_before_and_says_where_it_is(tmp_path, data
 
 
 # going on
-
-
-@pytest.fixture(scope='module')
-def straight(data, tmp_path_factory):
-    """The folder of an uninterrupted run with these flags."""
-    folders = {}
-
-    def run(*flags):
-        if flags not in folders:
-            folders[flags] = train(data, tmp_path_factory.mktemp('straight'), *flags)
-        return folders[flags]
-
-    return run
-
-
-def outcome(folder):
-    return {name: (folder / name).read_bytes() for name in ('summary.csv', 'model_best.safetensors')}
 
 
 CONFIGURATIONS = {

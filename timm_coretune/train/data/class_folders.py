@@ -74,7 +74,6 @@ def assign_classes(folders: Sequence[str], class_map: Optional[Dict[str, int]], 
     return Classes(kept, [class_to_idx[folders[index]] for index in kept], class_to_idx)
 
 
-
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()

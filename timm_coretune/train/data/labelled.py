@@ -5,17 +5,14 @@ import functools
 import numbers
 from collections import Counter
 from typing import Any, Callable, Dict, List, Optional
-from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import INaturalist
 
-from ...data.images import convert, open_image, upright
+from ...data.images import LabelledImages, convert, open_image, upright
 from ...data.safetensors_reader import ReaderSafetensors
 from .classes import LabelMap
-
-_KNOWN_LABELS: 'WeakKeyDictionary[Any, List[Any]]' = WeakKeyDictionary()
 
 
 class _Convert:
@@ -116,13 +113,11 @@ def read_labels(dataset: Dataset) -> Optional[List[Any]]:
     labels: List[Any]
     if isinstance(reader, ReaderSafetensors):
         return reader.label.tolist()
-    if hasattr(reader, 'iter_targets'):
-        if reader not in _KNOWN_LABELS:  # reading them takes a minute for a million images
-            try:
-                _KNOWN_LABELS[reader] = list(reader.iter_targets())
-            except KeyError as e:
-                raise ValueError(f'Expected all labels of {reader.split!r} in --class-map, it has no {e}.') from e
-        labels = list(_KNOWN_LABELS[reader])
+    if isinstance(dataset, LabelledImages) and hasattr(reader, 'iter_targets'):
+        try:
+            labels = dataset.stored_labels
+        except KeyError as e:
+            raise ValueError(f'Expected all labels of {reader.split!r} in --class-map, it has no {e}.') from e
     elif isinstance(dataset, INaturalist) and dataset.target_type == ['full']:
         labels = [category for category, _ in dataset.index]
     elif hasattr(reader, 'targets'):  # a torchvision data set
