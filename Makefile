@@ -1,5 +1,5 @@
-# Words for pytest: make fast ARGS='-n 2 -k mining'
-ARGS =
+# Words for pytest: make fast ARGS='-n 4 -k mining'
+ARGS = -n 2
 
 .PHONY: help fast test lint format docs
 
