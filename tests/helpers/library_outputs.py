@@ -9,7 +9,7 @@ def randomize(module):
     """Values around the usual ones for all tensors, for a default initialisation hides whether norms were loaded."""
     generator = torch.Generator().manual_seed(1)
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point():
+        if tensor.is_floating_point() and not name.endswith('relative_coords_table'):  # a constant of Swin V2
             spread = torch.randn(tensor.shape, generator=generator)
             tensor.copy_(spread.abs() + 0.5 if 'running_var' in name else tensor + 0.05 * spread)
     return module.eval()

@@ -10,7 +10,7 @@ from ..timm_model import Target
 from .architectures import fitting_models
 from .differences import contradictions, differences, unknowns
 from .mapping import Mapping, search, state_dicts, strip
-from .pretraining import data_config, resampled_patches, several_frames
+from .pretraining import data_config, other_windows, resampled_patches, several_frames
 from .read import Checkpoint
 from .report import CheckpointReport, few
 from .rules import HEADS, REFUSALS
@@ -52,7 +52,11 @@ def make_plan(
     """
     mapping = _choose(target, checkpoint, checkpoint_key)
     source = _source(checkpoint, mapping)
-    notes = (*unknowns(mapping, target.model, checkpoint.config), *resampled_patches(target.model, source))
+    notes = (
+        *unknowns(mapping, target.model, checkpoint.config),
+        *resampled_patches(target.model, source),
+        *other_windows(target.model, source, checkpoint.config),
+    )
     frames = several_frames(target.model, source, checkpoint.config)
     missing = [] if mapping.complete else [_explain(target, checkpoint, mapping)]
     different = contradictions(mapping, target.model, checkpoint.config)

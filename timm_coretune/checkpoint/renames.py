@@ -15,6 +15,7 @@ from .names.rename import Rename
 # tensors that timm has as one: the first part, the others, and the name of the whole
 _FUSED = (
     (re.compile(r'(^|.*\.)attn\.query\.(weight|bias)$'), ('query', 'key', 'value'), 'qkv'),
+    (re.compile(r'(^|.*\.)attn\.key\.(weight|bias)$'), ('key', 'value'), 'kv'),
     (re.compile(r'(^|.*\.)mlp\.gate_proj\.(weight|bias)$'), ('gate_proj', 'up_proj'), 'w12'),
 )
 
@@ -39,8 +40,8 @@ def apply_rename(rename: Rename, tensors: Dict[str, torch.Tensor]) -> Dict[str, 
             name = re.sub(pattern, replacement, name)
         # timm resizes position embeddings with a batch dimension, which those of CLIP lack
         renamed[key if name in renamed else name] = value[None] if name == 'pos_embed' and value.ndim == 2 else value
-    for pattern, parts, whole in _FUSED:
-        for key in [key for key in renamed if pattern.match(key)]:
+    for first, parts, whole in _FUSED:
+        for key in [key for key in renamed if first.match(key)]:
             start, end = key.rsplit(f'{parts[0]}.', 1)
             found = [name for part in parts if (name := f'{start}{part}.{end}') in renamed]
             if len(found) == len(parts) and len({renamed[name].shape[1:] for name in found}) == 1:

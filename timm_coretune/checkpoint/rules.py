@@ -136,6 +136,9 @@ RULES = (  # the most specific first; the last one matches any file, which is th
          'encoder', ONLY, 'pytorch/vision torchvision/models, their weights', normalization=IMAGENET),
     Rule('Hugging Face ResNet, RegNet', r'(\w+\.)?embedder\.embedder\.', ('', 'resnet.', 'regnet.'), 'encoder', ONLY,
          'huggingface/transformers models/resnet, models/regnet'),
+    Rule('Hugging Face PVTv2, Hiera',
+         r'(\w+\.)?encoder\.(layers\.\d+\.patch_embedding|stages\.\d+\.layers\.\d+\.attn)\.', ('', 'pvt_v2.', 'hiera.'),
+         'encoder', ONLY, 'huggingface/transformers models/pvt_v2, models/hiera'),
     Rule('Hugging Face ConvNeXt', r'(\w+\.)?encoder\.stages\.\d+\.layers\.\d+\.dwconv',
          ('', 'convnext.', 'convnextv2.'), 'encoder', ONLY,
          'huggingface/transformers models/convnext, models/convnextv2'),
@@ -157,6 +160,8 @@ RULES = (  # the most specific first; the last one matches any file, which is th
     Rule('Hugging Face ViT, MAE, DINOv2', r'(\w+\.)?(encoder\.layer\.\d+\.attention|layers\.\d+\.attention\.o_proj)',
          ('', 'vit.', 'deit.', 'ijepa.', 'dinov2.', 'dinov2_with_registers.', 'model.'), 'encoder', ONLY,
          'huggingface/transformers models/vit, models/vit_mae, models/dinov2, models/deit, models/ijepa'),
+    Rule('Hugging Face AIMv2', r'(\w+\.)?encoder\.layers\.\d+\.rms_norm1', ('', 'vision_model.'), 'image tower', ONLY,
+         'huggingface/transformers models/aimv2', normalization=CLIP),
     Rule('plain backbone', r'.', ('',), 'encoder', ONLY,
          'Barlow Twins, VICReg, DINO and MAE as released; BYOL converted from JAX; timm', quick_gelu=None),
 )

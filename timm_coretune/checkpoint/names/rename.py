@@ -88,3 +88,15 @@ def without_zero_biases(tensors: Tensors) -> Tensors:
     if any(bool(tensor.count_nonzero()) for tensor in biases.values()):
         return tensors
     return {key: tensor for key, tensor in tensors.items() if key not in biases}
+
+
+def blocks_in_a_row(tensors: Tensors) -> Tensors:
+    """Number the blocks of all stages in a row, as timm's Hiera has them."""
+    places = {key: match for key in tensors if (match := re.match(r'stages\.(\d+)\.layers\.(\d+)\.', key))}
+    numbers = {(int(match[1]), int(match[2])) for match in places.values()}
+    position = {number: i for i, number in enumerate(sorted(numbers))}
+    changed = {}
+    for key, tensor in tensors.items():
+        place = places.get(key)
+        changed[f'blocks.{position[int(place[1]), int(place[2])]}.{key[place.end() :]}' if place else key] = tensor
+    return changed

@@ -3,7 +3,15 @@
 `save_pretrained` writes the names of version 4. A state dict that was saved with torch has the names in memory.
 """
 
-from .rename import Rename, as_convolution, numbered, share_table, split_pooling, without_zero_biases
+from .rename import (
+    Rename,
+    as_convolution,
+    blocks_in_a_row,
+    numbered,
+    share_table,
+    split_pooling,
+    without_zero_biases,
+)
 
 _PROJECTIONS = (  # query, key and value are joined later, under these names
     (r'\.attention\.(attention|self)\.(query|key|value)\.', r'.attn.\2.'),
@@ -135,4 +143,30 @@ RENAMES = (
         (r'^head\.attention\.out_proj\.', 'attn_pool.proj.'),
         (r'^head\.layernorm\.', 'attn_pool.norm.'), (r'^head\.mlp\.', 'attn_pool.mlp.'),
     ), (split_pooling, as_convolution)),
+    Rename('transformers AIMv2', r'encoder\.layers\.\d+\.rms_norm1\.', (
+        (r'^embeddings\.patch_embed\.', 'patch_embed.proj.'), (r'^embeddings\.rms_norm\.', 'patch_embed.norm.'),
+        (r'^embeddings\.position_embedding\.weight$', 'pos_embed'),
+        (r'^encoder\.layers\.', 'blocks.'),
+        *_PROJECTIONS,
+        (r'\.attention\.out_proj\.', '.attn.proj.'),
+        (r'\.ffn\.gate_proj\.', '.mlp.fc1_g.'), (r'\.ffn\.up_proj\.', '.mlp.fc1_x.'),
+        (r'\.ffn\.down_proj\.', '.mlp.fc2.'),
+        (r'\.rms_norm(\d)\.', r'.norm\1.'), (r'^rms_norm\.', 'norm.'),
+    )),
+    Rename('transformers PVTv2', r'encoder\.layers\.\d+\.patch_embedding\.', (
+        (r'^encoder\.layers\.0\.patch_embedding\.', 'patch_embed.'),
+        (r'^encoder\.layers\.(\d+)\.patch_embedding\.', r'stages.\1.downsample.'),
+        (r'^encoder\.layers\.', 'stages.'),
+        (r'\.attention\.query\.', '.attn.q.'), (r'\.attention\.(key|value|proj)\.', r'.attn.\1.'),
+        (r'\.attention\.spatial_reduction\.', '.attn.sr.'), (r'\.attention\.layer_norm\.', '.attn.norm.'),
+        (r'\.layer_norm_(\d)\.', r'.norm\1.'), (r'\.layer_norm\.', '.norm.'),
+        (r'\.mlp\.dense(\d)\.', r'.mlp.fc\1.'), (r'\.dwconv\.dwconv\.', '.dwconv.'),
+    )),
+    Rename('transformers Hiera', r'encoder\.stages\.\d+\.layers\.\d+\.attn\.', (
+        (r'^embeddings\.position_embeddings$', 'pos_embed'),
+        (r'^embeddings\.patch_embeddings\.projection\.', 'patch_embed.proj.'),
+        (r'^encoder\.stages\.', 'stages.'),
+        (r'\.layernorm_before\.', '.norm1.'), (r'\.layernorm_after\.', '.norm2.'),
+        (r'^pooler\.layernorm\.', 'head.norm.'),
+    ), (blocks_in_a_row,)),
 )  # fmt: skip
