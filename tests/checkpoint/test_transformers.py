@@ -9,6 +9,7 @@ from typing import Any, Dict, NamedTuple
 import pytest
 import timm
 import torch
+from checkpoint_libraries import HUGGING_FACE
 from library_outputs import TOLERANCE, image, largest_difference, randomize
 
 from timm_coretune import load_checkpoint
@@ -124,6 +125,16 @@ def build(case):
     return randomize(module(module.config_class(**case.config)))
 
 
+CASES |= {
+    name: CASES['CLIP']._replace(module=module)
+    for name, module in (
+        ('Chinese CLIP', 'ChineseCLIPVisionModel'),
+        ('AltCLIP', 'AltCLIPVisionModel'),
+        ('Meta CLIP 2', 'MetaClip2VisionModel'),
+    )
+}
+
+
 def size_of(case):
     size = case.config.get('image_size', 64)
     return size[0] if isinstance(size, list) else size
@@ -140,7 +151,7 @@ def test_a_module_of_transformers_computes_the_same_in_timm(case, tmp_path):
     with torch.no_grad():
         output = (getattr(module, case.part) if case.part else module)(x)
         expected = output.pooler_output if case.pooled else output.last_hidden_state
-        if case.module == 'CLIPVisionModel':  # which normalizes the class token only, and after taking it
+        if case.method == 'Hugging Face CLIP':  # which normalizes the class token only, and after taking it
             expected = getattr(module, 'vision_model', module).post_layernorm(expected)
     if case.module == 'SwinModel':
         expected = expected.unflatten(1, (7, 7))
@@ -152,6 +163,10 @@ def test_a_module_of_transformers_computes_the_same_in_timm(case, tmp_path):
     assert (report.method, report.matched, report.left_over) == (case.method, report.total, ())
     state = again.state_dict()
     assert all(torch.equal(state[name], value) for name, value in model.state_dict().items() if name in report.loaded)
+
+
+def test_every_case_has_a_row_of_the_docs():
+    assert sorted(CASES) == sorted(name for _, _, cases in HUGGING_FACE.values() for name in cases)
 
 
 def test_a_masked_autoencoder_gives_its_encoder(tmp_path):

@@ -45,5 +45,6 @@ def choose_copy(labels: Sequence[str]) -> Optional[Tuple[int, str, str]]:
         return None
     position = chosen[0]
     others = ', '.join(repr(label) for i, label in enumerate(labels) if i != position)
-    name = f'{_said(own[position], TRAINED) or "trained"} encoder'
+    said = _said(own[position], TRAINED)
+    name = {'': 'trained encoder', 'q': 'query encoder'}.get(said, f'{said} encoder')
     return position, name, f'by its name the encoder that gradients train; {others} beside it was not taken'
