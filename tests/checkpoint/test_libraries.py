@@ -120,6 +120,10 @@ def torchvision_module(name):
     if name == 'ViT':
         kwargs = dict(embed_dim=48, depth=2, num_heads=3, img_size=32, patch_size=8)
         return models.VisionTransformer(32, 8, 2, 3, 48, 192, num_classes=5), 'vit_tiny_patch16_224', kwargs, 32
+    if name == 'ConvNeXt':
+        settings = [models.convnext.CNBlockConfig(*widths) for widths in ((16, 24, 1), (24, 32, 2), (32, None, 1))]
+        kwargs = dict(dims=(16, 24, 32), depths=(1, 2, 1))
+        return models.ConvNeXt(settings, num_classes=5), 'convnext_tiny', kwargs, 64
     if name == 'Swin':
         module = models.SwinTransformer(window_size=[7, 7], **swin)
         return module, 'swin_tiny_patch4_window7_224', dict(timm_swin, img_size=56), 56
@@ -131,7 +135,7 @@ def torchvision_module(name):
     return models.RegNet(params, num_classes=5), 'regnety_002' if name == 'RegNet Y' else 'regnetx_002', {}, 64
 
 
-@pytest.mark.parametrize('name', ['ViT', 'Swin', 'Swin V2', 'RegNet Y', 'RegNet X'])
+@pytest.mark.parametrize('name', ['ViT', 'ConvNeXt', 'Swin', 'Swin V2', 'RegNet Y', 'RegNet X'])
 def test_other_networks_of_torchvision_compute_the_same_in_timm_with_their_classifier(name, tmp_path):
     module, timm_name, kwargs, size = torchvision_module(name)
     randomize(module)
@@ -196,3 +200,15 @@ def test_a_regnet_of_vissl_is_read_as_timm_reads_it(tmp_path):
     with torch.no_grad():
         expected = module.trunk_output(module.stem(image(size)))
     assert largest_difference(model, image(size), expected) < TOLERANCE
+
+
+def test_the_table_that_all_blocks_of_a_beit_share_is_given_to_each(tmp_path):
+    """As the authors of BEiT do, of whose files this is."""
+    kwargs = dict(embed_dim=48, depth=2, num_heads=3, img_size=32, patch_size=8, num_classes=0)
+    shared = dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+    module = randomize(timm.create_model('beit_base_patch16_224', **kwargs, **shared))
+    torch.save({'model': {**module.state_dict(), 'mask_token': torch.zeros(1, 1, 48)}}, tmp_path / 'beit.pth')
+    model = timm.create_model('beit_base_patch16_224', **kwargs)
+    assert load_checkpoint(model, tmp_path / 'beit.pth').left_over == ()
+    with torch.no_grad():
+        assert largest_difference(model, image(32), module.forward_features(image(32))) < TOLERANCE

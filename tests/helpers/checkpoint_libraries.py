@@ -33,7 +33,7 @@ LIBRARIES = {
     **{f'lightly {m}': ('teacher' if m == 'DINO' else 'online encoder', ('ResNet',)) for m in LIGHTLY},
     'open_clip': ('image tower', ('ViT',)),
     'open_clip with a timm tower': ('image tower', ('ViT', 'ConvNeXt')),
-    'torchvision': ('encoder', ('ResNet', 'ViT', 'Swin')),
+    'torchvision': ('encoder', ('ResNet', 'ViT', 'ConvNeXt', 'Swin')),
     'torchvision Swin V2': ('encoder', ('Swin',)),
     'torchvision RegNet': ('encoder', ('others',)),
     'VISSL RegNet (SEER)': ('trunk', ('others',)),

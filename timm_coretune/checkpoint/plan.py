@@ -52,11 +52,7 @@ def make_plan(
     """
     mapping = _choose(target, checkpoint, checkpoint_key)
     source = _source(checkpoint, mapping)
-    notes = (
-        *unknowns(mapping, target.model, checkpoint.config),
-        *resampled_patches(target.model, source),
-        *other_windows(target.model, source, checkpoint.config),
-    )
+    notes = (*unknowns(mapping, target.model, checkpoint.config), *resampled_patches(target.model, source))
     frames = several_frames(target.model, source, checkpoint.config)
     missing = [] if mapping.complete else [_explain(target, checkpoint, mapping)]
     different = contradictions(mapping, target.model, checkpoint.config)
@@ -65,6 +61,7 @@ def make_plan(
         if compared:
             compared[-1] += ' --allow-differences (allow_differences) loads the checkpoint nevertheless.'
         different += compared
+    notes = (*notes, *other_windows(target.model, source, checkpoint.config))
     refused = [*frames, *missing, *different]
     if refused:
         # a file with less than half of the network has another network

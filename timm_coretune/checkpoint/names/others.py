@@ -1,6 +1,6 @@
 """Names of libraries that write files of several architectures, and of the code of single papers"""
 
-from .rename import Rename
+from .rename import Rename, share_table
 
 RENAMES = (
     Rename('torchvision layers by position', r'4\.0\.conv1\.', (
@@ -20,6 +20,7 @@ RENAMES = (
     Rename('mmpretrain ConvNeXt', r'stages\.0\.0\.depthwise_conv\.', (
         (r'\.depthwise_conv\.', '.dwconv.'), (r'\.pointwise_conv', '.pwconv'), (r'^norm3\.', 'norm.'),
     )),
+    Rename('BEiT, shared table', r'rel_pos_bias\.relative_position_bias_table$', (), (share_table,)),
     Rename('InternViT', r'encoder\.layers\.\d+\.ls1$', (
         (r'^embeddings\.class_embedding$', 'cls_token'),
         (r'^embeddings\.position_embedding$', 'pos_embed'),

@@ -31,6 +31,16 @@ RENAMES = (
     )),
     Rename('torchvision Swin V2', r'features\.1\.0\.attn\.logit_scale$', _SWIN, (bias_of_query_and_value,)),
     Rename('torchvision Swin', r'features\.1\.0\.attn\.', _SWIN),
+    Rename('torchvision ConvNeXt', r'features\.1\.0\.layer_scale$', (
+        (r'^features\.0\.', 'stem.'),
+        (r'^features\.1\.', 'stages.0.blocks.'), (r'^features\.3\.', 'stages.1.blocks.'),
+        (r'^features\.5\.', 'stages.2.blocks.'), (r'^features\.7\.', 'stages.3.blocks.'),
+        (r'^features\.2\.', 'stages.1.downsample.'), (r'^features\.4\.', 'stages.2.downsample.'),
+        (r'^features\.6\.', 'stages.3.downsample.'),
+        (r'\.block\.0\.', '.conv_dw.'), (r'\.block\.2\.', '.norm.'),
+        (r'\.block\.3\.', '.mlp.fc1.'), (r'\.block\.5\.', '.mlp.fc2.'), (r'\.layer_scale$', '.gamma'),
+        (r'^classifier\.0\.', 'head.norm.'), (r'^classifier\.2\.', 'head.fc.'),
+    )),
     Rename('torchvision RegNet', r'trunk_output\.block1\.', (
         (r'^stem\.0\.', 'stem.conv.'), (r'^stem\.1\.', 'stem.bn.'),
         (r'^trunk_output\.block(\d+)\.block\d+-(\d+)\.', numbered(r's\1.b', '.')),
