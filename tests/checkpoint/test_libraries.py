@@ -121,8 +121,10 @@ def torchvision_module(name):
         kwargs = dict(embed_dim=48, depth=2, num_heads=3, img_size=32, patch_size=8)
         return models.VisionTransformer(32, 8, 2, 3, 48, 192, num_classes=5), 'vit_tiny_patch16_224', kwargs, 32
     if name == 'ConvNeXt':
-        settings = [models.convnext.CNBlockConfig(*widths) for widths in ((16, 24, 1), (24, 32, 2), (32, None, 1))]
-        kwargs = dict(dims=(16, 24, 32), depths=(1, 2, 1))
+        settings = [
+            models.convnext.CNBlockConfig(*widths) for widths in ((16, 24, 1), (24, 32, 2), (32, 40, 1), (40, None, 1))
+        ]
+        kwargs = dict(dims=(16, 24, 32, 40), depths=(1, 2, 1, 1))
         return models.ConvNeXt(settings, num_classes=5), 'convnext_tiny', kwargs, 64
     if name == 'Swin':
         module = models.SwinTransformer(window_size=[7, 7], **swin)

@@ -287,3 +287,28 @@ def test_a_network_with_a_part_more_than_the_model_is_refused(tmp_path):
     bare = dict(TIMM_VIT, use_rel_pos_bias=False)
     with pytest.raises(ValueError, match='relative_position_bias_table'):
         load_checkpoint(timm.create_model('beit_base_patch16_224', num_classes=0, **bare), tmp_path)
+
+
+@pytest.mark.parametrize(
+    'name, key, value, message',
+    [
+        ('RegNet', 'downsample_in_first_stage', False, 'downsample_in_first_stage False'),
+        ('DINOv3', 'rope_theta', 50.0, 'rope_theta 50, this model has 100: create it with rope_temperature=50'),
+    ],
+)
+def test_a_key_of_the_config_that_no_shape_tells_is_compared(name, key, value, message, tmp_path):
+    case = CASES[name]
+    build(case._replace(config={**case.config, key: value})).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(timm.create_model(case.model, num_classes=0, **case.kwargs), tmp_path)
+
+
+@pytest.mark.parametrize('name', ['DINOv3', 'SigLIP', 'distilled DeiT', 'InternViT'])
+def test_patches_of_another_size_and_the_size_of_the_images_are_told(name, tmp_path):
+    case = CASES[name]
+    build(case).save_pretrained(tmp_path)
+    model = timm.create_model(case.model, num_classes=0, **{**case.kwargs, 'patch_size': 16})
+    report = load_checkpoint(model, tmp_path)
+    assert any('patches of 8 px, the model has patches of 16 px' in note for note in report.notes)
+    assert 'patch_embed.proj.weight' in report.resized
+    assert report.data_config.get('input_size', (3, 32, 32)) == (3, 32, 32)

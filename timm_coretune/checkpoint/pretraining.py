@@ -12,9 +12,13 @@ from .mapping import Mapping
 from .rules import IMAGENET
 
 Configs = Dict[str, Any]
-_POSITIONS = ('pos_embed', 'positional_embedding', 'position_embeddings', 'position_embedding.weight')
+_POSITIONS = (
+    'pos_embed', 'pos_embedding', 'positional_embedding', 'position_embeddings', 'position_embedding',
+    'position_embedding.weight',
+)  # fmt: skip
 _PATCHES = re.compile(
-    r'(^|\.)(patch_embed\.proj|patch_embed\.projection|patch_embeddings\.projection|patch_embedding|conv1)\.weight$'
+    r'(^|\.)(patch_embed|patch_embed\.proj|patch_embed\.projection|patch_embeddings|patch_embeddings\.projection|'
+    r'patch_embedding|conv_proj|conv1)\.weight$'
 )
 
 
