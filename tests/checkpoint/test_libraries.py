@@ -1,6 +1,7 @@
 """Files that other libraries write: the timm model computes what the original module computes, to 1e-5"""
 
 import copy
+import re
 
 import pytest
 import timm
@@ -8,103 +9,12 @@ import torch
 import torch.nn as nn
 import torchvision
 from checkpoint_libraries import LIGHTLY
+from library_outputs import TOLERANCE, image, largest_difference, randomize
 from safetensors.torch import save_file
+from timm.models import regnet as timm_regnet
+from torchvision.models import regnet, swin_transformer
 
 from timm_coretune import load_checkpoint
-
-TOLERANCE = 1e-5
-
-
-def randomize(module):
-    """Values around the usual ones for all tensors, for a default initialisation hides whether norms were loaded."""
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point():
-            spread = torch.randn(tensor.shape, generator=generator)
-            tensor.copy_(spread.abs() + 0.5 if 'running_var' in name else tensor + 0.05 * spread)
-    return module.eval()
-
-
-def largest_difference(model, image, expected, pooled=False):
-    model.eval()
-    with torch.no_grad():
-        features = model.forward_features(image)
-        output = model.forward_head(features, pre_logits=True) if pooled else features
-        return (output - expected).abs().max().item()
-
-
-def image(size):
-    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-
-
-def hugging_face(name):
-    """Config and model classes, small arguments, timm model, and how to compare the outputs."""
-    transformers = pytest.importorskip('transformers', reason="needs the 'test-formats' extra")
-    vit = dict(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192, image_size=32)
-    timm_vit = dict(embed_dim=48, depth=2, num_heads=3, img_size=32)
-    cases = {
-        'ResNet-18': ('ResNet', dict(embedding_size=64, hidden_sizes=[64, 128, 256, 512], depths=[2] * 4,
-                                     layer_type='basic'), 'resnet18', {}),
-        'ResNet-50': ('ResNet', dict(embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3]),
-                      'resnet50', {}),
-        'ViT': ('ViT', dict(**vit, patch_size=8, layer_norm_eps=1e-6), 'vit_tiny_patch16_224',
-                dict(**timm_vit, patch_size=8)),
-        'DINOv2': ('Dinov2', dict(vit, patch_size=8, mlp_ratio=4), 'vit_small_patch14_dinov2',
-                   dict(**timm_vit, patch_size=8)),
-        'DINOv2 with registers': ('Dinov2WithRegisters', dict(vit, patch_size=8, mlp_ratio=4),
-                                  'vit_small_patch14_reg4_dinov2', dict(**timm_vit, patch_size=8)),
-        'ConvNeXt': ('ConvNext', dict(hidden_sizes=[16, 24, 32, 40], depths=[1, 1, 2, 1], layer_norm_eps=1e-6),
-                     'convnext_tiny', dict(dims=(16, 24, 32, 40), depths=(1, 1, 2, 1))),
-        'Swin': ('Swin', dict(embed_dim=24, depths=[2, 2], num_heads=[2, 4], image_size=56, window_size=7),
-                 'swin_tiny_patch4_window7_224', dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4), img_size=56)),
-        'CLIP': ('CLIPVision', dict(vit, patch_size=8, hidden_act='quick_gelu'),
-                 'vit_base_patch32_clip_quickgelu_224', dict(**timm_vit, patch_size=8)),
-        'CLIP with GELU': ('CLIPVision', dict(vit, patch_size=8, hidden_act='gelu'), 'vit_base_patch32_clip_224',
-                           dict(**timm_vit, patch_size=8)),
-    }  # fmt: skip
-    kind, config, timm_name, kwargs = cases[name]
-    module = getattr(transformers, f'{kind}Model')(getattr(transformers, f'{kind}Config')(**config))
-    return randomize(module), timm_name, kwargs, config.get('image_size', 64)
-
-
-HF = ('ResNet-18', 'ResNet-50', 'ViT', 'DINOv2', 'DINOv2 with registers', 'ConvNeXt', 'Swin', 'CLIP', 'CLIP with GELU')
-
-
-@pytest.mark.parametrize('name', HF)
-def test_a_folder_of_transformers_computes_the_same_in_timm(name, tmp_path):
-    module, timm_name, kwargs, size = hugging_face(name)
-    module.save_pretrained(tmp_path)
-    model = timm.create_model(timm_name, num_classes=3, **kwargs)
-    report = load_checkpoint(model, str(tmp_path))
-    assert report.method.startswith('Hugging Face')
-    assert report.matched == report.total
-    assert not report.left_over
-    with torch.no_grad():
-        expected = module(image(size)).last_hidden_state
-    if name.startswith('CLIP'):  # which normalizes the class token only, and after taking it
-        expected = getattr(module, 'vision_model', module).post_layernorm(expected)
-    if name == 'Swin':
-        expected = expected.unflatten(1, (7, 7))
-    if name == 'ConvNeXt':
-        expected = module(image(size)).pooler_output
-    assert largest_difference(model, image(size), expected, pooled=name == 'ConvNeXt') < TOLERANCE
-
-
-def test_a_masked_autoencoder_of_transformers_gives_its_encoder(tmp_path):
-    transformers = pytest.importorskip('transformers', reason="needs the 'test-formats' extra")
-    config = transformers.ViTMAEConfig(
-        hidden_size=48, num_hidden_layers=2, num_attention_heads=3, intermediate_size=192, image_size=32, patch_size=8,
-        decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, layer_norm_eps=1e-6,
-        mask_ratio=0.,
-    )  # fmt: skip
-    module = randomize(transformers.ViTMAEForPreTraining(config))
-    module.save_pretrained(tmp_path)
-    model = timm.create_model('vit_tiny_patch16_224', embed_dim=48, depth=2, num_heads=3, img_size=32, patch_size=8)
-    assert load_checkpoint(model, str(tmp_path)).matched == len(model.state_dict()) - 2
-    with torch.no_grad():
-        # nothing masked, and the noise keeps the patches in their order
-        expected = module.vit(image(32), noise=torch.arange(16.0).expand(2, 16)).last_hidden_state
-    assert largest_difference(model, image(32), expected) < TOLERANCE
 
 
 def lightly_module(method, torchvision_backbone):
@@ -200,3 +110,107 @@ def test_a_file_of_torchvision_computes_the_same_in_timm(network, tmp_path):
     assert load_checkpoint(model, str(tmp_path / 'weights.pth'), load_classifier=True).classifier
     with torch.no_grad():
         assert (model.eval()(image(64)) - module(image(64))).abs().max() < TOLERANCE
+
+
+def torchvision_module(name):
+    """A small module of torchvision, the timm model and its arguments, and the size of the image."""
+    models = torchvision.models
+    swin = dict(patch_size=[4, 4], embed_dim=24, depths=[2, 2], num_heads=[2, 4], num_classes=5)
+    timm_swin = dict(embed_dim=24, depths=(2, 2), num_heads=(2, 4))
+    if name == 'ViT':
+        kwargs = dict(embed_dim=48, depth=2, num_heads=3, img_size=32, patch_size=8)
+        return models.VisionTransformer(32, 8, 2, 3, 48, 192, num_classes=5), 'vit_tiny_patch16_224', kwargs, 32
+    if name == 'ConvNeXt':
+        settings = [
+            models.convnext.CNBlockConfig(*widths) for widths in ((16, 24, 1), (24, 32, 2), (32, 40, 1), (40, None, 1))
+        ]
+        kwargs = dict(dims=(16, 24, 32, 40), depths=(1, 2, 1, 1))
+        return models.ConvNeXt(settings, num_classes=5), 'convnext_tiny', kwargs, 64
+    if name == 'Swin':
+        module = models.SwinTransformer(window_size=[7, 7], **swin)
+        return module, 'swin_tiny_patch4_window7_224', dict(timm_swin, img_size=56), 56
+    if name == 'Swin V2':
+        parts = dict(block=swin_transformer.SwinTransformerBlockV2, downsample_layer=swin_transformer.PatchMergingV2)
+        module = models.SwinTransformer(window_size=[8, 8], **swin, **parts)
+        return module, 'swinv2_tiny_window8_256', dict(timm_swin, img_size=64), 64
+    params = regnet.BlockParams.from_init_params(13, 24, 36.44, 2.49, 8, se_ratio=0.25 if name == 'RegNet Y' else None)
+    return models.RegNet(params, num_classes=5), 'regnety_002' if name == 'RegNet Y' else 'regnetx_002', {}, 64
+
+
+@pytest.mark.parametrize('name', ['ViT', 'ConvNeXt', 'Swin', 'Swin V2', 'RegNet Y', 'RegNet X'])
+def test_other_networks_of_torchvision_compute_the_same_in_timm_with_their_classifier(name, tmp_path):
+    module, timm_name, kwargs, size = torchvision_module(name)
+    randomize(module)
+    torch.save(module.state_dict(), tmp_path / 'weights.pth')
+    model = timm.create_model(timm_name, num_classes=5, **kwargs)
+    report = load_checkpoint(model, tmp_path / 'weights.pth', load_classifier=True)
+    assert (report.method, report.classifier, report.matched) == ('torchvision', True, report.total)
+    assert not report.left_over
+    with torch.no_grad():
+        assert (model.eval()(image(size)) - module(image(size))).abs().max() < TOLERANCE
+
+
+def test_a_vit_of_torchvision_has_older_names_of_its_mlp_too(tmp_path):
+    module, timm_name, kwargs, size = torchvision_module('ViT')
+    older = {
+        k.replace('.mlp.0.', '.mlp.linear_1.').replace('.mlp.3.', '.mlp.linear_2.'): v
+        for k, v in module.state_dict().items()
+    }
+    torch.save(older, tmp_path / 'weights.pth')
+    model = timm.create_model(timm_name, num_classes=0, **kwargs)
+    assert not load_checkpoint(model, tmp_path / 'weights.pth').left_over
+    with torch.no_grad():
+        patches = module._process_input(image(size))
+        expected = module.encoder(torch.cat([module.class_token.expand(2, -1, -1), patches], 1))
+    assert largest_difference(model, image(size), expected) < TOLERANCE
+
+
+def test_a_swin_v2_with_other_windows_is_noted(tmp_path):
+    module, timm_name, kwargs, size = torchvision_module('Swin V2')
+    torch.save(module.state_dict(), tmp_path / 'weights.pth')
+    model = timm.create_model(timm_name, num_classes=0, window_size=4, **kwargs)
+    notes = ' '.join(load_checkpoint(model, tmp_path / 'weights.pth').notes)
+    assert 'attention windows of 8 x 8, the model has 4 x 4' in notes
+
+
+def test_a_regnet_of_vissl_is_read_as_timm_reads_it(tmp_path):
+    """SEER's files, whose names timm's own filter for the whole file reads too."""
+    module, timm_name, _, size = torchvision_module('RegNet Y')
+    randomize(module)
+    trunk = {}
+    for key, value in module.state_dict().items():
+        for new, old in (
+            (r'^stem\.', 'conv1.stem.'),
+            (r'^trunk_output\.block(\d)\.', lambda m: f'res{int(m[1]) + 1}.block{m[1]}.'),
+            (r'block\d\.(block\d-\d+)\.', r'\1.'),
+            (r'\.proj\.0\.', '.proj.'),
+            (r'\.proj\.1\.', '.bn.'),
+            (r'\.f\.c\.0\.', '.f.c.'),
+            (r'\.f\.c\.1\.', '.f.final_bn.'),
+            (r'\.f\.se\.fc1\.', '.f.se.excitation.0.'),
+            (r'\.f\.se\.fc2\.', '.f.se.excitation.2.'),
+        ):
+            key = re.sub(new, old, key)
+        trunk[f'_feature_blocks.{key}'] = value
+    trunk = {key: value for key, value in trunk.items() if not key.startswith('_feature_blocks.fc.')}
+    content = {'classy_state_dict': {'base_model': {'model': {'trunk': trunk, 'heads': {}}}}}
+    torch.save(content, tmp_path / 'seer.torch')
+    model = timm.create_model(timm_name, num_classes=0)
+    report = load_checkpoint(model, tmp_path / 'seer.torch')
+    assert (report.method, report.copy, report.left_over) == ('VISSL', 'trunk', ())
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in timm_regnet._filter_fn(content).items())
+    with torch.no_grad():
+        expected = module.trunk_output(module.stem(image(size)))
+    assert largest_difference(model, image(size), expected) < TOLERANCE
+
+
+def test_the_table_that_all_blocks_of_a_beit_share_is_given_to_each(tmp_path):
+    """As the authors of BEiT do, of whose files this is."""
+    kwargs = dict(embed_dim=48, depth=2, num_heads=3, img_size=32, patch_size=8, num_classes=0)
+    shared = dict(use_rel_pos_bias=False, use_shared_rel_pos_bias=True)
+    module = randomize(timm.create_model('beit_base_patch16_224', **kwargs, **shared))
+    torch.save({'model': {**module.state_dict(), 'mask_token': torch.zeros(1, 1, 48)}}, tmp_path / 'beit.pth')
+    model = timm.create_model('beit_base_patch16_224', **kwargs)
+    assert load_checkpoint(model, tmp_path / 'beit.pth').left_over == ()
+    with torch.no_grad():
+        assert largest_difference(model, image(32), module.forward_features(image(32))) < TOLERANCE

@@ -65,6 +65,51 @@ def test_two_copies_that_no_rule_knows_are_left_to_the_user(save):
     assert is_loaded(model, weights(TINY, 1))
 
 
+PAIRS = (
+    ('online_network.', 'target_network.', 'online'),
+    ('student.', 'teacher.', 'student'),
+    ('student/net.', 'teacher/net.', 'student'),
+    ('query_encoder.', 'key_encoder.', 'query'),
+    ('enc_q.net.', 'enc_k.net.', 'query'),
+    ('net.', 'net_ema.', 'trained'),
+    ('encoder.', 'momentum_encoder.', 'trained'),
+    ('visual_encoder.', 'visual_encoder_m.', 'trained'),
+    ('onlineNet.', 'targetNet.', 'online'),
+    ('model.onlinenet.', 'model.targetnet.', 'online'),
+    ('ema_trainer.online.', 'ema_trainer.slow.', 'online'),
+)
+
+
+@pytest.mark.parametrize('trained, averaged, word', PAIRS, ids=[f'{a}-{b}' for a, b, _ in PAIRS])
+def test_of_two_copies_the_one_that_gradients_train_is_taken_by_its_name(trained, averaged, word, save):
+    content = {}
+    for name, tensors in ((averaged, weights(TINY, 1)), (trained, weights(TINY))):  # in either order
+        container, _, prefix = name.rpartition('/')
+        content.setdefault(container or 'copies', {}).update(put(prefix, tensors))
+    model = create(TINY)
+    report = load_checkpoint(model, save(content))
+    assert is_loaded(model, weights(TINY))
+    assert report.copy == f'{word} encoder'
+    assert 'gradients train' in report.why
+    assert averaged.rstrip('.') in report.why
+    key = averaged.rstrip('.')
+    assert load_checkpoint(model, save(content), checkpoint_key=key).why == 'asked for'
+    assert is_loaded(model, weights(TINY, 1))
+
+
+@pytest.mark.parametrize('one, two', [('source.', 'target.'), ('student_a.', 'student_b.'), ('key_a.', 'key_b.')])
+def test_names_that_do_not_tell_the_trained_copy_decide_nothing(one, two, save):
+    with pytest.raises(ValueError, match='found 2 that differ'):
+        load_checkpoint(create(TINY), save({**put(one, weights(TINY)), **put(two, weights(TINY, 1))}))
+
+
+def test_the_trained_copy_is_the_one_that_is_loaded_in_part(save):
+    content = {**put('target.', weights(TINY, 1)), **put('online.', weights(TINY))}
+    content = {key: value for key, value in content.items() if not key.endswith('conv1.weight') or 'layer' in key}
+    model = create(TINY)
+    assert load_checkpoint(model, save(content), allow_partial=True).copy == 'online encoder'
+
+
 def test_the_same_copy_under_two_names_is_no_question(save):
     model = create(TINY)
     load_checkpoint(model, save({'one': weights(TINY), 'two': {k: v.clone() for k, v in weights(TINY).items()}}))

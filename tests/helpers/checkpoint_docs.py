@@ -10,7 +10,7 @@ from timm_coretune.checkpoint.rules import ONLINE, ONLY, REFUSALS, RULES, TEACHE
 from timm_coretune.checkpoint.source import RELEASES
 
 FAMILIES = {'resnet': 'ResNet', 'wide_resnet': 'ResNet', 'vit': 'ViT', 'convnext': 'ConvNeXt', 'swin': 'Swin'}
-COLUMNS = ('ResNet', 'ViT', 'ConvNeXt', 'Swin')
+COLUMNS = ('ResNet', 'ViT', 'ConvNeXt', 'Swin', 'others')
 
 HEAD = """# Checkpoints
 
@@ -67,6 +67,15 @@ Why this copy of the backbone is loaded:
 - online: the encoder that is trained by gradients, which the authors load for their linear evaluation
 - averaged: the moving average of the weights, which the authors load for their evaluation
 
+A file of an unknown method may have two copies too. If their names tell the roles, the copy that gradients train is
+loaded (`online`, `student`, `query`, or the one without such a word), not the one that follows it (`target`, `teacher`,
+`momentum`, `key`, `ema`), and the report says so. Otherwise the error lists the copies. `--checkpoint-key`
+(`checkpoint_key`) takes another copy.
+
+`teacher` and `averaged` of DINOv3 are what its released files hold. BEiT and data2vec are BEiTs in timm (`beit_*`), and
+ViTs in the table. State dicts of transformers are read with the names of its files and with those that version 5 has in
+memory.
+
 """
 WHY = {ONLINE: 'online', TEACHER: 'averaged', ONLY: 'the only one'}
 
@@ -79,7 +88,8 @@ def rows():
     """Name of the format, copy, why, and the architectures of each way of testing."""
     table = {}
     for fmt in FORMATS:
-        why = next((rule.why for rule in RULES if rule.method == fmt.method), 'the only one that fits')
+        other = 'by its name' if fmt.copy == 'online encoder' else 'the only one that fits'
+        why = next((rule.why for rule in RULES if rule.method == fmt.method), other)
         table[fmt.name] = (fmt.copy, WHY.get(why, why), dict.fromkeys(map(family, fmt.architectures), 'layout'))
     for name, (copy, architectures) in LIBRARIES.items():
         why = {'teacher': 'averaged', 'online encoder': 'online'}.get(copy, 'the only one')

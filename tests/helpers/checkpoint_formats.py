@@ -141,6 +141,21 @@ def dinov2_training(b, o):
     return {'teacher': {**put('backbone.', dinov2(chunked, o)), **mlp('dino_head'), **mlp('ibot_head')}}
 
 
+def dinov2_both(b, o):
+    copies = {**put('student.backbone.', dinov2(o, b)), **put('teacher.backbone.', dinov2(b, o))}
+    return {'model': {**copies, **mlp('student.dino_head'), **mlp('teacher.dino_head')}, 'iteration': 3}
+
+
+def dino_module(b, o):
+    copies = {**put('student.backbone.', o), **put('teacher.backbone.', b)}
+    return {'state_dict': {**copies, **mlp('student.head.last_layer'), **mlp('teacher.head.last_layer')}}
+
+
+def byol_module(b, o):
+    copies = {**put('target_network.', o), **put('online_network.', b)}
+    return {'state_dict': {**copies, **mlp('online_predictor')}}
+
+
 def dinov3(b, o):
     out = {'mask_token': torch.zeros(1, 64), 'rope_embed.periods': torch.zeros(8)}
     for key, value in b.items():
@@ -346,6 +361,10 @@ FORMATS = (
     Format('DINOv2, as released', 'DINOv2', 'teacher', dinov2, ('vit_small_patch14_dinov2',)),
     Format('DINOv2 with registers', 'DINOv2', 'teacher', dinov2_reg, ('vit_small_patch14_reg4_dinov2',)),
     Format('DINOv2, training file', 'DINOv2 training', 'teacher', dinov2_training, ('vit_small_patch14_dinov2',)),
+    Format('DINOv2, student and teacher in one state dict', 'DINO, iBOT in one state dict', 'teacher', dinov2_both,
+           ('vit_small_patch14_dinov2',)),
+    Format('DINO, student and teacher in one state dict', 'DINO, iBOT in one state dict', 'teacher', dino_module,
+           (VIT,)),
     Format('DINOv3', 'DINOv3', 'teacher', dinov3, ('vit_small_patch16_dinov3_qkvb',)),
     Format('DINOv3 ConvNeXt', 'DINOv3', 'teacher', dinov3_convnext, ('convnext_tiny',)),
     Format('ConvNeXt, original names', 'plain backbone', 'encoder', fb_convnext, (CONVNEXT,)),
@@ -373,6 +392,7 @@ FORMATS = (
     Format('OpenCLIP', 'OpenCLIP', 'image tower', open_clip, ('vit_base_patch32_clip_224',)),
     Format('OpenCLIP with a timm tower', 'OpenCLIP with a timm tower', 'image tower', open_clip_timm, (VIT, CONVNEXT)),
     Format('Lightning module', 'unknown method', 'state_dict/model.backbone', lightning, (RESNET, SWIN)),
+    Format('two copies of an unknown method', 'unknown method', 'online encoder', byol_module, (RESNET, VIT)),
     Format('timm train.py', 'timm train.py', 'EMA', timm_training, (RESNET,)),
     Format('any of these, compiled or sharded', 'MoCo v1/v2, PCL', 'query encoder', compiled_fsdp, (RESNET,)),
 )  # fmt: skip

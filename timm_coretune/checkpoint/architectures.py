@@ -32,6 +32,42 @@ class Family(NamedTuple):
 
 
 FAMILIES = (
+    Family(r'.*(cpb_mlp|continuous_position_bias_mlp)\.', (
+        'swinv2_tiny_window8_256', 'swinv2_small_window8_256', 'swinv2_base_window8_256',
+        'swinv2_large_window12_192',
+    )),
+    Family(r'(.*\.)?(lambda_1|encoder\.relative_position_bias\.relative_position_bias_table)$', (
+        'beit_base_patch16_224', 'beit_large_patch16_224', 'vit_intern300m_patch14_448',
+    )),
+    Family(r'(.*\.)?encoder\.layers\.0\.ls1$', ('vit_intern300m_patch14_448',), skip_init=True),
+    Family(r'(model\.)?layer\.0\.mlp\.up_proj\.', (
+        'vit_small_patch16_dinov3', 'vit_base_patch16_dinov3', 'vit_large_patch16_dinov3',
+        'vit_small_plus_patch16_dinov3', 'vit_huge_plus_patch16_dinov3', 'vit_small_patch16_dinov3_qkvb',
+        'vit_base_patch16_dinov3_qkvb', 'vit_large_patch16_dinov3_qkvb', 'vit_small_plus_patch16_dinov3_qkvb',
+        'vit_huge_plus_patch16_dinov3_qkvb',
+    )),
+    Family(r'(.*\.)?head\.probe$', (
+        'vit_base_patch16_siglip_224', 'vit_large_patch16_siglip_256', 'vit_so400m_patch14_siglip_224',
+        'vit_so400m_patch16_siglip_256', 'vit_base_patch32_siglip_256', 'vit_giantopt_patch16_siglip_256',
+    ), skip_init=True),
+    Family(r'(.*\.)?encoder\.layers\.0\.rms_norm1\.', ('aimv2_large_patch14_224', 'aimv2_huge_patch14_224'),
+           skip_init=True),
+    Family(r'(.*\.)?encoder\.layers\.0\.patch_embedding\.', (
+        'pvt_v2_b0', 'pvt_v2_b1', 'pvt_v2_b2', 'pvt_v2_b3', 'pvt_v2_b4', 'pvt_v2_b5',
+    )),
+    Family(r'(.*\.)?encoder\.stages\.0\.layers\.0\.attn\.', (
+        'hiera_tiny_224', 'hiera_small_224', 'hiera_base_224', 'hiera_base_plus_224', 'hiera_large_224',
+    )),
+    Family(r'.*(trunk_output\.block1|res2\.block1-0|s1\.b1\.conv1|stages\.0\.layers\.0\.layer\.2\.attention)\.', (
+        'regnety_032', 'regnety_040', 'regnety_080', 'regnety_160', 'regnety_320', 'regnety_640', 'regnety_1280',
+        'regnety_002', 'regnety_004', 'regnety_006', 'regnety_008', 'regnety_016', 'regnety_064', 'regnety_120',
+        'regnety_008_tv', 'regnety_080_tv', 'regnetx_002', 'regnetx_004', 'regnetx_004_tv', 'regnetx_006',
+        'regnetx_008', 'regnetx_016', 'regnetx_032', 'regnetx_080', 'regnetx_160', 'regnetx_320',
+    )),
+    Family(r'encoder\.layers\.encoder_layer_0\.', (
+        'vit_base_patch16_224', 'vit_large_patch16_224', 'vit_base_patch32_224', 'vit_large_patch32_224',
+        'vit_huge_patch14_224',
+    ), skip_init=True),
     Family(r'.*relative_position_bias_table$', (
         'swin_tiny_patch4_window7_224', 'swin_small_patch4_window7_224', 'swin_base_patch4_window7_224',
         'swin_base_patch4_window12_384', 'swin_large_patch4_window7_224',
@@ -54,7 +90,8 @@ FAMILIES = (
         'vit_large_patch16_224', 'vit_tiny_patch16_224', 'vit_small_patch8_224', 'vit_base_patch8_224',
         'vit_small_patch14_dinov2', 'vit_base_patch14_dinov2', 'vit_large_patch14_dinov2',
         'vit_small_patch14_reg4_dinov2', 'vit_base_patch14_reg4_dinov2', 'vit_large_patch14_reg4_dinov2',
-        'vit_base_patch32_224', 'vit_base_patch16_gap_224', 'vit_huge_patch14_224', 'test_vit',
+        'vit_base_patch32_224', 'vit_base_patch16_gap_224', 'vit_huge_patch14_224', 'vit_giant_patch14_dinov2',
+        'test_vit',
     ), skip_init=True),
     Family(r'.*(layer1\.0|(^|\.)4\.0|stages\.0\.layers\.0\.layer\.0)\.(conv1|convolution)', (
         'resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152', 'wide_resnet50_2', 'resnext50_32x4d',

@@ -190,12 +190,30 @@ def _of_resnets(config: Configs, model: Any) -> List[str]:
     return found
 
 
+def _of_unseen_keys(config: Configs, model: Any) -> List[str]:
+    """Keys of single networks of transformers that change the output and no shape."""
+    found = []
+    if config.get('model_type') == 'regnet' and config.get('downsample_in_first_stage') is False:
+        found.append(
+            'The network was trained with downsample_in_first_stage False, this model halves the image there. timm has '
+            'no other such RegNet.'
+        )
+    trained, built = config.get('rope_theta'), getattr(getattr(model, 'rope', None), 'temperature', None)
+    if config.get('model_type') == 'dinov3_vit' and trained and built and trained != built:
+        found.append(
+            f'The network was trained with rope_theta {trained:g}, this model has {built:g}: create it with '
+            f'rope_temperature={trained:g} (train.py: --model-kwargs rope_temperature={trained:g}).'
+        )
+    return found
+
+
 def _of_transformers(config: Configs, model: nn.Module) -> List[str]:
     vision = _section(config, 'vision_config') or config
     found = []
     if isinstance(vision.get('hidden_act'), str) and not vision.get('use_swiglu_ffn'):
         found += _compare_activation(vision['hidden_act'], model, 'hidden_act')
     found += _compare_epsilon(vision.get('layer_norm_eps'), model, 'layer_norm_eps')
+    found += _of_unseen_keys(vision, model)
     if 'resnet' in str(vision.get('model_type', '')).lower() or 'downsample_in_bottleneck' in vision:
         found += _of_resnets(vision, model)
     return found

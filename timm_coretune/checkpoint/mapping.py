@@ -11,6 +11,7 @@ import torch
 from timm.models import adapt_input_conv
 
 from ..timm_model import Target
+from .names.copies import choose_copy
 from .read import walk
 from .renames import apply_rename, renames_for
 from .rules import BLOCKS, RULES, WRAPPERS, Rule
@@ -219,7 +220,21 @@ def search(target: Target, tree: Dict[str, Any], checkpoint_key: Optional[str] =
     for mapping in complete:
         if not any(_same(mapping, other) for other in different):
             different.append(mapping)
-    return different or found[:1]
+    if checkpoint_key is not None:
+        return different or found[:1]
+    best = {mapping.label: mapping for mapping in found if rank(mapping) == rank(found[0])}
+    return _by_role(different or list(best.values())) or different or found[:1]
+
+
+def _by_role(mappings: List[Mapping]) -> List[Mapping]:
+    """The mapping of the copy that gradients train, if there are several copies and their names tell it."""
+    choice = choose_copy([mapping.label for mapping in mappings]) if len(mappings) > 1 else None
+    if choice is None:
+        return []
+    position, copy, why = choice
+    mapping = mappings[position]
+    rule = mapping.rule._replace(method='unknown method', prefixes=(mapping.prefix,), copy=copy, why=why)
+    return [mapping._replace(rule=rule)]
 
 
 def _is_asked_for(checkpoint_key: str, path: str, prefix: str) -> bool:

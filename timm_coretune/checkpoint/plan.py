@@ -10,7 +10,7 @@ from ..timm_model import Target
 from .architectures import fitting_models
 from .differences import contradictions, differences, unknowns
 from .mapping import Mapping, search, state_dicts, strip
-from .pretraining import data_config, resampled_patches, several_frames
+from .pretraining import data_config, other_windows, resampled_patches, several_frames
 from .read import Checkpoint
 from .report import CheckpointReport, few
 from .rules import HEADS, REFUSALS
@@ -61,6 +61,7 @@ def make_plan(
         if compared:
             compared[-1] += ' --allow-differences (allow_differences) loads the checkpoint nevertheless.'
         different += compared
+    notes = (*notes, *other_windows(target.model, source, checkpoint.config))
     refused = [*frames, *missing, *different]
     if refused:
         # a file with less than half of the network has another network

@@ -12,9 +12,13 @@ from .mapping import Mapping
 from .rules import IMAGENET
 
 Configs = Dict[str, Any]
-_POSITIONS = ('pos_embed', 'positional_embedding', 'position_embeddings', 'position_embedding.weight')
+_POSITIONS = (
+    'pos_embed', 'pos_embedding', 'positional_embedding', 'position_embeddings', 'position_embedding',
+    'position_embedding.weight',
+)  # fmt: skip
 _PATCHES = re.compile(
-    r'(^|\.)(patch_embed\.proj|patch_embed\.projection|patch_embeddings\.projection|patch_embedding|conv1)\.weight$'
+    r'(^|\.)(patch_embed|patch_embed\.proj|patch_embed\.projection|patch_embeddings|patch_embeddings\.projection|'
+    r'patch_embedding|conv_proj|conv1)\.weight$'
 )
 
 
@@ -203,6 +207,21 @@ def resampled_patches(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -
     if side and grid and tuple(grid) != (side, side):
         note += f', and position embeddings are resized from {side} x {side} to {grid[0]} x {grid[1]}'
     return [f'{note}. --model-kwargs patch_size={trained[0]} avoids that']
+
+
+def other_windows(model: nn.Module, file_tensors: Dict[str, torch.Tensor], config: Configs) -> List[str]:
+    """Note about attention windows of a Swin V2 of another size than those of the model, as it computes other values.
+
+    The size is told by a buffer in the file or by its config. No weight has another shape, unlike in a Swin.
+    """
+    tables = (t for key, t in file_tensors.items() if key.endswith('relative_coords_table') and t.ndim == 4)
+    table = next(tables, None)
+    trained = _section(config, CONFIG_NAME).get('window_size') if table is None else (table.shape[1] + 1) // 2
+    blocks: List[Any] = [module for module in model.modules() if hasattr(module, 'cpb_mlp')]
+    built = max((block.window_size[0] for block in blocks), default=None)
+    if not isinstance(trained, int) or built is None or trained == built:
+        return []
+    return [f'pretrained with attention windows of {trained} x {trained}, the model has {built} x {built}']
 
 
 def write_data_config(

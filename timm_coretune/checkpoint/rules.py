@@ -1,7 +1,7 @@
 """Where the files of each pretraining method have the backbone, as a table that is read from top to bottom
 
 To add a format, add a row here and a file of that format to the tests. The names of wrappers (`module.`, `_orig_mod.`,
-...) are removed from all keys before a row is compared with them. Names inside the backbone are in `renames.py`.
+...) are removed from all keys before a row is compared with them. Names inside the backbone are in `names/`.
 """
 
 from typing import NamedTuple, Optional, Tuple
@@ -9,11 +9,14 @@ from typing import NamedTuple, Optional, Tuple
 from timm.data.constants import (
     IMAGENET_DEFAULT_MEAN,
     IMAGENET_DEFAULT_STD,
+    IMAGENET_INCEPTION_MEAN,
+    IMAGENET_INCEPTION_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
 )
 
 IMAGENET = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+INCEPTION = (IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD)
 CLIP = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
 
 ONLINE = 'the encoder that gradients train; the linear evaluation of the authors loads it'
@@ -74,6 +77,10 @@ RULES = (  # the most specific first; the last one matches any file, which is th
     Rule('VISSL', r'(blocks\.0|layer1\.0)\.', ('',), 'trunk', ONLY,
          'facebookresearch/vissl extra_scripts/convert_vissl_to_torchvision.py',
          'classy_state_dict/base_model/model/trunk', normalization=IMAGENET),
+    Rule('DINO, iBOT in one state dict', r'(.*\.)?teacher\.((dino|ibot)_head|head\.last_layer)\.',
+         ('teacher.backbone.', 'teacher.', 'model.teacher.backbone.', 'model.teacher.'), 'teacher', TEACHER,
+         'facebookresearch/dinov2 dinov2/train/ssl_meta_arch.py; facebookresearch/dino vision_transformer.py',
+         normalization=IMAGENET),
     Rule('DINOv2 training', r'(dino_head|ibot_head)\.', ('backbone.',), 'teacher', TEACHER,
          'facebookresearch/dinov2 dinov2/train/train.py', 'teacher', normalization=IMAGENET),
     Rule('iBOT', r'backbone\.(mask_token|masked_embed)', ('backbone.',), 'teacher', TEACHER,
@@ -129,17 +136,37 @@ RULES = (  # the most specific first; the last one matches any file, which is th
          'bytedance/ibot README.md', normalization=IMAGENET),
     Rule('DINOv2', r'(mask_token|register_tokens)$', ('',), 'teacher', TEACHER,
          'facebookresearch/dinov2 dinov2/hub/backbones.py', container='|model|state_dict', normalization=IMAGENET),
-    Rule('Hugging Face ResNet', r'(resnet\.)?embedder\.embedder\.', ('', 'resnet.'), 'encoder', ONLY,
-         'huggingface/transformers models/resnet'),
-    Rule('Hugging Face ConvNeXt', r'(convnext\.)?encoder\.stages\.\d+\.layers\.\d+\.dwconv', ('', 'convnext.'),
-         'encoder', ONLY, 'huggingface/transformers models/convnext'),
-    Rule('Hugging Face Swin', r'(swin\.)?encoder\.layers\.\d+\.blocks\.\d+\.attention', ('', 'swin.'), 'encoder', ONLY,
-         'huggingface/transformers models/swin'),
+    Rule('torchvision',
+         r'(encoder\.layers\.encoder_layer_0|features\.1\.0\.(attn|block)|trunk_output\.block1)\.', ('',), 'encoder',
+         ONLY, 'pytorch/vision torchvision/models, their weights', normalization=IMAGENET),
+    Rule('Hugging Face ResNet, RegNet', r'(\w+\.)?embedder\.embedder\.', ('', 'resnet.', 'regnet.'), 'encoder', ONLY,
+         'huggingface/transformers models/resnet, models/regnet'),
+    Rule('Hugging Face PVTv2, Hiera',
+         r'(\w+\.)?encoder\.(layers\.\d+\.patch_embedding|stages\.\d+\.layers\.\d+\.attn)\.', ('', 'pvt_v2.', 'hiera.'),
+         'encoder', ONLY, 'huggingface/transformers models/pvt_v2, models/hiera'),
+    Rule('Hugging Face ConvNeXt', r'(\w+\.)?encoder\.stages\.\d+\.layers\.\d+\.dwconv',
+         ('', 'convnext.', 'convnextv2.'), 'encoder', ONLY,
+         'huggingface/transformers models/convnext, models/convnextv2'),
+    Rule('Hugging Face Swin', r'(\w+\.)?encoder\.layers\.\d+\.blocks\.\d+\.attention', ('', 'swin.', 'swinv2.'),
+         'encoder', ONLY, 'huggingface/transformers models/swin, models/swinv2'),
     Rule('Hugging Face CLIP', r'(vision_model\.)?pre_layrnorm', ('vision_model.', ''), 'image tower', ONLY,
          'huggingface/transformers models/clip, CLIPImageProcessor', normalization=CLIP, quick_gelu=None),
-    Rule('Hugging Face ViT, MAE, DINOv2', r'(\w+\.)?encoder\.layer\.\d+\.attention',
-         ('', 'vit.', 'dinov2.', 'dinov2_with_registers.', 'model.'), 'encoder', ONLY,
-         'huggingface/transformers models/vit, models/vit_mae, models/dinov2'),
+    Rule('InternViT', r'(.*\.)?encoder\.layers?\.\d+\.(ls1$|attention\.projection_layer)',
+         ('', 'vision_model.', 'vision_tower.', 'model.vision_tower.'), 'image tower', ONLY,
+         'OpenGVLab/InternVL modeling_intern_vit.py; huggingface/transformers models/internvl', normalization=IMAGENET),
+    Rule('Hugging Face SigLIP', r'(vision_model\.)?(head\.probe|embeddings\.patch_embedding\.)', ('vision_model.', ''),
+         'image tower', ONLY, 'huggingface/transformers models/siglip, models/siglip2, SiglipImageProcessor',
+         normalization=INCEPTION),
+    Rule('Hugging Face DINOv3', r'(model\.)?(layer\.\d+\.mlp\.up_proj|stages\.\d+\.layers\.\d+\.depthwise_conv)', ('',),
+         'teacher', TEACHER, 'huggingface/transformers models/dinov3_vit, models/dinov3_convnext'),
+    Rule('Hugging Face BEiT, data2vec', r'(\w+\.)?(encoder\.layer|layers)\.\d+\.lambda_1$',
+         ('', 'beit.', 'data2vec_vision.'), 'encoder', ONLY,
+         'huggingface/transformers models/beit, models/data2vec'),
+    Rule('Hugging Face ViT, MAE, DINOv2', r'(\w+\.)?(encoder\.layer\.\d+\.attention|layers\.\d+\.attention\.o_proj)',
+         ('', 'vit.', 'deit.', 'ijepa.', 'dinov2.', 'dinov2_with_registers.', 'model.'), 'encoder', ONLY,
+         'huggingface/transformers models/vit, models/vit_mae, models/dinov2, models/deit, models/ijepa'),
+    Rule('Hugging Face AIMv2', r'(\w+\.)?encoder\.layers\.\d+\.rms_norm1', ('', 'vision_model.'), 'image tower', ONLY,
+         'huggingface/transformers models/aimv2', normalization=CLIP),
     Rule('plain backbone', r'.', ('',), 'encoder', ONLY,
          'Barlow Twins, VICReg, DINO and MAE as released; BYOL converted from JAX; timm', quick_gelu=None),
 )
@@ -151,13 +178,18 @@ WRAPPERS = ('module', '_orig_mod', '_fsdp_wrapped_module', '_checkpoint_wrapped_
 
 # Names that may be left over under the prefix without harm: heads, queues and buffers of the pretraining
 HEADS = (
-    r'(fc|head|heads|head_dense|classifier|pooler|visual_projection|attnpool|pre_logits|lm_head|proj)(\.|$)'
+    r'(fc|head|heads|head_dense|classifier|pooler|visual_projection|attnpool|attn_pool|pre_logits|lm_head|proj)(\.|$)'
     r'|(projector|projection_head|prediction_head|predictor|prototypes|neck|contrast|queue|momentum|decoder)'
+    r'|(cls_classifier|distillation_classifier|heads\.head|multi_modal_projector)\.'
     r'|(mask_token|masked_embed|logit_scale|logit_bias|norms\.|local_cls_norm|embeddings\.mask_token)'
-    r'|.*(num_batches_tracked|relative_position_index|attn_mask|position_ids|rope_embed\.periods|bias_mask)$'
+    r'|.*(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)$'
+    r'|.*(position_ids|rope_embed\.periods|bias_mask)$'
 )
-# Names that must not be left over: blocks of the network that the model does not have
-BLOCKS = r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages)\.'
+# Names that must not be left over: parts of the network that the model does not have
+BLOCKS = (
+    r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages|s\d+\.b\d+|rel_pos_bias)\.'
+    r'|(dist|reg)_token$'
+)
 
 
 class Refusal(NamedTuple):

@@ -1,0 +1,10 @@
+"""How each library names the tensors of its networks, as tables that lead to the names of timm"""
+
+from typing import Tuple
+
+from .others import RENAMES as OTHERS
+from .rename import Rename
+from .torchvision import RENAMES as TORCHVISION
+from .transformers import RENAMES as TRANSFORMERS
+
+RENAMES: Tuple[Rename, ...] = (*OTHERS, *TORCHVISION, *TRANSFORMERS)
