@@ -93,6 +93,18 @@ def test_what_is_converted_is_what_training_reads(tmp_path):
         assert (output / split / 'images' / 'b.png').stat().st_nlink == 2
 
 
+def test_the_smaller_of_two_instances_covers_and_of_equal_ones_the_last(tmp_path):
+    save_image(tmp_path / 'a.png', (8, 1))
+    runs = {18: [0, 3, 5], 3: [2, 3, 3], 90: [4, 4]}  # columns 0 to 2, 2 to 4 and 4 to 7: the first two are equal
+    for order, expected in (((18, 3, 90), [2, 2, 1, 1, 1, 3, 3, 3]), ((90, 3, 18), [2, 2, 2, 1, 1, 3, 3, 3])):
+        annotations = [
+            {'image_id': 1, 'category_id': key, 'segmentation': {'size': [1, 8], 'counts': runs[key]}} for key in order
+        ]
+        image = {'id': 1, 'file_name': 'a.png', 'width': 8, 'height': 1}
+        path = write_json(tmp_path / 'a.json', {**coco_data(), 'images': [image], 'annotations': annotations})
+        assert open_coco(str(path), str(tmp_path)).splits[''][0].draw().tolist() == [expected]
+
+
 def test_a_category_called_background_is_class_0(tmp_path):
     data = coco_data()
     data['categories'][2]['name'] = 'Background'
