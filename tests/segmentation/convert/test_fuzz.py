@@ -47,7 +47,7 @@ def damage(data, draws):
 def test_damaged_annotations_are_converted_or_refused(tmp_path, kind):
     path = write_coco(tmp_path) if kind == 'coco' else write_labelme(tmp_path)
     data, draws = json.loads(path.read_text()), np.random.default_rng(0)
-    outcomes = {True: 0, False: 0}
+    converted, refusals = 0, []
     for number in range(150):
         write_json(path, damage(data, draws))
         try:
@@ -57,9 +57,8 @@ def test_damaged_annotations_are_converted_or_refused(tmp_path, kind):
                 plan = open_labelme(str(tmp_path))
             assert all(sample.draw().dtype == np.uint8 for sample in plan.splits[''])
             assert plan.describe()
-            outcomes[True] += 1
+            converted += 1
         except ValueError as e:
-            assert str(e).startswith('Expected'), e
-            assert len(str(e)) < 1000
-            outcomes[False] += 1
-    assert min(outcomes.values()) > 20
+            refusals.append(str(e))
+    assert min(converted, len(refusals)) > 20
+    assert [text for text in refusals if not text.startswith('Expected') or len(text) > 1000] == []
