@@ -37,6 +37,7 @@ def calls(monkeypatch):
             ['predict', 'RUN', 'IMAGES', '--output', 'MASKS'],
         ),
         ('sample FOLDER', 'segmentation.__main__', ['sample', 'FOLDER']),
+        ('masks convert ade20k DIR', 'segmentation.convert.__main__', ['convert', 'ade20k', 'DIR']),
         ('checkpoint inspect FILE', 'checkpoint.__main__', ['inspect', 'FILE']),
         ('hub push RUN owner/name', 'hub.__main__', ['push', 'RUN', 'owner/name']),
         ('hub --help', 'hub.__main__', ['--help']),

@@ -19,6 +19,7 @@ TIERS = [
     ('loss', 'checkpoint', 'export', 'report'),
     ('task', 'hub'),
     ('segmentation/data',),
+    ('segmentation/convert',),
     tuple(f'segmentation/{name}' for name in ('anchors', 'decoder', 'dense', 'feature_maps', 'locate')),
     ('segmentation/model',),
     ('segmentation/task', 'segmentation/export', 'segmentation/predict'),

@@ -34,6 +34,7 @@ class SegmentationEvaluator:
 
     Raises:
         ImportError: torchmetrics is not installed.
+        ValueError: There are less than 2 classes.
     """
 
     def __init__(
@@ -51,6 +52,11 @@ class SegmentationEvaluator:
                 "Validation of a segmentation needs torchmetrics: pip install 'timm-coretune[seg]'"
             ) from e
 
+        if num_classes < 2:
+            raise ValueError(
+                f'Expected at least 2 classes, got {num_classes}. Masks have a class for the background too: check '
+                'num_classes, and which values the masks have.'
+            )
         self.num_classes = num_classes
         self.class_names = complete_names(class_names, num_classes)
         self.ignore_index = ignore_index

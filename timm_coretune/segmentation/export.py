@@ -13,7 +13,6 @@ from timm.utils import unwrap_model
 
 from ..export import create_config, save_weights, write_json
 from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME, read_json
-from .data.masks import IGNORE_INDEX
 from .locate import find_model_files
 from .model import SegmentationModel, create_segmentation_model
 
@@ -40,7 +39,6 @@ def write_segmentation_config(
         head=model.head,
         num_classes=model.num_classes,
         class_names=None if class_names is None else list(class_names),
-        ignore_index=IGNORE_INDEX,
         img_size=list(model.img_size),
         mean=list(data_config['mean']),
         std=list(data_config['std']),

@@ -14,8 +14,7 @@ from tqdm import tqdm
 from ..data.images import convert, is_hidden, reason_of, upright
 from ..report.plots import plot_segmentation
 from .data.dataset import SegmentationDataset
-from .data.folders import IMAGE_EXTENSIONS
-from .data.masks import IGNORE_INDEX
+from .data.pairs import IMAGE_EXTENSIONS
 from .data.palette import voc_palette, write_mask
 from .data.transforms import create_eval_transform, restore
 from .model import SegmentationModel
@@ -122,4 +121,4 @@ def draw_predictions(model: SegmentationModel, dataset: SegmentationDataset, pat
     samples = [dataset[index] for index in range(min(num_images, len(dataset)))]
     images, masks = [image for image, _ in samples], [mask for _, mask in samples]
     predictions = [predict_image(model, image) for image in images]
-    plot_segmentation(images, masks, predictions, voc_palette(), dataset.class_names, path, IGNORE_INDEX)
+    plot_segmentation(images, masks, predictions, voc_palette(), dataset.class_names, path, dataset.ignore_index)

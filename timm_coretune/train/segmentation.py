@@ -56,6 +56,11 @@ def _read_names(path: str) -> Optional[List[str]]:
         raise ValueError(f'Expected the name of a class in each line of --class-map {path!r}: {e}') from e
 
 
+def _ignore_index(data: DataSettings) -> int:
+    """Value of the pixels that are left out, in all masks behind the data sets. Those that were mapped have 255."""
+    return IGNORE_INDEX if data.remap_masks else data.ignore_index
+
+
 def _identities(dataset: SegmentationDataset) -> Iterable[str]:
     """What tells the images of a data set apart: their files, or else the names that they have in messages."""
     images = getattr(dataset.source, 'images', None)
@@ -77,11 +82,18 @@ def open_datasets(settings: Settings) -> Datasets:
     names = [data.train_split] if trains or data.remap_masks else []
     names += [data.val_split] if data.val_split else []
     sources = [open_source(data.dataset, root, name, **options) for name in names]
-    sources = map_masks(sources, data.mask_colors, data.remap_masks, data.reduce_zero_label, class_names)
+    sources = map_masks(
+        sources, data.mask_colors, data.remap_masks, data.reduce_zero_label, class_names, data.ignore_index
+    )
     if isinstance(sources[0], MappedSource):
         class_names = sources[0].class_names
     reduces_zero = data.reduce_zero_label and not data.remap_masks  # then it is mapped already
-    create = partial(create_dataset, reduce_zero_label=reduces_zero, img_mode=get_img_mode(data))
+    create = partial(
+        create_dataset,
+        reduce_zero_label=reduces_zero,
+        img_mode=get_img_mode(data),
+        ignore_index=_ignore_index(data),
+    )
     train: Any = None
     validation = known = None
     if trains:
@@ -148,7 +160,9 @@ def _create_train_loader(
     if settings.no_aug or interpolation not in INTERPOLATIONS:  # such as 'random', the default
         interpolation = data_config['interpolation']
     if settings.no_aug:
-        dataset.transform = create_eval_transform(size, **normalization, interpolation=interpolation)
+        dataset.transform = create_eval_transform(
+            size, **normalization, interpolation=interpolation, ignore_index=_ignore_index(settings)
+        )
     else:
         dataset.transform = create_train_transform(
             size,
@@ -180,6 +194,7 @@ def _create_validation_loader(
         mean=data_config['mean'],
         std=data_config['std'],
         interpolation=data_config['interpolation'],
+        ignore_index=_ignore_index(settings),
     )
     order = None
     if accelerator.num_processes > 1:
@@ -213,11 +228,13 @@ def create_task(settings: Settings, model: nn.Module, device: torch.device, verb
         return SegmentationTask(
             cast(SegmentationModel, model),
             anchors_per_image=loss.anchors_per_image,
+            ignore_index=_ignore_index(settings.data),
             **loss.coretune_kwargs(),
             generator=torch.Generator().manual_seed(settings.loop.seed),
             **common,
         )
-    return ClassificationTask(model, criterion=DenseCrossEntropy(IGNORE_INDEX, loss.smoothing), **common)
+    criterion = DenseCrossEntropy(_ignore_index(settings.data), loss.smoothing)
+    return ClassificationTask(model, criterion=criterion, **common)
 
 
 def create_evaluator(
@@ -227,7 +244,7 @@ def create_evaluator(
     device: torch.device,
 ) -> SegmentationEvaluator:
     """Create what computes the validation metrics."""
-    return SegmentationEvaluator(num_classes, class_names, device=device)
+    return SegmentationEvaluator(num_classes, class_names, _ignore_index(settings.data), device)
 
 
 def save_config(

@@ -99,7 +99,7 @@ def test_grey_masks_keep_their_values_up_to_32_bits(tmp_path, dtype, values):
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA'])
 def test_a_mask_of_colours_is_refused_by_name(mode):
     with pytest.raises(ValueError, match=rf'masks/a\.png, got an image of mode {mode}\. Convert'):
-        read_mask(Image.new(mode, (3, 2)), 'masks/a.png')
+        read_mask(Image.new(mode, (3, 2), {'LA': (1, 0)}.get(mode, (1, 2, 3))), 'masks/a.png')
 
 
 def test_a_mask_of_another_size_is_refused_with_both_sizes():
@@ -225,7 +225,7 @@ def test_items_that_do_not_fit_name_their_file(tmp_path):
         save_pair(tmp_path / 'images', tmp_path / 'masks', stem, 1)
     save(tmp_path / 'masks' / 'a.png', np.full((4, 6), 9, np.uint8))
     save(tmp_path / 'masks' / 'b.png', np.full((4, 5), 1, np.uint8))
-    save(tmp_path / 'masks' / 'c.png', np.zeros((4, 6, 3), np.uint8))
+    save(tmp_path / 'masks' / 'c.png', np.full((4, 6, 3), (1, 0, 0), np.uint8))
     (tmp_path / 'masks' / 'd.png').write_bytes((tmp_path / 'masks' / 'd.png').read_bytes()[:40])
     dataset = open_dataset('', str(tmp_path), 'train', num_classes=2, hold_out=False)
     for index, problem in enumerate(['the value 9 in', '6 x 4 pixels', 'mode RGB', 'can be read']):

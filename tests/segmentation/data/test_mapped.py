@@ -69,7 +69,7 @@ def test_splits_are_compared_with_each_other(tmp_path):
         ([[BLACK, RED], [BLACK, RED, GREEN]], [[0, 1], [0, 2]], ()),  # one has less entries
         ([[BLACK, RED, BLUE], [BLACK, RED, GREEN]], [[0, 1], [0, 2]], ()),  # blue is not used
         ([None, [BLACK, RED]], [[0, 1], [0, 1]], ()),  # a grey one beside
-        ([[GREEN] * 255 + [RED], [GREEN] * 255 + [BLUE]], [[0, 255], [0, 255]], ()),  # the ignored index
+        ([[GREEN] * 255 + [RED], [GREEN] * 255 + [BLUE]], [[0, 255], [1, 255]], ()),  # the ignored index
         ([[RED, GREEN], [BLUE, GREEN]], [[0, 1], [0, 1]], ('--reduce-zero-label',)),
     ],
     ids=['shorter', 'unused', 'grey', 'ignored', 'reduced'],

@@ -13,12 +13,13 @@ from ...data.images import convert, reason_of, upright
 from .folders import Source, open_folders, read_lines
 from .libraries import HfSource, TorchvisionSource
 from .mapped import map_masks
-from .masks import IGNORE_INDEX, WrongMaskError, check_mask, count_classes, read_mask
+from .masks import IGNORE_INDEX, WrongMaskError, check_mask, count_classes, ignored_value, read_mask, replace
 from .scenes import FashionScenes
 
 _logger = logging.getLogger(__name__)
 
 IMAGE_MODES = ('RGB', 'L')
+MAX_CLASSES = IGNORE_INDEX
 
 
 class SegmentationDataset(Dataset):
@@ -36,6 +37,8 @@ class SegmentationDataset(Dataset):
         class_names: Names of the classes by index.
         reduce_zero_label: Ignore the value 0 in the masks and lower all other classes by one, as for ADE20K.
         img_mode: PIL mode of the images, RGB or L.
+        ignore_index: Value of the pixels to leave out, in the files of the masks and in the items. A source that marks
+            these pixels by a value of its own, as one of torchvision does, has them marked by this one in the items.
 
     Attributes:
         transform: Function that takes and returns an image and its mask, None to leave them as they are.
@@ -51,11 +54,17 @@ class SegmentationDataset(Dataset):
         class_names: Optional[Sequence[str]] = None,
         reduce_zero_label: bool = False,
         img_mode: str = 'RGB',
+        ignore_index: int = IGNORE_INDEX,
     ):
-        if not 1 <= num_classes <= IGNORE_INDEX:
+        if not 1 <= num_classes <= MAX_CLASSES:
             raise ValueError(
-                f'Expected 1 to {IGNORE_INDEX} classes, as the value {IGNORE_INDEX} marks pixels to leave out, got '
-                f'{num_classes}. Check the masks, such as {source.name(0)}.'
+                f'Expected 1 to {MAX_CLASSES} classes, as predicted masks are files of bytes in which {IGNORE_INDEX} '
+                f'marks pixels to leave out, got {num_classes}. Check the masks, such as {source.name(0)}.'
+            )
+        if reduce_zero_label and 0 <= ignore_index < num_classes:
+            raise ValueError(
+                f'Expected an ignore_index that is no class with reduce_zero_label, which ignores 0 already, got '
+                f'{ignore_index} with {num_classes} classes. Leave one of the two out.'
             )
         if class_names is not None and len(class_names) != num_classes:
             raise ValueError(
@@ -70,6 +79,7 @@ class SegmentationDataset(Dataset):
         self.class_names = None if class_names is None else list(class_names)
         self.reduce_zero_label = reduce_zero_label
         self.img_mode = img_mode
+        self.ignore_index = ignore_index
         self.transform: Optional[Callable[[Any, Any], Tuple[Any, Any]]] = None
         self._says_stored = False  # whether it was logged that an image is not turned
 
@@ -86,8 +96,11 @@ class SegmentationDataset(Dataset):
             raise
         except Exception as e:  # decoders raise errors of many kinds
             raise ValueError(f'Expected an image and a mask that can be read for {name}: {reason_of(e)}.') from e
-        indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label)
-        check_mask(indices, self.num_classes, name)
+        marker = ignored_value(self.source, self.ignore_index)
+        indices = read_mask(loaded_mask, name, loaded_image.size, self.reduce_zero_label, marker)
+        if marker != self.ignore_index:
+            indices = replace(indices, indices == marker, self.ignore_index)
+        check_mask(indices, self.num_classes, name, self.ignore_index)
         image, mask = tv_tensors.Image(functional.pil_to_tensor(loaded_image)), tv_tensors.Mask(indices)
         return (image, mask) if self.transform is None else self.transform(image, mask)
 
@@ -118,6 +131,7 @@ def open_dataset(
     target_key: Optional[str] = None,
     download: bool = False,
     hold_out: bool = True,
+    ignore_index: int = IGNORE_INDEX,
 ) -> SegmentationDataset:
     """Open a split of a data set.
 
@@ -136,14 +150,15 @@ def open_dataset(
         target_key: Column with the masks, for data sets of Hugging Face.
         download: Let torchvision download missing data.
         hold_out: Keep every tenth image for validation if folders have no splits.
+        ignore_index: Value of the pixels to leave out, in the files and in the items.
 
     Raises:
         ValueError: The data do not exist, or do not fit the arguments.
     """
     source = open_source(name, root, split, input_key, target_key, download, hold_out)
-    (source,) = map_masks([source], reduce_zero_label=reduce_zero_label)
+    (source,) = map_masks([source], reduce_zero_label=reduce_zero_label, ignore_index=ignore_index)
     class_names = class_names or read_class_names(root)
-    return create_dataset(source, num_classes, class_names, reduce_zero_label, img_mode)
+    return create_dataset(source, num_classes, class_names, reduce_zero_label, img_mode, ignore_index)
 
 
 def open_source(
@@ -173,12 +188,13 @@ def create_dataset(
     class_names: Optional[Sequence[str]] = None,
     reduce_zero_label: bool = False,
     img_mode: str = 'RGB',
+    ignore_index: int = IGNORE_INDEX,
 ) -> SegmentationDataset:
     """Create the data set of a source. Number and names of classes come from the source where they are None."""
     class_names = class_names or source.class_names
     if num_classes is None:
-        num_classes = len(class_names) if class_names else count_classes(source, reduce_zero_label)
-    return SegmentationDataset(source, num_classes, class_names, reduce_zero_label, img_mode)
+        num_classes = len(class_names) if class_names else count_classes(source, reduce_zero_label, ignore_index)
+    return SegmentationDataset(source, num_classes, class_names, reduce_zero_label, img_mode, ignore_index)
 
 
 def read_class_names(root: str) -> Optional[List[str]]:

@@ -8,32 +8,33 @@ import glob
 import logging
 import os
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
+from typing import Iterable, List, Optional, Protocol, Sequence, Tuple
 
 from PIL import Image
 
-from ...data.images import is_hidden
+from .masks import open_mask
+from .pairs import IMAGE_EXTENSIONS, contents_of, files_by_stem, find_masks
 from .palette import VOC_CLASSES
 
 _logger = logging.getLogger(__name__)
 
 TRAIN_SPLITS = ('train', 'training', 'trainval')
 VALIDATION_SPLITS = ('validation', 'val', 'valid', 'eval', 'test')
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
-MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp', '.gif')  # lossless: JPEG would change class indices
 HELD_OUT_EVERY = 10  # without splits, one image of so many is kept for validation
 LAYOUTS = (
     'Either as PASCAL VOC: JPEGImages/, SegmentationClass/ and ImageSets/Segmentation/<split>.txt; or as two folders '
     'images/ and masks/ with files of the same stem: <split>/images and <split>/masks, images/<split> and '
     'masks/<split>, or without splits.'
 )
+CONVERTER = 'Annotations of COCO, Cityscapes, ADE20K and labelme are converted by timm-coretune masks convert.'
 
 
 class Source(Protocol):
     """The images and masks of one split.
 
     A source whose masks were made by unknown programs has a method `load_mask(index)` too, which opens a mask without
-    its image. The palettes of its masks are compared.
+    its image. The palettes of its masks are compared. A source that marks pixels to ignore itself has an attribute
+    `ignore_index`, the value that it marks them by.
     """
 
     @property
@@ -67,10 +68,10 @@ class FileSource:
         return len(self.images)
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
-        return Image.open(self.images[index]), Image.open(self.masks[index])
+        return Image.open(self.images[index]), open_mask(self.masks[index])
 
     def load_mask(self, index: int) -> Image.Image:
-        return Image.open(self.masks[index])
+        return open_mask(self.masks[index])
 
     def name(self, index: int) -> str:
         return self.masks[index]
@@ -132,8 +133,8 @@ def open_folders(root: str, split: str, hold_out: bool = True) -> FileSource:
         if all(os.path.isdir(os.path.join(entry.path, kind)) for kind in ('images', 'masks'))
     }
     if not splits:
-        problem = 'found neither' if os.path.isdir(root) else 'which does not exist'
-        raise ValueError(f'Expected images and masks in {root!r}, {problem}. {LAYOUTS} Check the path.')
+        problem = f'found neither{contents_of(root)}' if os.path.isdir(root) else 'which does not exist'
+        raise ValueError(f'Expected images and masks in {root!r}, {problem}. {LAYOUTS} {CONVERTER} Check the path.')
     folder = os.path.join(root, resolve_split(split, splits, root))
     return _pair(os.path.join(folder, 'images'), os.path.join(folder, 'masks'))
 
@@ -179,21 +180,12 @@ def _open_pair(root: str, split: str, hold_out: bool) -> FileSource:
     return FileSource([whole.images[index] for index in chosen], [whole.masks[index] for index in chosen])
 
 
-def _files_by_stem(folder: str, extensions: Tuple[str, ...]) -> Dict[str, str]:
-    """Files of a folder by stem. Of files with the same stem the one whose extension is listed first counts."""
-    found: Dict[str, str] = {}
-    if not os.path.isdir(folder):
-        raise ValueError(f'Expected a folder {folder!r}, which does not exist. {LAYOUTS}')
-    names = [entry for entry in sorted(os.listdir(folder)) if entry.lower().endswith(extensions)]
-    names = [name for name in names if not is_hidden(name)]
-    for name in sorted(names, key=lambda name: extensions.index(os.path.splitext(name)[1].lower())):
-        found.setdefault(os.path.splitext(name)[0], os.path.join(folder, name))
-    return found
-
-
 def _pair(images: str, masks: str, listed: Optional[str] = None, class_names: Optional[List[str]] = None) -> FileSource:
     """Pair images with masks of the same stem, in the order of the list of the split or else sorted by name."""
-    image_files, mask_files = _files_by_stem(images, IMAGE_EXTENSIONS), _files_by_stem(masks, MASK_EXTENSIONS)
+    for folder in (images, masks):
+        if not os.path.isdir(folder):
+            raise ValueError(f'Expected a folder {folder!r}, which does not exist. {LAYOUTS}')
+    image_files = files_by_stem(images, IMAGE_EXTENSIONS)
     stems = sorted(image_files)
     if listed is not None:
         lines = read_lines(listed)
@@ -202,11 +194,7 @@ def _pair(images: str, masks: str, listed: Optional[str] = None, class_names: Op
             if stem not in image_files:
                 raise ValueError(f'Expected an image {stem!r} in {images!r}, as {listed!r} lists it, found none.')
     if not stems:
-        raise ValueError(f'Expected images in {listed or images!r}, found none. {LAYOUTS}')
-    for stem in stems:
-        if stem not in mask_files:
-            raise ValueError(
-                f'Expected a mask {stem} in {masks!r} for the image {image_files[stem]!r}, found none with one of '
-                f'the endings {", ".join(MASK_EXTENSIONS)}. Add it, or leave the image out.'
-            )
-    return FileSource([image_files[stem] for stem in stems], [mask_files[stem] for stem in stems], class_names)
+        raise ValueError(
+            f'Expected images in {listed or images!r}, found none{"" if listed else contents_of(images)}. {LAYOUTS}'
+        )
+    return FileSource([image_files[stem] for stem in stems], find_masks(masks, image_files, stems), class_names)

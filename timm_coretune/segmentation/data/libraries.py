@@ -85,6 +85,8 @@ class TorchvisionSource:
         ValueError: There is no such data set or split, or its data are missing.
     """
 
+    ignore_index = IGNORE_INDEX
+
     def __init__(self, name: str, root: str, split: str, download: bool = False):
         kind = TORCHVISION_KINDS.get(name.removeprefix('torch/'))
         if kind is None:

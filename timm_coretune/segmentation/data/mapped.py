@@ -12,7 +12,15 @@ from PIL import Image
 
 from ...data.images import upright
 from .folders import Source, read_lines
-from .masks import IGNORE_INDEX, WrongMaskError, find_values, read_mask, write_ranges
+from .masks import (
+    IGNORE_INDEX,
+    WrongMaskError,
+    ask_about_255,
+    find_values,
+    ignored_value,
+    read_mask,
+    write_ranges,
+)
 from .palettes import compare_palettes
 
 _logger = logging.getLogger(__name__)
@@ -29,6 +37,8 @@ class MappedSource:
         to_classes: Takes a mask and its name, and returns class indices uint8 (H, W).
         class_names: Names of the classes by index.
     """
+
+    ignore_index = IGNORE_INDEX
 
     def __init__(
         self,
@@ -104,10 +114,11 @@ class ByColor:
     Args:
         colors: All colours that masks may have.
         path: File with these colours, for messages.
+        flag: Name of the argument for this file, for messages.
     """
 
-    def __init__(self, colors: Sequence[ColorClass], path: str):
-        self.path = path
+    def __init__(self, colors: Sequence[ColorClass], path: str, flag: str = '--mask-colors'):
+        self.path, self.flag = path, flag
         ordered = sorted(colors, key=lambda entry: entry.color)
         self.codes = np.array([(r << 16) + (g << 8) + b for (r, g, b), _, _ in ordered])
         self.classes = np.array([entry.label for entry in ordered], np.uint8)
@@ -122,7 +133,7 @@ class ByColor:
         if unknown.any():
             first = tuple(int(value) for value in pixels[unknown][0])
             raise WrongMaskError(
-                f'Expected only colours that --mask-colors {self.path!r} lists, got {first} in {unknown.sum()} of '
+                f'Expected only colours that {self.flag} {self.path!r} lists, got {first} in {unknown.sum()} of '
                 f'{unknown.size} pixels of {name}. Add a line `{" ".join(map(str, first))} name`, or `... ignore`.'
             )
         return self.classes[places]
@@ -159,6 +170,7 @@ def map_masks(
     remap: bool = False,
     reduce_zero_label: bool = False,
     class_names: Optional[Sequence[str]] = None,
+    ignore_index: int = IGNORE_INDEX,
 ) -> List[Source]:
     """Make sure that a value of a mask is the same class in all masks of all splits, by mapping them if asked to.
 
@@ -170,19 +182,22 @@ def map_masks(
         reduce_zero_label: Whether the value 0 is ignored. With remap the sources that are returned have it ignored.
         class_names: Names of the values, one for each that occurs or one for each up to the highest. When None their
             numbers. For remap alone.
+        ignore_index: Value of the pixels to ignore. The masks of a source that was mapped have 255 in its place.
 
     Raises:
-        ValueError: A used index of a palette has two colours, or the file of colours is no such file.
+        ValueError: A used index of a palette has two colours, the file of colours is no such file, or the masks have
+            0 and 255 alone and nobody said that 255 is to be ignored.
     """
     if mask_colors and mask_colors != BY_INDEX:
         colors = read_colors(mask_colors)
         names = [entry.name for entry in colors if entry.label != IGNORE_INDEX]
         return [MappedSource(source, ByColor(colors, mask_colors), names) for source in sources]
     if not mask_colors:
-        compare_palettes(sources, reduce_zero_label)
+        compare_palettes(sources, reduce_zero_label, ignore_index)
+        ask_about_255(sources, ignore_index)
     if not remap:
         return list(sources)
-    ignored = [0, IGNORE_INDEX] if reduce_zero_label else [IGNORE_INDEX]
+    ignored = [*([0] if reduce_zero_label else []), ignored_value(sources[0], ignore_index)]
     values = sorted({value for source in sources for value in find_values(source)} - set(ignored))
     if not 1 <= len(values) <= IGNORE_INDEX:
         raise ValueError(

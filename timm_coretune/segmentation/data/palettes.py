@@ -7,12 +7,16 @@ from tqdm import tqdm
 
 from ...data.images import reason_of
 from .folders import Source
-from .masks import IGNORE_INDEX, load_mask
+from .masks import IGNORE_INDEX, ignored_value, load_mask
 
 Color = Tuple[int, ...]
 
 
-def compare_palettes(sources: Sequence[Source], reduce_zero_label: bool = False) -> None:
+def compare_palettes(
+    sources: Sequence[Source],
+    reduce_zero_label: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> None:
     """Check that each palette index which masks use has the same colour in all of them.
 
     Only the headers of the files are read, unless palettes differ. Masks without a palette are passed over, and so are
@@ -21,6 +25,7 @@ def compare_palettes(sources: Sequence[Source], reduce_zero_label: bool = False)
     Args:
         sources: Images and masks, of one split or several.
         reduce_zero_label: Whether the value 0 is ignored.
+        ignore_index: Value of the pixels to ignore.
 
     Raises:
         ValueError: An index has two colours. The message has both, with a file each.
@@ -31,7 +36,7 @@ def compare_palettes(sources: Sequence[Source], reduce_zero_label: bool = False)
         palette = _read(source, index, _palette_of)
         if palette:
             members.setdefault(palette, []).append((source, index))
-    ignored = {IGNORE_INDEX, 0} if reduce_zero_label else {IGNORE_INDEX}
+    ignored = {ignored_value(source, ignore_index) for source in sources} | ({0} if reduce_zero_label else set())
     colors: Dict[int, Tuple[Color, str]] = {}
     doubtful = _find_differences(list(members)) - ignored
     for palette, group in members.items():

@@ -38,6 +38,8 @@ class FashionScenes:
         ValueError: The file cannot be read, has no such split, or its tensors have another dtype or shape.
     """
 
+    ignore_index = IGNORE_INDEX
+
     def __init__(self, path: str, split: str, num_scenes: Optional[int] = None):
         self.split = resolve_split(split, find_splits(path), path)
         image, label, names = read_split(path, self.split)

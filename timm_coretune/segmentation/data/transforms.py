@@ -53,10 +53,18 @@ class FitAndPad(nn.Module):
         img_size: Height and width to return.
         fill: Value of the padding of the image in [0, 1], one for each channel.
         interpolation: Method to resize the image by, a key of INTERPOLATIONS.
+        ignore_index: Value of the padding of the mask.
     """
 
-    def __init__(self, img_size: Tuple[int, int], fill: Sequence[float], interpolation: str):
+    def __init__(
+        self,
+        img_size: Tuple[int, int],
+        fill: Sequence[float],
+        interpolation: str,
+        ignore_index: int = IGNORE_INDEX,
+    ):
         super().__init__()
+        self.ignore_index = ignore_index
         height, width = img_size
         self.img_size = (height, width)
         self.fill = fill
@@ -68,7 +76,8 @@ class FitAndPad(nn.Module):
         image, mask = functional.resize(image, list(size), self.mode), _resize_mask(mask, size)
         padding = [0, 0, self.img_size[1] - size[1], self.img_size[0] - size[0]]
         image = functional.to_dtype(image, torch.float32, scale=True)  # before padding: the fill is no whole number
-        return functional.pad(image, padding, self.fill), functional.pad(mask, padding, IGNORE_INDEX)
+        mask = tv_tensors.Mask(mask.long())  # before padding: any number may mark pixels to ignore
+        return functional.pad(image, padding, self.fill), functional.pad(mask, padding, self.ignore_index)
 
 
 def create_train_transform(
@@ -114,6 +123,7 @@ def create_eval_transform(
     mean: Sequence[float],
     std: Sequence[float],
     interpolation: str = 'bilinear',
+    ignore_index: int = IGNORE_INDEX,
 ) -> v2.Transform:
     """Create the transform of validation: fit the whole image into img_size at its own aspect ratio, and pad.
 
@@ -124,12 +134,13 @@ def create_eval_transform(
         mean: Mean of each channel, subtracted from an image in [0, 1].
         std: Standard deviation of each channel. The image is divided by it after the mean was subtracted.
         interpolation: Method to resize the image by, a key of INTERPOLATIONS.
+        ignore_index: Value that the padding of the mask gets.
 
     Returns:
         A transform that takes tv_tensors.Image uint8 (C, H, W) and tv_tensors.Mask (H, W). It returns two tensors of
         img_size: the image as float32 and the mask as int64.
     """
-    return v2.Compose([FitAndPad(img_size, list(mean), interpolation), *_to_tensors(mean, std)])
+    return v2.Compose([FitAndPad(img_size, list(mean), interpolation, ignore_index), *_to_tensors(mean, std)])
 
 
 def _to_tensors(mean: Sequence[float], std: Sequence[float]) -> Sequence[nn.Module]:

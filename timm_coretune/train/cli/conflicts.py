@@ -153,6 +153,11 @@ def _of_segmentation(settings: Settings) -> Conditions:
             not data.segmentation
             and (model.segmentation_head or data.reduce_zero_label or data.mask_colors or data.remap_masks)
         ),
+        '--ignore-index needs --segmentation': not data.segmentation and data.ignore_index != 255,
+        '--ignore-index: --mask-colors FILE ignores the colours named ignore, and --reduce-zero-label 0; choose one': (
+            data.ignore_index != 255
+            and (data.mask_colors not in ('', 'index') or (data.ignore_index == 0 and data.reduce_zero_label))
+        ),
         '--mask-colors FILE: the file says which colour is which class, and which to ignore; not with --remap-masks, '
         '--reduce-zero-label or --class-map': (
             data.mask_colors not in ('', 'index') and (data.remap_masks or data.reduce_zero_label or data.class_map)

@@ -126,6 +126,7 @@ class DataSettings:
         '', 'file of the colour of each class in masks; index: palette indices are the classes', 'FILE'
     )
     remap_masks: bool = flag(False, 'number the values that occur in masks from 0 on, in their order')
+    ignore_index: int = flag(255, 'mask value of the pixels that are neither trained on nor scored')
 
     @property
     def mixes_pixels(self) -> bool:
