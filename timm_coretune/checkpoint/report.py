@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Tuple
+from typing import Any, Dict, Iterable, Mapping, Tuple
 
 from ..listing import shorten
 
@@ -12,10 +12,15 @@ def few(names: Iterable[str], most: int = 5) -> str:
     return shorten(sorted(names), most) or 'none'
 
 
+def count_objects(counts: Mapping[str, int]) -> str:
+    """Classes and how many objects there are of each, as text."""
+    return few(name if number == 1 else f'{name} ({number})' for name, number in counts.items() if number > 0)
+
+
 def by_head(names: Iterable[str]) -> str:
     """Count names by their part before the first dot, as text."""
     counts = Counter(name.partition('.')[0] for name in names)
-    return ', '.join(f'{head} ({n})' for head, n in sorted(counts.items())) or 'none'
+    return few((f'{head} ({n})' for head, n in counts.items()), 20)
 
 
 @dataclass(frozen=True)
