@@ -9,7 +9,7 @@ from timm.models import create_model, is_model
 
 from ..timm_model import create_target
 from .differences import contradictions
-from .mapping import search, state_dicts, strip
+from .mapping import MIN_SHARE, search, state_dicts, strip
 from .pretraining import resampled_patches
 from .read import Checkpoint
 
@@ -98,8 +98,12 @@ def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[s
     """
     found: List[str] = []
     resampling: List[str] = []  # these fit too, but have patches of another size
+    elements = [sum(tensor.numel() for tensor in tensors.values()) for _, tensors in state_dicts(checkpoint.tree)]
     for description in candidates(checkpoint):
         target = create_target(build_on_meta(description))
+        # what is resized, such as position embeddings, is a small part of a network
+        if max(elements) < MIN_SHARE * sum(target.shapes[name].numel() for name in target.backbone):
+            continue
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
             containers = dict(state_dicts(checkpoint.tree))

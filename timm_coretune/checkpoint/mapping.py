@@ -38,6 +38,7 @@ class Mapping(NamedTuple):
         missing: Names of the backbone's tensors that the file does not fill.
         wrong_shape: Shape in the file of each missing tensor that the file has in another shape.
         left_over: Names under the prefix that the model does not have.
+        blocks: Names left over that belong to blocks of the network, not to a head: the file has another network.
     """
 
     container: str
@@ -48,11 +49,7 @@ class Mapping(NamedTuple):
     missing: Tuple[str, ...]
     wrong_shape: Dict[str, Tuple[int, ...]]
     left_over: Tuple[str, ...]
-
-    @property
-    def blocks(self) -> Tuple[str, ...]:
-        """Names left over that belong to blocks of the network, not to a head: the file has another network."""
-        return tuple(name for name in self.left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked'))
+    blocks: Tuple[str, ...]
 
     @property
     def complete(self) -> bool:
@@ -67,6 +64,9 @@ class Mapping(NamedTuple):
 
 def unwrap(tensors: Tensors) -> Tensors:
     """Remove the names of torch's wrappers (`module.`, `_orig_mod.`, ...) from the keys, wherever they stand."""
+    keys = '\n'.join(tensors)
+    if not any(f'{wrapper}.' in keys for wrapper in WRAPPERS):  # as in most files; a search of each key takes longer
+        return tensors
     unwrapped = {_WRAPPER.sub('', key): tensor for key, tensor in tensors.items()}
     return unwrapped if len(unwrapped) == len(tensors) else tensors
 
@@ -148,6 +148,7 @@ def read_names(target: Target, container: str, prefix: str, tensors: Tensors, ru
 
     def mapping(names: str, candidate: Tensors) -> Mapping:
         fitting, wrong_shape = _fit(target, candidate)
+        left_over = sorted(candidate.keys() - target.shapes.keys())
         return Mapping(
             container,
             prefix,
@@ -156,7 +157,8 @@ def read_names(target: Target, container: str, prefix: str, tensors: Tensors, ru
             fitting,
             tuple(sorted(target.backbone - fitting.keys())),
             wrong_shape,
-            tuple(sorted(candidate.keys() - target.shapes.keys())),
+            tuple(left_over),
+            tuple(name for name in left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked')),
         )
 
     namings = _namings(target, strip(tensors, prefix))

@@ -182,7 +182,8 @@ def _report(
     source = _source(checkpoint, mapping)
     storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
     outside = [key for key in container if not key.startswith(mapping.prefix)]
-    under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]
+    blocks = set(mapping.blocks)
+    under = [mapping.prefix + name for name in mapping.left_over if name not in blocks]
     heads = [key for key in under if re.match(HEADS, key[len(mapping.prefix) :])]
     fresh = target.fresh - tensors.keys()
     known = mapping.prefix in mapping.rule.prefixes

@@ -2,11 +2,12 @@
 
 from ...listing import clip
 
-MAX_TENSORS = 100_000  # in one checkpoint, over all its files; those of the known methods have less than 10,000
+MAX_TENSORS = 50_000  # in one checkpoint, over all its files; those of the known methods have less than 10,000
 MAX_KEY = 1_000  # characters of a key
 MAX_DOTS = 50  # in a key
+MAX_ALL_DOTS = 500_000  # in all keys of a file: each part of a key up to a dot may be where the backbone begins
 MAX_DEPTH = 8  # dictionaries that are nested deeper are not searched; the deepest known format, of VISSL, has depth 4
-MAX_OPERATIONS = 10_000_000  # of a pickle; 100,000 tensors need 5 million, and each may make an object of 64 bytes
+MAX_OPERATIONS = 10_000_000  # of a pickle; 50,000 tensors need 2.5 million, and each may make an object of 64 bytes
 MAX_JSON = 50 * 2**20  # bytes of a config, of an index and of the header of a safetensors file
 MAX_UNPACKED = 20  # times its size that an archive may unpack to
 

@@ -7,7 +7,7 @@ from typing import Any, Dict
 import torch
 
 from ...listing import clip
-from .limits import MAX_DEPTH, MAX_DOTS, MAX_KEY, MAX_TENSORS, refuse
+from .limits import MAX_ALL_DOTS, MAX_DEPTH, MAX_DOTS, MAX_KEY, MAX_TENSORS, refuse
 from .rebuild import Array
 from .unpickle import Placeholder
 
@@ -29,7 +29,7 @@ def plain_tree(path: str, content: Any, size: int) -> Dict[str, Any]:
     tree: Dict[str, Any] = {}
     queue = collections.deque([('', content, tree, 0)])
     seen = set()
-    tensors = 0
+    tensors, dots = 0, 0
     spend = _Budget(size).spend
     while queue:
         place, node, result, depth = queue.popleft()
@@ -46,10 +46,10 @@ def plain_tree(path: str, content: Any, size: int) -> Dict[str, Any]:
                     queue.append((f'{place}/{key}'.lstrip('/'), inner, result[key], depth + 1))
                     continue
             if isinstance(value, torch.Tensor):
-                tensors += 1
-                if tensors > MAX_TENSORS:
-                    raise refuse(path, f'a file of more than {MAX_TENSORS} tensors', 'Write those of the model alone.')
-                _checked(path, key)
+                tensors, dots = tensors + 1, dots + _checked(path, key).count('.')
+                if tensors > MAX_TENSORS or dots > MAX_ALL_DOTS:
+                    what = f'a file of more than {MAX_TENSORS} tensors, or {MAX_ALL_DOTS} dots in their keys'
+                    raise refuse(path, what, 'Write those of the model alone.')
                 if math.prod(value.shape) * value.element_size() > size:
                     raise refuse(
                         path,
