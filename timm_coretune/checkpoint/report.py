@@ -48,6 +48,7 @@ class CheckpointReport:
         left_over: Keys of the file that belong neither to the backbone nor to a known head.
         data_config: Mean, std and input size of the pretraining images, as far as they are known. Of tuned weights
             with a config.json of the same timm model also interpolation and crop.
+        left_out: Number of objects of each class that a pickle has beside tensors. They were not rebuilt.
         described_by: This config.json, '' if there is none.
         notes: Notes for the user.
         architecture: timm model and its arguments, '' if the report is of `load_checkpoint`.
@@ -74,6 +75,7 @@ class CheckpointReport:
     notes: Tuple[str, ...] = ()
     architecture: str = ''
     described_by: str = ''
+    left_out: Dict[str, int] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:
@@ -110,6 +112,7 @@ class CheckpointReport:
             ('missing', few(self.missing) if self.missing else ''),
             ('dropped', by_head(self.dropped) if self.dropped else ''),
             ('left over', by_head(self.left_over) if self.left_over else ''),
+            ('not read', count_objects(self.left_out) if self.left_out else ''),
             ('data', ', '.join(f'{k} {v}' for k, v in self.data_config.items())),
             *(('note', note) for note in self.notes),
         )
