@@ -15,6 +15,7 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from ..atomic import write_whole
+from ..listing import clip
 from ..run_folder import CONFIG_NAME, Description
 from ..timm_model import create_target
 from .architectures import build_on_meta, candidates, fitting_models
@@ -213,8 +214,11 @@ def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
             parameter.fill_(float('nan'))
     try:
         load_pretrained(checkpoint.files[0])
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise ValueError(f'Expected a JAX archive of a {type(model).__name__} in {checkpoint.source!r}: {e}') from e
+    except Exception as e:  # timm's readers expect an archive of their model, and fail in many ways on others
+        raise ValueError(
+            f'Expected a JAX archive of a {type(model).__name__} in {checkpoint.source!r}, timm cannot read it: '
+            f'{clip(str(e)) or type(e).__name__}. Take the archive of this model, or its PyTorch file.'
+        ) from e
     filled = {name: t for name, t in scratch.state_dict().items() if not t.is_floating_point() or not t.isnan().all()}
     return checkpoint._replace(tree=filled)
 

@@ -128,8 +128,8 @@ def _filtered(target: Target, tensors: Tensors) -> Optional[Tensors]:
         return None
     try:
         return dict(target.filter_fn(dict(tensors), target.model))
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError):
-        return None  # a filter expects a file of its architecture, and fails in many ways on other files
+    except Exception:  # a filter expects a file of its architecture, and fails in many ways on other files
+        return None
 
 
 def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:

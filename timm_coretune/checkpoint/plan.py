@@ -67,7 +67,7 @@ def make_plan(
         # a file with less than half of the network has another network
         partial_allowed = allow_partial and 2 * len(mapping.missing) <= len(target.backbone)
         if frames or (missing and not partial_allowed) or not (allow_partial or allow_differences):
-            raise ValueError(' '.join(refused))
+            raise ValueError(' '.join(refused if missing else [*refused, f'This is about {checkpoint.source!r}.']))
         notes = (' '.join(refused), *notes)
     has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())
     tensors = {

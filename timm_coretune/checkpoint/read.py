@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 
 from .reading.limits import MAX_DEPTH, MAX_JSON, MAX_TENSORS, UnreadableError, refuse, refuse_damaged
+from .reading.npz import check_npz
 from .reading.torch_files import PickleContent, read_archive, read_pickle
 from .reading.tree import plain_tree
 from .reading.unpickle import CommandError, Placeholder
@@ -139,7 +140,9 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
                 part, metadata = read_safetensors(path)
                 places.update({(t.data_ptr(), t.numel()): (path, key) for key, t in part.items() if t.numel()})
                 config = {**config, 'metadata': metadata}
-            elif kind != 'npz':
+            elif kind == 'npz':
+                check_npz(path)
+            else:
                 read = read_torch(path, kind)
                 part = read.content
                 left_out += read.left_out
