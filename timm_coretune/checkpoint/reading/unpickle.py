@@ -314,6 +314,9 @@ class Unpickler:
 
     def _persistent_id(self, argument: Any) -> None:
         (id_,) = self._pop(1)
+        if isinstance(id_, tuple) and len(id_) == 4 and id_[0] == 'module':  # a class with its source, in old files
+            self._push(id_[1])
+            return
         if not (isinstance(id_, tuple) and len(id_) in (5, 6) and id_[0] == 'storage' and isinstance(id_[1], Name)):
             raise ValueError('a pickle that leads to something else than tensors outside of it')
         _, kind, key, _, count = id_[:5]
