@@ -184,6 +184,12 @@ def _values(state: Dict[Any, Any], draw: random.Random) -> None:
     state[key].view(-1)[draw.randrange(state[key].numel())] = value
 
 
+def _huge_patches(state: Dict[Any, Any], draw: random.Random) -> None:
+    side = draw.choice((32, 100, 160))
+    state['patch_embed.proj.weight'] = torch.rand(draw.choice(((1, 1), (1, 3))) + (side, side))
+    state['pos_embed'] = torch.rand(1, draw.choice((2, 65, 5000)), 64)
+
+
 STATES: Dict[str, Callable[[Dict[Any, Any], random.Random], None]] = {
     'keys changed': _keys,
     'long key': _long_keys,
@@ -192,6 +198,7 @@ STATES: Dict[str, Callable[[Dict[Any, Any], random.Random], None]] = {
     'shapes changed': _shapes,
     'dtypes changed': _dtypes,
     'values changed': _values,
+    'huge patches': _huge_patches,
 }
 
 # what only a pickle can hold
@@ -289,10 +296,16 @@ def _legacy(state: Any) -> bytes:
 
 
 def _pickle(state: Any) -> bytes:
-    return pickle.dumps({
-        k: v.numpy() if isinstance(v, torch.Tensor) and v.dtype in (torch.float32, torch.int64) else v
-        for k, v in state.items()
-    }, protocol=4)  # fmt: skip
+    """A pickle of arrays. Tensors that numpy cannot hold, and those larger than their memory, are left out."""
+    arrays = {}
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor):
+            arrays[key] = value
+            continue
+        is_plain = value.dtype == torch.float32 and value.device.type == 'cpu' and value.layout == torch.strided
+        if is_plain and value.numel() <= value.untyped_storage().nbytes():
+            arrays[key] = value.numpy()
+    return pickle.dumps(arrays, protocol=4)
 
 
 def _safetensors(state: Dict[str, torch.Tensor]) -> bytes:
@@ -380,7 +393,7 @@ def _values_of(draw: random.Random) -> Any:
 
 def _edit(config: Any, draw: random.Random) -> Any:
     """Change one value of nested dictionaries, or the whole."""
-    if draw.random() < 0.1:
+    if not config or draw.random() < 0.1:
         return _values_of(draw)
     node = config
     while True:
@@ -454,9 +467,11 @@ def _place(path: Path, content: bytes, draw: random.Random) -> Path:
     return path
 
 
-def _single_file(writer: Callable[[Any], bytes], suffix: str) -> Callable[[str, random.Random, Path], Path]:
+def _single_file(
+    writer: Callable[[Any], bytes], suffix: str, model: str = 'test_resnet'
+) -> Callable[[str, random.Random, Path], Path]:
     def make(damage: str, draw: random.Random, folder: Path) -> Path:
-        state: Dict[Any, Any] = weights()
+        state: Dict[Any, Any] = weights(model)
         path = folder / f'checkpoint{suffix}'
         change = {**STATES, **OBJECTS}.get(damage)
         if change is not None:
@@ -567,6 +582,9 @@ KINDS: Dict[str, Kind] = {
     'torch, zip': Kind(_single_file(_zip, '.pth'), (
         *BYTES, *STATES, *OBJECTS, *OBJECTS, 'packed again', 'pickle changed', 'pickle changed', 'hostile pickle',
         'hostile pickle', 'no file')),
+    'torch, zip, of a ViT': Kind(_single_file(_zip, '.pth', 'test_vit'), (
+        'shapes changed', 'shapes changed', 'huge patches', 'keys changed', 'dtypes changed', 'many tensors'),
+        'test_vit'),
     'torch, older format': Kind(_single_file(_legacy, '.pth.tar'), (*BYTES, *STATES, *OBJECTS, 'no file')),
     'pickle': Kind(_single_file(_pickle, '.pkl'), (*BYTES, 'keys changed', 'objects planted', 'hostile pickle')),
     'safetensors': Kind(_single_file(_safetensors, '.safetensors'), (
@@ -578,7 +596,8 @@ KINDS: Dict[str, Kind] = {
 }  # fmt: skip
 # how often each kind has its turn: those with more ways to be damaged more often
 _TURNS: List[str] = ['torch, zip', 'safetensors', 'folder with configs', 'torch, zip', 'torch, older format', 'npz',
-                     'shards', 'torch, zip', 'safetensors', 'folder with configs', 'pickle']  # fmt: skip
+                     'shards', 'torch, zip', 'safetensors', 'folder with configs', 'pickle',
+                     'torch, zip, of a ViT']  # fmt: skip
 
 
 def make_case(number: int, folder: Path) -> Case:

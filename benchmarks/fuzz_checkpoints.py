@@ -25,6 +25,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence
@@ -203,6 +204,8 @@ def run_cases(numbers: Sequence[int]) -> List[Outcome]:
             try:
                 os.close(reader)
                 _work(chunk, writer)
+            except BaseException:
+                traceback.print_exc()
             finally:
                 os._exit(0)
         os.close(writer)

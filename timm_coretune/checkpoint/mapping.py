@@ -22,6 +22,9 @@ MIN_TENSORS = 8  # a dictionary with fewer tensors is not searched for a backbon
 # libraries split or fuse some tensors of timm.
 MIN_SHARE = 0.4
 
+MAX_PATCH = 64  # pixels along a side of a patch
+_PROJECTIONS = ('proj.weight', 'projection.weight', 'conv1.weight', 'patch_embedding.weight')
+
 _WRAPPER = re.compile(rf'(^|(?<=\.))({"|".join(WRAPPERS)})\.')
 _BLOCK = re.compile(BLOCKS)
 
@@ -122,9 +125,15 @@ def _in_shape(tensor: torch.Tensor, shape: torch.Size, sees_input: bool) -> Opti
     return None
 
 
+def _is_huge_patch(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a patch projection is larger than any. timm's resampling takes the square of its area in memory."""
+    is_projection = tensor.ndim in (4, 5) and name.endswith(_PROJECTIONS)
+    return is_projection and tensor.shape[-2] * tensor.shape[-1] > MAX_PATCH**2
+
+
 def _filtered(target: Target, tensors: Tensors) -> Optional[Tensors]:
     """Apply timm's `checkpoint_filter_fn` of this architecture. None if there is no filter or it fails."""
-    if target.filter_fn is None:
+    if target.filter_fn is None or any(_is_huge_patch(name, tensor) for name, tensor in tensors.items()):
         return None
     try:
         return dict(target.filter_fn(dict(tensors), target.model))

@@ -10,7 +10,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
 from ..run_folder import CONFIG_NAME, PREPROCESSING, check_normalization
 from .mapping import Mapping
-from .reading.configs import FOLDER, reads_configs
+from .reading.configs import FILE, FOLDER, reads_configs
 from .rules import IMAGENET
 
 Configs = Dict[str, Any]
@@ -51,8 +51,9 @@ def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...],
             try:
                 return check_normalization(mean, std)
             except ValueError as e:
-                file = section[0] if section[0] != 'metadata' else 'the metadata of the file'
-                raise ValueError(f'{e} in {os.path.join(config.get(FOLDER, ""), file)!r}. Correct it there.') from e
+                config_file = os.path.join(config.get(FOLDER, ''), section[0])
+                file = config[FILE] if section[0] == 'metadata' else config_file
+                raise ValueError(f'{e} in {file!r}. Correct it there.') from e
     if 'release' in config:
         return IMAGENET
     return mapping.rule.normalization or ((), ())

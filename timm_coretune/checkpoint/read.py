@@ -11,6 +11,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Tuple
 import torch
 from safetensors import safe_open
 
+from .reading.configs import FILE
 from .reading.limits import MAX_DEPTH, MAX_JSON, MAX_TENSORS, UnreadableError, refuse, refuse_damaged
 from .reading.npz import check_npz
 from .reading.torch_files import PickleContent, read_archive, read_pickle
@@ -36,7 +37,8 @@ class Checkpoint(NamedTuple):
         places: File and key of each tensor of a safetensors file, by the address and number of its elements. With
             them the tensor can be read again on its own.
         config: Contents of the JSON files beside the weights, by file name. The metadata of a safetensors file is
-            under 'metadata', the short name of a published checkpoint under 'release'.
+            under 'metadata' and the path of this file under FILE, the short name of a published checkpoint under
+            'release'.
         left_out: Number of objects of each class that are in a pickle beside tensors, and were not rebuilt.
     """
 
@@ -139,7 +141,7 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
             if kind == 'safetensors':
                 part, metadata = read_safetensors(path)
                 places.update({(t.data_ptr(), t.numel()): (path, key) for key, t in part.items() if t.numel()})
-                config = {**config, 'metadata': metadata}
+                config = {**config, 'metadata': metadata, FILE: path}
             elif kind == 'npz':
                 check_npz(path)
             else:

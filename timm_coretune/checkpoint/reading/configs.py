@@ -10,7 +10,8 @@ from ...listing import clip
 from ...run_folder import CONFIG_NAME, Description, describe_config
 from .limits import MAX_JSON, refuse
 
-FOLDER = 'folder'  # key for the folder that the configs are in
+# keys for the folder that the configs are in, and for the file whose metadata is with them
+FOLDER, FILE = 'folder', 'file'
 Configs = Dict[str, Any]
 Result = TypeVar('Result')
 
