@@ -5,8 +5,8 @@
     python benchmarks/fuzz_checkpoints.py --cases 500
     python benchmarks/fuzz_checkpoints.py --case 1234
 
-loads the checkpoints of damaged_checkpoints.py, 2,600 with the same seed each time, in processes that are forked for
-some hundred cases each. A case is right if it loads finite weights, or raises a ValueError of one line that names the
+loads the checkpoints of damaged_checkpoints.py, 2,600 with the same seed each time, in processes that are forked for a
+thousand cases each. A case is right if it loads finite weights, or raises a ValueError of one line that names the
 file and leaves the model as it was. It may take 10 seconds and 1 GB of memory. Prints a Markdown table of the outcomes
 by kind and every case that is not right.
 """
@@ -44,7 +44,7 @@ MEMORY = 2**30
 MOST_CHARACTERS = 2_500  # of a message
 LOADED, REFUSED = 'loaded', 'refused'
 RIGHT = (LOADED, REFUSED)
-_CHUNK = 200  # cases of one process
+_CHUNK = 1_000  # cases of one process
 
 
 class Outcome(NamedTuple):
