@@ -12,7 +12,7 @@ import os
 import struct
 import zipfile
 from collections import Counter
-from typing import Any, BinaryIO, Dict, NamedTuple, cast
+from typing import Any, BinaryIO, Dict, NamedTuple, Tuple, cast
 
 import torch
 
@@ -75,46 +75,58 @@ def read_archive(path: str) -> PickleContent:
 
 def read_pickle(path: str) -> PickleContent:
     """Read a file of the older format of torch.save, or one plain pickle."""
-    size = os.path.getsize(path)
     with open(path, 'rb') as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as raw:
-        pending: Dict[str, Storage] = {}
-
-        def load_storage(wanted: StorageId) -> Storage:
-            dtype = storage_dtype(wanted.kind)
-            if wanted.key not in pending:
-                if not 0 <= wanted.length * dtype.itemsize <= size:
-                    raise ValueError(f'{wanted.length} elements of {dtype} in a file of {size} bytes')
-                machine.spend(wanted.length * dtype.itemsize)
-                pending[wanted.key] = Storage(dtype, torch.UntypedStorage(wanted.length * dtype.itemsize))
-            whole = pending[wanted.key]
-            start, end = (n * dtype.itemsize for n in (wanted.view[0], sum(wanted.view)))
-            if not 0 <= start <= end <= whole.content.nbytes():
-                raise ValueError(f'a part from byte {start} to {end} of a storage of {whole.content.nbytes()} bytes')
-            part = whole.content if end - start == whole.content.nbytes() else whole.content[start:end]
-            return Storage(dtype, cast(torch.UntypedStorage, part))
-
         # mmap objects have the methods for reading that are called
-        machine = Unpickler(cast(BinaryIO, raw), size, REBUILDERS, load_storage)
-        first = machine.load()
-        if first != _MAGIC_NUMBER:
-            return PickleContent(first, machine.left_out)
-        machine.load()  # version of the format
-        system = machine.load()
-        content = machine.load()
-        keys = machine.load()
-        swapped = isinstance(system, dict) and system.get('little_endian') is False
-        for key in keys if isinstance(keys, list) else ():
-            storage = pending.pop(str(key))
-            (count,) = struct.unpack('>q' if swapped else '<q', raw.read(8))
-            if count * storage.dtype.itemsize != storage.content.nbytes():
-                raise ValueError(f'{count} elements for a storage of {storage.content.nbytes()} bytes')
-            read = _storage_of(raw.read(storage.content.nbytes()))
-            if read.nbytes() != storage.content.nbytes():
-                raise ValueError('a file that ends within a tensor')
-            storage.content.copy_(_swap(read, storage.dtype) if swapped else read)
-        if pending:
-            raise ValueError(f'no bytes for {len(pending)} of its storages')
-        return PickleContent(content, machine.left_out)
+        return _read_pickles(cast(BinaryIO, raw), os.path.getsize(path))
+
+
+def _read_pickles(file: BinaryIO, size: int) -> PickleContent:
+    """Read the pickles of the older format and the storages behind them, or one plain pickle."""
+    pending: Dict[str, Storage] = {}
+
+    def load_storage(wanted: StorageId) -> Storage:
+        dtype = storage_dtype(wanted.kind)
+        if wanted.key not in pending:
+            if not 0 <= wanted.length * dtype.itemsize <= size:
+                raise ValueError(f'{wanted.length} elements of {dtype} in a file of {size} bytes')
+            machine.spend(wanted.length * dtype.itemsize)
+            pending[wanted.key] = Storage(dtype, torch.UntypedStorage(wanted.length * dtype.itemsize))
+        whole = pending[wanted.key]
+        start, end = (n * dtype.itemsize for n in (wanted.view[0], sum(wanted.view)))
+        if not 0 <= start <= end <= whole.content.nbytes():
+            raise ValueError(f'a part from byte {start} to {end} of a storage of {whole.content.nbytes()} bytes')
+        part = whole.content if end - start == whole.content.nbytes() else whole.content[start:end]
+        return Storage(dtype, cast(torch.UntypedStorage, part))
+
+    machine = Unpickler(file, size, {**REBUILDERS, 'torch.storage._load_from_bytes': _read_nested}, load_storage)
+    first = machine.load()
+    if first != _MAGIC_NUMBER:
+        return PickleContent(first, machine.left_out)
+    machine.load()  # version of the format
+    system = machine.load()
+    content = machine.load()
+    keys = machine.load()
+    swapped = isinstance(system, dict) and system.get('little_endian') is False
+    for key in keys if isinstance(keys, list) else ():
+        storage = pending.pop(str(key))
+        (count,) = struct.unpack('>q' if swapped else '<q', file.read(8))
+        if count * storage.dtype.itemsize != storage.content.nbytes():
+            raise ValueError(f'{count} elements for a storage of {storage.content.nbytes()} bytes')
+        read = _storage_of(file.read(storage.content.nbytes()))
+        if read.nbytes() != storage.content.nbytes():
+            raise ValueError('a file that ends within a tensor')
+        storage.content.copy_(_swap(read, storage.dtype) if swapped else read)
+    if pending:
+        raise ValueError(f'no bytes for {len(pending)} of its storages')
+    return PickleContent(content, machine.left_out)
+
+
+def _read_nested(machine: Unpickler, args: Tuple[Any, ...]) -> Any:
+    """torch.storage._load_from_bytes: a storage in a plain pickle, as a file of the older format within the file."""
+    if len(args) != 1 or not isinstance(args[0], bytes):
+        return machine.placeholder('torch.storage._load_from_bytes')
+    machine.spend(len(args[0]))
+    return _read_pickles(io.BytesIO(args[0]), len(args[0])).content
 
 
 def _storage_of(content: bytes) -> torch.UntypedStorage:

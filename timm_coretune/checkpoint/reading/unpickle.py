@@ -84,7 +84,7 @@ class Unpickler:
 
     Args:
         file: The file, at the start of the pickle. Reading must not return more than the file has.
-        size: Bytes of the file. What the pickle makes by copying may not exceed it.
+        size: Bytes of the file. What the pickle makes by copying may be four times as much.
         rebuilders: Functions for the names that are rebuilt, called with this object and the arguments in the pickle.
         load_storage: Returns the storage of an id.
     """
@@ -97,7 +97,7 @@ class Unpickler:
         load_storage: Callable[[StorageId], Storage],
     ) -> None:
         self.file = file
-        self.left = size
+        self.left = 4 * size  # bytes may be copied from a text, and from there to a storage
         self.rebuilders = rebuilders
         self.load_storage = load_storage
         self.left_out: Counter = Counter()  # objects that became placeholders, by class
