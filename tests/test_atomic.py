@@ -72,3 +72,24 @@ def test_no_other_module_renames_a_file():
     root = Path(timm_coretune.__file__).parent
     found = {p.name for p in root.rglob('*.py') if 'os.replace(' in p.read_text() or 'os.rename(' in p.read_text()}
     assert found == {'atomic.py'}
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='modes of files are those of POSIX')
+def test_a_file_that_was_made_for_its_owner_only_gets_the_mode_of_a_new_file(tmp_path):
+    previous = os.umask(0o027)
+    try:
+        with atomic.write_whole(tmp_path / 'file') as temporary:
+            os.unlink(temporary)  # as libraries do that write a file of their own and move it
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    finally:
+        os.umask(previous)
+    assert os.stat(tmp_path / 'file').st_mode & 0o777 == 0o640
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_followed(tmp_path):
+    (tmp_path / 'other').write_text('other')
+    (tmp_path / 'file.tmp').symlink_to(tmp_path / 'other')
+    atomic.write_text('text', tmp_path / 'file')
+    assert (tmp_path / 'other').read_text() == 'other'
+    assert (tmp_path / 'file').read_text() == 'text'
+    assert not (tmp_path / 'file').is_symlink()

@@ -3,10 +3,13 @@
 import csv
 import json
 import os
-from typing import Any, Dict, List, NamedTuple, Optional, Union
+import re
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import yaml
 from safetensors import safe_open
+
+from .listing import shorten
 
 ARGS_NAME = 'args.yaml'
 SUMMARY_NAME = 'summary.csv'
@@ -37,6 +40,11 @@ PUBLISHED_NAMES = (
 
 # what timm's data config says about the preparation of images
 PREPROCESSING = ('input_size', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+
+MAX_PIXELS = 2**16  # of a side of an image
+MAX_LAYERS = 256
+# arguments of timm's create_model that a config of a model never has
+_READING_ARGS = ('pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'checkpoint_path', 'cache_dir')
 
 EVAL_PREFIX = 'eval_'  # prefix of the columns of the summary that are scores of the validation
 
@@ -84,8 +92,73 @@ class Description(NamedTuple):
     segmentation_head: Optional[str] = None
 
 
+def check_normalization(mean: Any, std: Any) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
+    """Return the mean and std of images as tuples, from lists of numbers or from text with spaces.
+
+    Raises:
+        ValueError: They are not as many finite numbers for pixels between 0 and 1.
+    """
+    try:
+        pair = tuple(
+            tuple(float(number) for number in (values.split() if isinstance(values, str) else values))
+            for values in (mean, std)
+        )
+    except (TypeError, ValueError, OverflowError):
+        pair = ((), ())
+    means, stds = pair
+    if (
+        not means
+        or len(means) != len(stds)
+        or not all(-10 <= m <= 10 for m in means)
+        or not all(0 < s <= 10 for s in stds)
+    ):
+        raise ValueError(
+            f'Expected mean and std as one number for each channel of pixels between 0 and 1, got mean '
+            f'{shorten([repr(mean)])} and std {shorten([repr(std)])}'
+        )
+    return means, stds
+
+
+def _check_images(images: Dict[str, Any]) -> None:
+    """Refuse values that no preparation of images has.
+
+    Raises:
+        ValueError: A value is of another kind or size.
+    """
+    if 'mean' in images or 'std' in images:
+        check_normalization(images.get('mean'), images.get('std'))
+    size, crop = images.get('input_size', (3, 1, 1)), images.get('crop_pct', 1)
+    is_size = isinstance(size, (list, tuple)) and len(size) == 3
+    if not is_size or not all(type(n) is int and 0 < n <= MAX_PIXELS for n in size):
+        raise ValueError(f'Expected input_size as channels, height and width, got {shorten([repr(size)])}')
+    if isinstance(crop, bool) or not isinstance(crop, (int, float)) or not 0 < crop <= 10:
+        raise ValueError(f'Expected crop_pct as a share of the image, got {shorten([repr(crop)])}')
+    for key in ('interpolation', 'crop_mode'):
+        if not isinstance(images.get(key, ''), str):
+            raise ValueError(f'Expected {key} as text, got {shorten([repr(images[key])])}')
+
+
+def _check_model_args(args: Dict[str, Any]) -> None:
+    """Refuse arguments that make timm read a file or the network, and networks of more layers than there are.
+
+    Raises:
+        ValueError: There is such an argument.
+    """
+    foreign = sorted(key for key in args if key in _READING_ARGS)
+    if foreign:
+        raise ValueError(f'Expected arguments of a model, got {shorten(foreign)}, which would read other files')
+    for key, value in args.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if re.search('depth|layers|blocks', str(key)) and any(isinstance(n, int) and n > MAX_LAYERS for n in numbers):
+            raise ValueError(f'Expected a model of at most {MAX_LAYERS} layers, got {key}={shorten([repr(value)])}')
+
+
 def describe_config(config: Any, path: str) -> Optional[Description]:
-    """Take the description of a model from the content of a config. None if it is not of timm or of this package."""
+    """Take the description of a model from the content of a config. None if it is not of timm or of this package.
+
+    Raises:
+        ValueError: The config describes no model that can be built. KeyError and TypeError: it lacks something.
+    """
     timm_config = config.get('backbone', config) if isinstance(config, dict) else None
     if not isinstance(timm_config, dict) or 'architecture' not in timm_config:
         return None
@@ -94,6 +167,10 @@ def describe_config(config: Any, path: str) -> Optional[Description]:
         images = {**config, 'input_size': (images.get('input_size', (3,))[0], *config['img_size'])}
     data_config = {key: images[key] for key in PREPROCESSING if images.get(key) is not None}
     data_config = {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
+    _check_images(data_config)
+    if not isinstance(timm_config['architecture'], str):
+        raise ValueError(f'Expected architecture as text, got {shorten([repr(timm_config["architecture"])])}')
+    _check_model_args(timm_config.get('model_args') or {})
     args = {key: value for key, value in (timm_config.get('model_args') or {}).items() if key != 'num_classes'}
     head = config.get('head') if timm_config is not config else None
     return Description(path, timm_config['architecture'], args, data_config, head)

@@ -1,5 +1,6 @@
 """Find the timm models that a checkpoint fits, by the names and shapes of its tensors"""
 
+import functools
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -7,9 +8,9 @@ import torch
 import torch.nn as nn
 from timm.models import create_model, is_model
 
-from ..timm_model import create_target
+from ..timm_model import Target, create_target
 from .differences import contradictions
-from .mapping import search, state_dicts, strip
+from .mapping import MIN_SHARE, search, state_dicts, strip
 from .pretraining import resampled_patches
 from .read import Checkpoint
 
@@ -122,6 +123,12 @@ def build_on_meta(description: str) -> nn.Module:
         return create_model(name, num_classes=0, **kwargs)
 
 
+@functools.lru_cache(maxsize=32)
+def _target(description: str) -> Target:
+    """The tensors of a model that has no memory for them. Building it takes longer than comparing it with a file."""
+    return create_target(build_on_meta(description))
+
+
 def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None) -> List[str]:
     """Find timm models whose backbone a checkpoint fills completely.
 
@@ -135,8 +142,12 @@ def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[s
     """
     found: List[str] = []
     resampling: List[str] = []  # these fit too, but have patches of another size
+    elements = [sum(tensor.numel() for tensor in tensors.values()) for _, tensors in state_dicts(checkpoint.tree)]
     for description in candidates(checkpoint):
-        target = create_target(build_on_meta(description))
+        target = _target(description)
+        # what is resized, such as position embeddings, is a small part of a network
+        if max(elements) < MIN_SHARE * sum(target.shapes[name].numel() for name in target.backbone):
+            continue
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
             containers = dict(state_dicts(checkpoint.tree))

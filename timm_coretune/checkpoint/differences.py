@@ -17,6 +17,7 @@ from timm.models import create_model, is_model
 
 from ..run_folder import CONFIG_NAME, describe_config
 from .mapping import Mapping
+from .reading.configs import reads_configs
 
 Configs = Dict[str, Any]
 # names of transformers for an activation, and timm's name and the formula
@@ -66,6 +67,7 @@ def _is_quick_gelu(model: nn.Module) -> bool:
     return any(isinstance(m, QuickGELU) for m in model.modules())
 
 
+@reads_configs
 def contradictions(mapping: Mapping, model: nn.Module, config: Configs) -> List[str]:
     """Errors for a model that differs from the pretrained network although all shapes agree.
 
@@ -106,6 +108,7 @@ def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Optional[bool
     return mapping.rule.quick_gelu
 
 
+@reads_configs
 def unknowns(mapping: Mapping, model: nn.Module, config: Configs) -> List[str]:
     """Notes about facts that neither the format of the file nor a config tells, so the user has to check them."""
     if 'CLIP' in mapping.rule.method and _trained_with_quick_gelu(mapping, config) is None:
@@ -284,6 +287,7 @@ def _of_timm(config: Configs, model: Any) -> List[str]:
     ]
 
 
+@reads_configs
 def differences(model: nn.Module, config: Configs) -> List[str]:
     """Errors for a model that differs from what the config beside a checkpoint says, although all shapes may agree.
 

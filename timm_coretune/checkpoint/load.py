@@ -8,20 +8,22 @@ import copy
 import dataclasses
 import logging
 import os
-from typing import Optional, Tuple, Union
+from typing import Dict, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
 
 from ..atomic import write_whole
-from ..run_folder import CONFIG_NAME, Description, describe_config
+from ..listing import clip
+from ..run_folder import CONFIG_NAME, Description
 from ..timm_model import create_target
 from .architectures import build_on_meta, candidates, fitting_models
 from .plan import Plan, make_plan
 from .pretraining import average_frames, write_data_config
 from .read import Checkpoint, read_files
-from .report import CheckpointReport
+from .reading.configs import describe
+from .report import CheckpointReport, count_objects, few
 from .source import RELEASES, resolve_source
 
 _logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def load_checkpoint(
     target = create_target(model)
     plan = make_plan(target, checkpoint, load_classifier, checkpoint_key, allow_partial, allow_differences)
     state = model.state_dict()
+    _check_shapes(state, plan.tensors, checkpoint.source)
     with torch.no_grad():
         for batch in checkpoint.batches(plan.tensors):
             for name, tensor in batch.items():
@@ -86,6 +89,8 @@ def load_checkpoint(
     notes = write_data_config(model, report.data_config, description is not None, report.resized)
     report = dataclasses.replace(report, notes=(*report.notes, *notes))
     _logger.info(f'Loaded {report.line()}.')
+    if report.left_out:
+        _logger.info(f'Not read from {report.source}, as they are no tensors: {count_objects(report.left_out)}.')
     for note in report.notes:
         _logger.warning(f'{report.source}: {note}.')
     return report
@@ -154,10 +159,20 @@ def convert_checkpoint(
     return report
 
 
+def _check_shapes(state: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tensor], source: str) -> None:
+    """Refuse tensors that do not have the shape of the model, before the first is copied: copying would repeat them."""
+    wrong = [
+        f'{name} {tuple(tensor.shape)} for {tuple(state[name].shape)}'
+        for name, tensor in tensors.items()
+        if tensor.shape != state[name].shape
+    ]
+    if wrong:
+        raise ValueError(f'Expected the shapes of the model in {source!r}, got {few(wrong)}. The model is unchanged.')
+
+
 def _describe(checkpoint: Checkpoint, model: nn.Module) -> Optional[Description]:
     """What the config.json of a checkpoint says, None if it is of another architecture than the model."""
-    path = f'{CONFIG_NAME} of {checkpoint.source}'
-    description = describe_config(checkpoint.config.get(CONFIG_NAME), path)
+    description = describe(checkpoint.config, f'{CONFIG_NAME} of {checkpoint.source}')
     architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
     return description if description is not None and description.architecture == architecture else None
 
@@ -199,8 +214,11 @@ def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:
             parameter.fill_(float('nan'))
     try:
         load_pretrained(checkpoint.files[0])
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError) as e:
-        raise ValueError(f'Expected a JAX archive of a {type(model).__name__} in {checkpoint.source!r}: {e}') from e
+    except Exception as e:  # timm's readers expect an archive of their model, and fail in many ways on others
+        raise ValueError(
+            f'Expected a JAX archive of a {type(model).__name__} in {checkpoint.source!r}, timm cannot read it: '
+            f'{clip(str(e)) or type(e).__name__}. Take the archive of this model, or its PyTorch file.'
+        ) from e
     filled = {name: t for name, t in scratch.state_dict().items() if not t.is_floating_point() or not t.isnan().all()}
     return checkpoint._replace(tree=filled)
 

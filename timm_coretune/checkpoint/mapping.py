@@ -23,6 +23,9 @@ MIN_TENSORS = 8  # a dictionary with fewer tensors is not searched for a backbon
 # libraries split or fuse some tensors of timm.
 MIN_SHARE = 0.4
 
+MAX_PATCH = 64  # pixels along a side of a patch
+_PROJECTIONS = ('proj.weight', 'projection.weight', 'conv1.weight', 'patch_embedding.weight')
+
 _WRAPPER = re.compile(rf'(^|(?<=\.))({"|".join(WRAPPERS)})\.')
 _BLOCK = re.compile(BLOCKS)
 
@@ -39,6 +42,7 @@ class Mapping(NamedTuple):
         missing: Names of the backbone's tensors that the file does not fill.
         wrong_shape: Shape in the file of each missing tensor that the file has in another shape.
         left_over: Names under the prefix that the model does not have.
+        blocks: Names left over that belong to blocks of the network, not to a head: the file has another network.
     """
 
     container: str
@@ -49,11 +53,7 @@ class Mapping(NamedTuple):
     missing: Tuple[str, ...]
     wrong_shape: Dict[str, Tuple[int, ...]]
     left_over: Tuple[str, ...]
-
-    @property
-    def blocks(self) -> Tuple[str, ...]:
-        """Names left over that belong to blocks of the network, not to a head: the file has another network."""
-        return tuple(name for name in self.left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked'))
+    blocks: Tuple[str, ...]
 
     @property
     def complete(self) -> bool:
@@ -68,6 +68,9 @@ class Mapping(NamedTuple):
 
 def unwrap(tensors: Tensors) -> Tensors:
     """Remove the names of torch's wrappers (`module.`, `_orig_mod.`, ...) from the keys, wherever they stand."""
+    keys = '\n'.join(tensors)
+    if not any(f'{wrapper}.' in keys for wrapper in WRAPPERS):  # as in most files; a search of each key takes longer
+        return tensors
     unwrapped = {_WRAPPER.sub('', key): tensor for key, tensor in tensors.items()}
     return unwrapped if len(unwrapped) == len(tensors) else tensors
 
@@ -123,14 +126,20 @@ def _in_shape(tensor: torch.Tensor, shape: torch.Size, sees_input: bool) -> Opti
     return None
 
 
+def _is_huge_patch(name: str, tensor: torch.Tensor) -> bool:
+    """Whether a patch projection is larger than any. timm's resampling takes the square of its area in memory."""
+    is_projection = tensor.ndim in (4, 5) and name.endswith(_PROJECTIONS)
+    return is_projection and tensor.shape[-2] * tensor.shape[-1] > MAX_PATCH**2
+
+
 def _filtered(target: Target, tensors: Tensors) -> Optional[Tensors]:
     """Apply timm's `checkpoint_filter_fn` of this architecture. None if there is no filter or it fails."""
-    if target.filter_fn is None:
+    if target.filter_fn is None or any(_is_huge_patch(name, tensor) for name, tensor in tensors.items()):
         return None
     try:
         return dict(target.filter_fn(dict(tensors), target.model))
-    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError):
-        return None  # a filter expects a file of its architecture, and fails in many ways on other files
+    except Exception:  # a filter expects a file of its architecture, and fails in many ways on other files
+        return None
 
 
 def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
@@ -149,6 +158,7 @@ def read_names(target: Target, container: str, prefix: str, tensors: Tensors, ru
 
     def mapping(names: str, candidate: Tensors) -> Mapping:
         fitting, wrong_shape = _fit(target, candidate)
+        left_over = sorted(candidate.keys() - target.shapes.keys())
         return Mapping(
             container,
             prefix,
@@ -157,7 +167,8 @@ def read_names(target: Target, container: str, prefix: str, tensors: Tensors, ru
             fitting,
             tuple(sorted(target.backbone - fitting.keys())),
             wrong_shape,
-            tuple(sorted(candidate.keys() - target.shapes.keys())),
+            tuple(left_over),
+            tuple(name for name in left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked')),
         )
 
     namings = _namings(target, strip(tensors, prefix))

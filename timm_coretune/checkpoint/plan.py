@@ -6,6 +6,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
+from ..listing import clip
 from ..timm_model import Target
 from .architectures import fitting_models
 from .differences import contradictions, differences, unknowns
@@ -67,7 +68,7 @@ def make_plan(
         # a file with less than half of the network has another network
         partial_allowed = allow_partial and 2 * len(mapping.missing) <= len(target.backbone)
         if frames or (missing and not partial_allowed) or not (allow_partial or allow_differences):
-            raise ValueError(' '.join(refused))
+            raise ValueError(' '.join(refused if missing else [*refused, f'This is about {checkpoint.source!r}.']))
         notes = (' '.join(refused), *notes)
     has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())
     tensors = {
@@ -82,21 +83,21 @@ def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str
     _refuse_known(checkpoint, target)
     mappings = search(target, checkpoint.tree, checkpoint_key)
     if not mappings:
-        dicts = ', '.join(f'{path or "top"} ({len(tensors)} tensors)' for path, tensors in state_dicts(checkpoint.tree))
+        dicts = [f'{path or "top"} ({len(tensors)} tensors)' for path, tensors in state_dicts(checkpoint.tree)]
         if checkpoint_key:
             raise ValueError(
                 f'Expected {checkpoint_key!r} to name a copy of the backbone in {checkpoint.source!r}, found '
-                f'{dicts or "no state dict"} and no such prefix with enough tensors.'
+                f'{few(dicts) if dicts else "no state dict"} and no such prefix with enough tensors.'
             )
         raise ValueError(
             f'Expected tensors by name in {checkpoint.source!r}, enough for a {type(target.model).__name__}, found '
-            f'{dicts or f"only {few(map(str, checkpoint.tree))}"}.'
+            f'{few(dicts) if dicts else f"only {few(checkpoint.tree)}"}.'
         )
     if len(mappings) > 1:
         raise ValueError(
             f'Expected one backbone in {checkpoint.source!r}, found {len(mappings)} that differ, and no known method '
             f'that writes such a file. Choose one with checkpoint_key (train.py: --checkpoint-key): '
-            f'{", ".join(mapping.label for mapping in mappings)}.'
+            f'{few([mapping.label for mapping in mappings], 20)}.'
         )
     return mappings[0]
 
@@ -111,7 +112,7 @@ def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
                 if not any(shape == tensor.shape and key.endswith(name) for name, shape in target.shapes.items()):
                     raise ValueError(
                         f'Expected a network that timm has in {checkpoint.source!r}, got {refusal.what} '
-                        f'({key}). {refusal.why}'
+                        f'({clip(key)}). {refusal.why}'
                     )
 
 
@@ -132,7 +133,7 @@ def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
     )
     return (
         f'Expected all {len(target.backbone)} backbone tensors of {type(target.model).__name__} in '
-        f'{checkpoint.source!r}, read as {mapping.rule.method} at {mapping.label}: '
+        f'{checkpoint.source!r}, read as {mapping.rule.method} at {clip(mapping.label)}: '
         f'{len(mapping.missing)} are missing ({few(mapping.missing)}), of these {len(shapes)} have another shape '
         f'({few(shapes)}); {len(mapping.blocks)} of the file have no place in the model ({few(mapping.blocks)}). '
         f'The model must be the architecture that was pretrained. {fix} '
@@ -183,7 +184,8 @@ def _report(
     source = _source(checkpoint, mapping)
     storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
     outside = [key for key in container if not key.startswith(mapping.prefix)]
-    under = [mapping.prefix + name for name in mapping.left_over if name not in mapping.blocks]
+    blocks = set(mapping.blocks)
+    under = [mapping.prefix + name for name in mapping.left_over if name not in blocks]
     heads = [key for key in under if re.match(HEADS, key[len(mapping.prefix) :])]
     fresh = target.fresh - tensors.keys()
     known = mapping.prefix in mapping.rule.prefixes
@@ -223,4 +225,5 @@ def _report(
         left_over=tuple(sorted({*under, *(mapping.prefix + n for n in mapping.blocks)} - set(heads))),
         data_config=data_config(mapping, target.model, source, checkpoint.config),
         notes=notes,
+        left_out={name: number for name, number in checkpoint.left_out.items() if number > 0},
     )

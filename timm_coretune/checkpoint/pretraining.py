@@ -1,5 +1,6 @@
 """What the network was pretrained on: normalization and size of pictures, size of patches, frames of a video"""
 
+import os
 import re
 from typing import Any, Dict, List, Optional, Tuple
 
@@ -7,8 +8,9 @@ import torch
 import torch.nn as nn
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 
-from ..run_folder import CONFIG_NAME, PREPROCESSING
+from ..run_folder import CONFIG_NAME, PREPROCESSING, check_normalization
 from .mapping import Mapping
+from .reading.configs import FILE, FOLDER, reads_configs
 from .rules import IMAGENET
 
 Configs = Dict[str, Any]
@@ -32,19 +34,15 @@ def _section(config: Configs, *names: str) -> Dict[str, Any]:
     return section
 
 
-def _numbers(value: Any) -> Tuple[float, ...]:
-    """Numbers for the channels of the image from a list, or from text with spaces. Empty if they cannot be read."""
-    try:
-        return tuple(float(number) for number in (value.split() if isinstance(value, str) else value or ()))
-    except (TypeError, ValueError):
-        return ()
-
-
+@reads_configs
 def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...], Tuple[float, ...]]:
     """Mean and std of the pretraining images.
 
     They are taken from the checkpoint or the configs beside it, else from the rule of the method. Both are empty if
     they are not known.
+
+    Raises:
+        ValueError: The checkpoint or a config names values that cannot be a mean and a std.
     """
     for section, names in (
         (('metadata',), ('mean', 'std')),  # of a safetensors file, numbers separated by spaces
@@ -52,9 +50,14 @@ def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...],
         (('preprocessor_config.json',), ('image_mean', 'image_std')),
         (('config.json', 'pretrained_cfg'), ('mean', 'std')),
     ):
-        mean, std = (_numbers(_section(config, *section).get(name)) for name in names)
-        if mean and std:
-            return mean, std
+        mean, std = (_section(config, *section).get(name) for name in names)
+        if mean is not None and std is not None:
+            try:
+                return check_normalization(mean, std)
+            except ValueError as e:
+                config_file = os.path.join(config.get(FOLDER, ''), section[0])
+                file = config[FILE] if section[0] == 'metadata' else config_file
+                raise ValueError(f'{e} in {file!r}. Correct it there.') from e
     if 'release' in config:
         return IMAGENET
     return mapping.rule.normalization or ((), ())
@@ -121,6 +124,7 @@ def _num_frames(config: Any) -> Optional[int]:
     return next((n for n in found if isinstance(n, int)), None)
 
 
+@reads_configs
 def several_frames(model: nn.Module, file_tensors: Dict[str, torch.Tensor], config: Configs) -> List[str]:
     """Error for a ViT of video: a projection with a time axis, and not surely of one frame."""
     projection = patch_projection(file_tensors)

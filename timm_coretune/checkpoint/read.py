@@ -1,49 +1,27 @@
 """Read checkpoint files into nested dictionaries of tensors, without running code from them
 
-Pickles are read only with torch's weights-only unpickler. What a file says about itself is checked. Tensors are mapped
-into memory and stay on disk until they are used.
+Pickles are read by `reading.unpickle`, which imports and calls nothing that a file names. What a file says about itself
+is checked. Tensors are mapped into memory and stay on disk until they are used.
 """
 
-import argparse
 import collections
-import pathlib
-import pickle
-import re
-from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from collections import Counter
+from typing import Any, Dict, Iterator, NamedTuple, Tuple
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from .sniff import refuse, sniff
+from .reading.configs import FILE
+from .reading.limits import MAX_DEPTH, MAX_JSON, MAX_TENSORS, UnreadableError, refuse, refuse_damaged
+from .reading.npz import check_npz
+from .reading.torch_files import PickleContent, read_archive, read_pickle
+from .reading.tree import plain_tree
+from .reading.unpickle import CommandError, Placeholder
+from .report import count_objects
+from .sniff import sniff, unpacked_size
 
 SMALL_BYTES = 2**19  # smaller tensors are not mapped again, see Checkpoint.batches: together they need little memory
 BATCH_BYTES = 4 * 2**20  # size of the batches of tensors that are copied into a model
-MAX_DEPTH = 8  # dictionaries that are nested deeper are not searched; the deepest known format, of VISSL, has depth 4
-
-
-def _allowed_globals() -> List[Any]:
-    """Globals that a pickle may name besides tensors: types that only hold data. Rebuilding them runs no other code."""
-    numpy2_core: Any = getattr(np, '_core', None)
-    core: Any = numpy2_core if hasattr(numpy2_core, 'multiarray') else np.core  # the name in numpy 1
-    scalars = (np.float16, np.float32, np.float64, np.int8, np.int16, np.int32, np.int64, np.uint8, np.bool_)
-    allowed: List[Any] = [
-        argparse.Namespace,  # DINO, MAE, SupContrast and many others save the arguments of the run
-        np.dtype,
-        np.ndarray,
-        *{type(np.dtype(s)) for s in scalars},
-    ]
-    # numpy 2 renamed its core; both names are allowed, so numpy 1 and 2 read each other's files
-    for name in ('numpy.core.multiarray', 'numpy._core.multiarray'):
-        allowed.append((core.multiarray.scalar, f'{name}.scalar'))
-        allowed.append((core.multiarray._reconstruct, f'{name}._reconstruct'))
-    # paths are rebuilt as pure paths, which cannot touch the file system
-    for module in ('pathlib', 'pathlib._local'):
-        allowed.append((pathlib.PurePosixPath, f'{module}.PosixPath'))
-        allowed.append((pathlib.PureWindowsPath, f'{module}.WindowsPath'))
-    return allowed
-
 
 Places = Dict[Tuple[int, int], Tuple[str, str]]  # (address, number of elements) -> (file, key)
 
@@ -59,7 +37,9 @@ class Checkpoint(NamedTuple):
         places: File and key of each tensor of a safetensors file, by the address and number of its elements. With
             them the tensor can be read again on its own.
         config: Contents of the JSON files beside the weights, by file name. The metadata of a safetensors file is
-            under 'metadata', the short name of a published checkpoint under 'release'.
+            under 'metadata' and the path of this file under FILE, the short name of a published checkpoint under
+            'release'.
+        left_out: Number of objects of each class that are in a pickle beside tensors, and were not rebuilt.
     """
 
     source: str
@@ -68,6 +48,7 @@ class Checkpoint(NamedTuple):
     tree: Dict[str, Any]
     places: Places
     config: Dict[str, Any]
+    left_out: Dict[str, int] = {}
 
     def batches(self, tensors: Dict[str, torch.Tensor]) -> Iterator[Dict[str, torch.Tensor]]:
         """Yield tensors in small batches, each read through a new memory mapping of the files.
@@ -106,84 +87,75 @@ class Checkpoint(NamedTuple):
         }
 
 
-def read_torch(path: str, kind: str) -> Any:
-    """Read a file of torch.save with the weights-only unpickler."""
-    if path.endswith('.safetensors'):  # torch.load tells this format by the name and would not unpickle
+def read_torch(path: str, kind: str) -> PickleContent:
+    """Read a file of torch.save or a plain pickle, without running code from it."""
+    if path.endswith('.safetensors'):  # other libraries tell this format by the name
         raise refuse(path, 'a file of torch.save with the name of another format', 'Rename it to .pth.')
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=kind == 'torch')
-    except pickle.UnpicklingError as e:
-        wanted = sorted(set(re.findall(r'GLOBAL ([\w.]+)', str(e))))
-        if kind == 'torch':
-            with torch.serialization.safe_globals(_allowed_globals()):
-                wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or wanted
-        if not wanted:
-            raise refuse(path, 'a pickle that is no file of torch.save', 'Is it another file of the release?') from e
-        raise ValueError(
-            f'Expected tensors and plain data in {path!r}, got a pickle that wants to import {", ".join(wanted)}. '
-            'Importing runs code of whoever wrote the file, so it was not read. Ask its publisher for safetensors. If '
-            'you trust the file, load it with torch.load(path, weights_only=False) and write its '
-            'tensors with safetensors.torch.save_file.'
+        read = read_archive(path) if kind == 'torch' else read_pickle(path)
+    except CommandError as e:
+        raise UnreadableError(
+            f'Expected tensors and plain data in {path!r}, got a pickle that wants to import {e}, which runs commands. '
+            'It was not read. Do not trust its source: get the weights from their publisher, if possible as '
+            'safetensors.'
         ) from e
-    except (RuntimeError, ValueError, KeyError, EOFError, OSError, AttributeError, TypeError, IndexError,
-            OverflowError, MemoryError, AssertionError) as e:  # fmt: skip
-        raise refuse(path, f'a damaged file ({str(e).splitlines()[0] if str(e) else e!r})', 'Get it again.') from e
+    if isinstance(read.content, Placeholder) and not read.content.items:
+        raise UnreadableError(
+            f'Expected tensors by name in {path!r}, got one object of {read.content.name}, in a pickle that wants to '
+            f'import {count_objects(read.left_out)}. Importing runs code of whoever wrote the file, so it was not '
+            'read. Save its state_dict() where the class is known, or ask its publisher for safetensors.'
+        )
+    return read
 
 
 def read_safetensors(path: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, str]]:
     """Map the tensors of a safetensors file and read its metadata. safetensors checks the header against the file."""
-    try:
-        with safe_open(path, 'pt') as f:
-            metadata = f.metadata() or {}
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118 (f is no mapping)
-    except (SafetensorError, RuntimeError, ValueError, KeyError, OSError, MemoryError, OverflowError) as e:
-        raise refuse(path, f'a damaged safetensors file ({e})', 'Get it again.') from e
-    return tensors, metadata
+    with open(path, 'rb') as raw:
+        length = int.from_bytes(raw.read(8), 'little')
+    if length > MAX_JSON:
+        raise refuse(path, f'a safetensors file whose header has {length} bytes', f'At most {MAX_JSON} are read.')
+    with safe_open(path, 'pt') as f:
+        keys = list(f.keys())
+        if len(keys) > MAX_TENSORS:
+            raise refuse(path, f'a file of more than {MAX_TENSORS} tensors', 'Write those of the model alone.')
+        return {key: f.get_tensor(key) for key in keys}, f.metadata() or {}
 
 
 def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> Checkpoint:
     """Read one file, or the shards of one state dict.
 
     Raises:
-        ValueError: A file is no checkpoint, is damaged, or reading it would need to run code from it.
+        UnreadableError: A file is no checkpoint, is damaged, or reading it would need to run code from it.
     """
     tree: Dict[str, Any] = {}
     places: Places = {}
+    left_out: Counter = Counter()
     kind = ''
     for path in files:
         kind = sniff(path)
-        if kind == 'safetensors':
-            part, metadata = read_safetensors(path)
-            places.update({(t.data_ptr(), t.numel()): (path, key) for key, t in part.items() if t.numel()})
-            config = {**config, 'metadata': metadata}
-        elif kind == 'npz':
-            part = {}
-        else:
-            part = read_torch(path, kind)
-        if not isinstance(part, dict):
-            raise ValueError(f'Expected tensors by name in {path!r}, got one {type(part).__name__}.')
-        tree.update(part)
-        _check_sizes(path, part)
-    return Checkpoint(source, kind, files, tree, places, config)
-
-
-def _check_sizes(path: str, tree: Dict[str, Any]) -> None:
-    """Refuse a tensor that is larger than its file: it repeats bytes, and a copy of it could fill the memory."""
-    size = Path(path).stat().st_size
-    for container, tensors in walk(tree):
-        for key, tensor in tensors.items():
-            if tensor.numel() * tensor.element_size() > size:
-                raise refuse(
-                    path,
-                    f'a tensor {container}/{key} of shape {tuple(tensor.shape)} in a file of {size} bytes',
-                    'Do not trust its source.',
-                )
-
-
-def _is_dense(value: Any) -> bool:
-    """Whether a value is a plain tensor: neither sparse nor quantised."""
-    return isinstance(value, torch.Tensor) and value.layout == torch.strided and not value.is_quantized
+        if kind == 'index' or (kind == 'npz' and len(files) > 1):
+            what = 'a list of files' if kind == 'index' else 'a JAX archive'
+            raise refuse(path, f'{what} where a part of the weights was expected', 'Get the whole release again.')
+        try:
+            part: Any = {}
+            if kind == 'safetensors':
+                part, metadata = read_safetensors(path)
+                places.update({(t.data_ptr(), t.numel()): (path, key) for key, t in part.items() if t.numel()})
+                config = {**config, 'metadata': metadata, FILE: path}
+            elif kind == 'npz':
+                check_npz(path)
+            else:
+                read = read_torch(path, kind)
+                part = read.content
+                left_out += read.left_out
+            if not isinstance(part, (dict, Placeholder)):
+                raise UnreadableError(f'Expected tensors by name in {path!r}, got one {type(part).__name__}.')
+            tree.update(plain_tree(path, part, unpacked_size(path)))
+        except UnreadableError:
+            raise
+        except Exception as e:  # the parsers of zip, pickle, JSON, numpy and torch raise what they like
+            raise refuse_damaged(path, e, 'safetensors file' if kind == 'safetensors' else 'file') from e
+    return Checkpoint(source, kind, files, tree, places, config, dict(left_out))
 
 
 def walk(tree: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
@@ -195,9 +167,9 @@ def walk(tree: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:
         if id(node) in seen or depth > MAX_DEPTH:
             continue
         seen.add(id(node))
-        tensors = {k: v for k, v in node.items() if isinstance(k, str) and _is_dense(v)}
+        tensors = {k: v for k, v in node.items() if isinstance(v, torch.Tensor)}
         if tensors:
             yield path, tensors
         for key, value in node.items():
-            if isinstance(key, str) and isinstance(value, dict):
+            if isinstance(value, dict):
                 queue.append((f'{path}/{key}'.lstrip('/'), value, depth + 1))

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterable, Tuple
+from typing import Any, Dict, Iterable, Mapping, Tuple
 
 from ..listing import shorten
 
@@ -12,10 +12,15 @@ def few(names: Iterable[str], most: int = 5) -> str:
     return shorten(sorted(names), most) or 'none'
 
 
+def count_objects(counts: Mapping[str, int]) -> str:
+    """Classes and how many objects there are of each, as text."""
+    return few(name if number == 1 else f'{name} ({number})' for name, number in counts.items() if number > 0)
+
+
 def by_head(names: Iterable[str]) -> str:
     """Count names by their part before the first dot, as text."""
     counts = Counter(name.partition('.')[0] for name in names)
-    return ', '.join(f'{head} ({n})' for head, n in sorted(counts.items())) or 'none'
+    return few((f'{head} ({n})' for head, n in counts.items()), 20)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class CheckpointReport:
         left_over: Keys of the file that belong neither to the backbone nor to a known head.
         data_config: Mean, std and input size of the pretraining images, as far as they are known. Of tuned weights
             with a config.json of the same timm model also interpolation and crop.
+        left_out: Number of objects of each class that a pickle has beside tensors. They were not rebuilt.
         described_by: This config.json, '' if there is none.
         notes: Notes for the user.
         architecture: timm model and its arguments, '' if the report is of `load_checkpoint`.
@@ -69,6 +75,7 @@ class CheckpointReport:
     notes: Tuple[str, ...] = ()
     architecture: str = ''
     described_by: str = ''
+    left_out: Dict[str, int] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:
@@ -105,6 +112,7 @@ class CheckpointReport:
             ('missing', few(self.missing) if self.missing else ''),
             ('dropped', by_head(self.dropped) if self.dropped else ''),
             ('left over', by_head(self.left_over) if self.left_over else ''),
+            ('not read', count_objects(self.left_out) if self.left_out else ''),
             ('data', ', '.join(f'{k} {v}' for k, v in self.data_config.items())),
             *(('note', note) for note in self.notes),
         )

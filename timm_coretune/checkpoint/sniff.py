@@ -1,15 +1,13 @@
 """Tell the format of a file from its first bytes, whatever its name"""
 
+import os
+import stat
 import zipfile
-from pathlib import Path
+from typing import List
 
-
-def refuse(path: str, got: str, fix: str) -> ValueError:
-    """Create the error for a file that is no checkpoint: what it is instead, and what to do."""
-    return ValueError(
-        f'Expected a checkpoint in safetensors or PyTorch format, could not read {path!r}: it is {got}. {fix}'
-    )
-
+from ..listing import clip, shorten
+from .reading.limits import MAX_UNPACKED, refuse
+from .reading.torch_files import PICKLE_NAME
 
 _SIGNATURES = (  # first bytes of a file, what the file is, what to do
     (b'version https://git-lfs', 'a git-lfs pointer', 'Fetch the file itself: git lfs pull.'),
@@ -20,20 +18,43 @@ _SIGNATURES = (  # first bytes of a file, what the file is, what to do
     (b'\x89HDF', 'an HDF5 file', 'Keras weights are not supported.'),
 )
 
+_KINDS = ((stat.S_ISDIR, 'a folder'), (stat.S_ISFIFO, 'a named pipe'), (stat.S_ISSOCK, 'a socket'),
+          (stat.S_ISCHR, 'a device'), (stat.S_ISBLK, 'a device'))  # fmt: skip
+
+
+def file_size(path: str) -> int:
+    """Size of a file, which is not opened, as opening a pipe or a device may wait forever.
+
+    Raises:
+        UnreadableError: There is no such file, or it is something else than a file.
+    """
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError) as e:
+        what = f'a link to {clip(os.readlink(path))!r}, which is not there' if os.path.islink(path) else clip(str(e))
+        raise refuse(path, what, 'Copy the file itself.') from e
+    kind = next((name for matches, name in _KINDS if matches(found.st_mode)), None)
+    if kind is not None:
+        raise refuse(path, kind, 'Give the path of a file.')
+    return found.st_size
+
 
 def sniff(path: str) -> str:
     """Tell the format of a checkpoint file.
 
     Returns:
-        'safetensors', 'torch' (a zip archive of torch.save), 'torch legacy' (its older format, a pickle), 'npz', or
-        'index' (JSON that lists the shards of a state dict).
+        'safetensors', 'torch' (a zip archive of torch.save), 'torch legacy' (a pickle, as its older format is), 'npz',
+        or 'index' (JSON that lists the shards of a state dict).
 
     Raises:
-        ValueError: The file is something else. The message says what it is and what to do.
+        UnreadableError: The file is something else. The message says what it is and what to do.
     """
-    size = Path(path).stat().st_size
-    with open(path, 'rb') as f:
-        head = f.read(512)
+    size = file_size(path)
+    try:
+        with open(path, 'rb') as f:
+            head = f.read(512)
+    except OSError as e:
+        raise refuse(path, f'closed to this user ({e.strerror})', 'Ask its owner for the right to read it.') from e
     text = head.lstrip().lower()
     if not size:
         raise refuse(path, 'an empty file', 'The download or the copy failed: get it again.')
@@ -61,18 +82,25 @@ def sniff(path: str) -> str:
     raise refuse(path, f'an unknown format that starts with {head[:8]!r}', 'Is it another file of the release?')
 
 
+def unpacked_size(path: str) -> int:
+    """Bytes of a file, or to which it unpacks if it is an archive."""
+    size = os.path.getsize(path)
+    return max(size, sum(entry.file_size for entry in _entries(path))) if zipfile.is_zipfile(path) else size
+
+
+def _entries(path: str) -> List[zipfile.ZipInfo]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.infolist()
+    except Exception as e:  # zipfile raises what the damaged bytes lead to
+        raise refuse(path, f'an archive that is damaged ({e})', 'The file is incomplete: get it again.') from e
+
+
 def _sniff_zip(path: str, size: int) -> str:
     """Tell the format of a zip archive, 'torch' or 'npz'. One that unpacks to far more than its size is refused."""
-    try:
-        entries = zipfile.ZipFile(path).infolist()
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as e:
-        raise refuse(path, f'an archive that is damaged ({e})', 'The file is incomplete: get it again.') from e
+    entries = _entries(path)
     unpacked = sum(entry.file_size for entry in entries)
     names = [entry.filename for entry in entries]
-    if all(name.endswith('.npy') for name in names):
-        if unpacked > 20 * size:
-            raise refuse(path, f'an archive of {size} bytes that unpacks to {unpacked}', 'Do not trust its source.')
-        return 'npz'
     if any(name.endswith('/constants.pkl') for name in names):
         raise refuse(
             path,
@@ -80,7 +108,12 @@ def _sniff_zip(path: str, size: int) -> str:
             'If you trust the file, write safetensors.torch.save_file(torch.jit.load(path).state_dict(), destination). '
             'The weights of OpenAI CLIP are also in hf-hub:openai/clip-vit-base-patch32 and its siblings.',
         )
-    # torch does not compress tensors, so torch did not write an archive that unpacks to more than its size
-    if unpacked > size + 2**20:
+    # weights are noise: packed, they become smaller by a tenth, those that are mostly zeros to a few percent
+    if unpacked > MAX_UNPACKED * size + 2**20:
         raise refuse(path, f'an archive of {size} bytes that unpacks to {unpacked}', 'Do not trust its source.')
+    if all(name.endswith('.npy') for name in names):
+        return 'npz'
+    if not any(name.rpartition('/')[2] == PICKLE_NAME for name in names):
+        what = f'an archive of other files ({shorten(sorted(names), 3)})'
+        raise refuse(path, what, 'Unpack it first, if the checkpoint is in it.')
     return 'torch'

@@ -1,23 +1,24 @@
 """Find the files of a checkpoint from what a user names: a file, a folder, a Hub id, a URL or a short name"""
 
 import difflib
-import json
 import os
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 
-from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME, describe_config
+from ..listing import clip
+from ..run_folder import BEST_STATE_NAME, BEST_WEIGHTS_NAME, CONFIG_NAME, LAST_STATE_NAME, WEIGHTS_NAME
 from .download import download
+from .reading.configs import FOLDER, describe, read_json_file
 from .report import few
-from .sniff import sniff
+from .sniff import file_size, sniff
 
 # Names of weights in a folder: the first one that is there is taken. An index lists the files (shards) that a state
-# dict is split into.
+# dict is split into. A run that was cut off has its states of training only.
 WEIGHTS = (
     WEIGHTS_NAME, 'model.safetensors.index.json', 'open_clip_model.safetensors', 'pytorch_model.bin',
-    'pytorch_model.bin.index.json', 'open_clip_pytorch_model.bin', BEST_WEIGHTS_NAME,
+    'pytorch_model.bin.index.json', 'open_clip_pytorch_model.bin', BEST_WEIGHTS_NAME, BEST_STATE_NAME, LAST_STATE_NAME,
 )  # fmt: skip
 EXTENSIONS = ('.safetensors', '.pth', '.pth.tar', '.pt', '.ckpt', '.bin', '.npz')
 HUB_PREFIXES = ('hf-hub:', 'hf_hub:')
@@ -122,7 +123,7 @@ def resolve_source(source: str, described: bool = False) -> Files:
     """
     if os.path.isdir(source):
         return _from_folder(source)
-    if os.path.isfile(source):
+    if os.path.lexists(source):
         if source.endswith('.index.json') or sniff(source) == 'index':
             return Files(_shards(source), _configs(os.path.dirname(source) or '.'))
         return Files((source,), _timm_config(os.path.dirname(source) or '.') if described else {})
@@ -161,7 +162,10 @@ def _from_folder(folder: str, name_of_file: str = '') -> Files:
         folder: The folder.
         name_of_file: How a user writes one file of it, '' if by its path.
     """
-    names = set(os.listdir(folder))
+    try:
+        names = set(os.listdir(folder))
+    except OSError as e:
+        raise ValueError(f'Expected a folder with a checkpoint in {folder!r}, cannot read it: {e.strerror}.') from e
     if '.metadata' in names or any(name.endswith('.distcp') for name in names):
         raise ValueError(
             f'Expected one checkpoint in {folder!r}, got a distributed checkpoint of torch. Merge it first: '
@@ -172,7 +176,7 @@ def _from_folder(folder: str, name_of_file: str = '') -> Files:
         files = sorted(name for name in names if name.endswith(EXTENSIONS))
         if len(files) != 1:
             raise ValueError(
-                f'Expected one checkpoint in {folder!r}, found {", ".join(files) or "none"}. '
+                f'Expected one checkpoint in {folder!r}, found {few(files, 20)}. '
                 f'{f"Name the file to load: {name_of_file}" if name_of_file else "Give the path of the file to load"}.'
             )
         found = files[0]
@@ -183,11 +187,14 @@ def _from_folder(folder: str, name_of_file: str = '') -> Files:
 def _shards(index: str) -> Tuple[str, ...]:
     """Paths of the files that an index lists. Files outside the folder of the index are refused."""
     folder = os.path.dirname(index) or '.'
-    try:
-        weight_map = json.loads(Path(index).read_text())['weight_map']
-        names = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        raise ValueError(f"Expected an index with a 'weight_map' of tensors to files in {index!r}, got {e}.") from e
+    content = read_json_file(index, file_size(index))
+    weight_map = content.get('weight_map') if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(n, str) and '\0' not in n for n in weight_map.values()):
+        raise ValueError(
+            f"Expected an index with a 'weight_map' of tensors to files in {index!r}, got {clip(repr(content), 60)}. "
+            'Get it again.'
+        )
+    names = sorted(set(weight_map.values()))
     if not names:
         raise ValueError(f'Expected an index that lists files in {index!r}, it lists none. Get it again.')
     inside = [os.path.realpath(folder)]
@@ -199,32 +206,31 @@ def _shards(index: str) -> Tuple[str, ...]:
         real = os.path.realpath(path)
         if os.path.dirname(real) not in inside:
             raise ValueError(
-                f'Expected shards inside {folder!r}, but its index leads to {name!r} outside of it. '
+                f'Expected shards inside {folder!r}, but its index leads to {clip(name)!r} outside of it. '
                 'Copy the shards into the folder, if you trust them.'
             )
         if not os.path.isfile(path):
-            raise ValueError(f'Expected all shards of {index!r}, {name!r} is missing. Get it too.')
+            raise ValueError(f'Expected all shards of {index!r}, {clip(name)!r} is missing. Get it too.')
         paths.append(path)
     return tuple(paths)
 
 
 def _configs(folder: str, names: Tuple[str, ...] = CONFIGS) -> Dict[str, Any]:
     """Contents of the JSON configs in a folder, by file name."""
-    configs = {}
+    configs: Dict[str, Any] = {}
     for name in names:
-        path = Path(folder, name)
-        if path.is_file():
-            try:
-                configs[name] = json.loads(path.read_text())
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f'Expected JSON in {str(path)!r}, got {e}. Get the file again.') from e
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            configs[name] = read_json_file(path, file_size(path))
+            configs[FOLDER] = folder
+    describe(configs)  # refuses values that no model has
     return configs
 
 
 def _timm_config(folder: str) -> Dict[str, Any]:
     """The config.json in a folder, under its name, if timm or this package wrote it. It may be of other files."""
     config = _configs(folder, (CONFIG_NAME,))
-    return config if describe_config(config.get(CONFIG_NAME), folder) else {}
+    return config if describe(config) else {}
 
 
 def split_hub_id(hub_id: str) -> Tuple[str, str, str]:
