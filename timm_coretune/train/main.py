@@ -291,7 +291,8 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     except KeyboardInterrupt:
         # the file of a state may be complete although the record has not noted it yet
         if record.last_state or (record.folder and find_newest_state(record.folder)):
-            _logger.info(f'Interrupted. Continue with:\n{continue_command(argv, record.folder)}')
+            also = ' and with what accelerate launch was given' if accelerator.num_processes > 1 else ''
+            _logger.info(f'Interrupted. Continue with{also}:\n{continue_command(argv, record.folder)}')
         else:
             _logger.info('Interrupted in the first epoch, before a checkpoint: start anew to continue.')
     except DivergedError as e:
