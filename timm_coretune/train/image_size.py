@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import is_fast_norm, set_fast_norm, to_2tuple
 from timm.models import create_model, get_pretrained_cfg_value, parse_model_name
 
 from .cli.settings import DataSettings
@@ -14,6 +15,7 @@ _logger = logging.getLogger(__name__)
 Size = Tuple[int, int]
 # arguments with which a model takes images of several sizes, so that it is built as it is
 _FLEXIBLE = ('dynamic_img_size', 'use_naflex')
+_REFUSALS = (ValueError, TypeError, AssertionError, RuntimeError, IndexError, ZeroDivisionError)
 _WITH_WEIGHTS = ('pretrained', 'checkpoint_path', 'cache_dir')
 
 
@@ -58,22 +60,25 @@ def size_arguments(
     model = _build_without_weights(name, kwargs)
     if not model.pretrained_cfg.get('fixed_input_size') or (resizes and hasattr(model, 'set_input_size')):
         return {}
-    refusal = _refusal(model, data.num_channels, size)
+    given = model_kwargs.get('img_size')
+    own = to_2tuple(given) if given is not None else tuple(model.pretrained_cfg['input_size'][1:])
+    refusal = None if size == own else _refusal(model, data.num_channels, size)
     if refusal is None:
         return {}
-    given = model_kwargs.get('img_size')
+    is_known = _refusal(model, data.num_channels, own) is None  # else the refusal may have another reason than the size
     if given is not None:
+        if not is_known:
+            return {}
         raise ValueError(
             f'--img-size, --input-size: the images are {_text(size)}, --model-kwargs img_size={given} builds {name} '
-            'for others. Leave it out: the model is built for the size of the images.'
+            f'for others ({refusal}). Leave it out: the model is built for the size of the images.'
         )
     wanted = size[0] if size[0] == size[1] else size
     try:
         resized = _build_without_weights(name, {**kwargs, 'img_size': wanted})
-        refusal = _refusal(resized, data.num_channels, size)
-    except (ValueError, TypeError, AssertionError, RuntimeError, ZeroDivisionError) as e:
-        refusal = f'{e}'
-    own = model.pretrained_cfg['input_size'][1:]
+        refusal = _refusal(resized, data.num_channels, size) if is_known else None
+    except _REFUSALS as e:
+        refusal = ' '.join(f'{e}'.split()) or type(e).__name__
     if refusal is not None:
         raise ValueError(
             f'--img-size, --input-size: timm cannot build {name} for images of {_text(size)} ({refusal}). Its own size '
@@ -86,8 +91,13 @@ def size_arguments(
 
 
 def _build_without_weights(name: str, kwargs: Dict[str, Any]) -> Any:
-    with torch.random.fork_rng(devices=[]), torch.device('meta'):
-        return create_model(name, **kwargs).eval()
+    is_fast = is_fast_norm()
+    set_fast_norm(False)  # a fast norm asks for the autocast of its device, and without weights there is none
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device('meta'):
+            return create_model(name, **kwargs).eval()
+    finally:
+        set_fast_norm(is_fast)
 
 
 def _refusal(model: nn.Module, num_channels: int, size: Size) -> Optional[str]:
@@ -95,7 +105,7 @@ def _refusal(model: nn.Module, num_channels: int, size: Size) -> Optional[str]:
     try:
         with torch.no_grad():
             model(torch.zeros(1, num_channels, *size, device='meta'))
-    except (ValueError, TypeError, AssertionError, RuntimeError, IndexError, ZeroDivisionError) as e:
+    except _REFUSALS as e:
         return ' '.join(f'{e}'.split()) or type(e).__name__
     return None
 
