@@ -47,7 +47,7 @@ class Range(NamedTuple):
             first = f'above {self.low:g}' if self.above else f'{self.low:g} or more'
             text = f'{first}, {"below" if self.below else "at most"} {self.high:g}'
         else:
-            text = f'{self.low:g} to {self.high:g}'
+            text = f'{self.low:.12g} to {self.high:.12g}'
         return f'{self.num_values} values, each {text}' if self.num_values else text
 
 
