@@ -116,8 +116,8 @@ def test_nothing_is_said_of_a_run_that_goes_on(messages):
     assert warning.startswith('RANDOM WEIGHTS ARE VALIDATED: ')
 
 
-def test_a_run_says_it_and_the_sample_with_its_checkpoint_does_not(tmp_path, data, messages):
+def test_a_run_says_it_once_and_the_sample_has_its_checkpoint(tmp_path, data, messages):
     results_of(data, tmp_path, '--epochs', 1, '--coretune')
     assert sum('FROM RANDOM WEIGHTS' in message for message in messages('WARNING')) == 1
-    results_of(None, tmp_path, '--eval-only', base=('--workers', '0', '--device', 'cpu'))
+    warn_of_random_weights(parse_args([]).settings, None)
     assert sum('RANDOM WEIGHTS' in message for message in messages('WARNING')) == 1
