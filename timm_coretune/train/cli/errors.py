@@ -38,7 +38,7 @@ def sentence_of(error: BaseException) -> Optional[str]:
         said = f'{said} A smaller --batch-size needs less; with more --grad-accum-steps an update stays as large.'
     elif not isinstance(error, OSError) and not (is_ours and isinstance(error, (ValueError, ImportError))):
         return None
-    return ' '.join(said.split()) or type(error).__name__
+    return ' '.join(said.split()) or None
 
 
 @contextlib.contextmanager

@@ -113,7 +113,8 @@ def _log_other_files(endings: 'Counter[str]', where: str) -> None:
     """Log how many files are left out as their endings are none of images, as a warning if they may be images."""
     if not endings:
         return
-    shown = shorten([f'{ending or "no ending"} ({count})' for ending, count in endings.most_common()])
+    most_first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    shown = shorten([f'{ending or "no ending"} ({count})' for ending, count in most_first])
     may_be_images = any(map(is_other_image, endings))
     hint = ' Convert them to JPEG, PNG or WebP to use them.' if may_be_images else ''
     _logger.log(
