@@ -136,3 +136,24 @@ def test_an_interrupted_run_names_a_command_that_accelerate_can_launch(script, l
     monkeypatch.setattr(sys, 'argv', [script])
     expected = f'accelerate launch {launched} --coretune --output /runs --experiment one --resume auto'
     assert continue_command(['--coretune'], '/runs/one') == expected
+
+
+WORDS = '--output /runs --experiment one --resume auto'
+
+
+@pytest.mark.parametrize(
+    'given, continued',
+    [
+        ('', WORDS),
+        ('--coretune --experiment one', '--coretune --experiment one --output /runs --resume auto'),
+        ('--experiment=one --output other DIR', '--experiment one --output /runs DIR --resume auto'),
+        ('--resume old/last.pth.tar --no-resume-opt -b 4', '--resume auto -b 4 --output /runs --experiment one'),
+        ('--start-epoch 3 --experiment x --experiment y', '--experiment one --output /runs --resume auto'),
+        ('--start-epoch=3 --exp x --resu auto', '--experiment one --resume auto --output /runs'),
+        ('--wandb-tags a b --output o DIR', '--wandb-tags a b --output /runs DIR --experiment one --resume auto'),
+        ('-c x.yaml --lr 0.1', f'-c x.yaml --lr 0.1 {WORDS}'),
+    ],
+)
+def test_the_command_that_continues_a_run_names_each_flag_once(given, continued, monkeypatch):
+    monkeypatch.setattr(sys, 'argv', ['train.py'])
+    assert continue_command(given.split(), '/runs/one') == f'accelerate launch train.py {continued}'

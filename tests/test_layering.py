@@ -28,6 +28,7 @@ TIERS = [
     ('__init__',),
     ('train/cli',),
     ('train/data',),
+    ('train/image_size', 'train/weights'),
     ('train/freezing', 'train/loss_meter', 'train/processes', 'train/model'),
     ('train/optimization', 'train/loop'),
     ('train/run', 'train/classification', 'train/segmentation', 'train/notebook'),

@@ -1,6 +1,7 @@
 """Core-tuning is found where a timm user looks for it, and nothing else in timm changes."""
 
 import functools
+import inspect
 import json
 import subprocess
 import sys
@@ -137,6 +138,29 @@ def test_registering_again_changes_nothing():
     timm_coretune.register()
     for module, name, value in before:
         assert getattr(module, name, None) is value, (module.__name__, name)
+
+
+def defaults_of_timm():
+    parameters = inspect.signature(timm.loss.create_classification_loss.__wrapped__).parameters
+    return {name: p.default for name, p in parameters.items() if name != 'loss_type'}
+
+
+def test_the_defaults_of_the_factory_are_taken():
+    every = timm.loss.create_classification_loss('coretune', num_features=8, **defaults_of_timm())
+    plain = timm.loss.create_classification_loss('coretune', num_features=8)
+    assert every.extra_repr() == plain.extra_repr()
+
+
+@pytest.mark.parametrize('name', sorted(defaults_of_timm().keys() - {'multi_label', 'smoothing', 'soft_targets'}))
+def test_what_the_loss_cannot_do_is_refused_by_name(name):
+    value = {bool: True, str: 'sum'}.get(type(defaults_of_timm()[name]), 3.5)
+    with pytest.raises(ValueError, match=f'{name}={value!r} belong.* to other losses of timm'):
+        timm.loss.create_classification_loss('coretune', num_features=8, **{name: value})
+
+
+def test_weights_of_classes_are_refused_as_tensors_too():
+    with pytest.raises(ValueError, match='class_weight=tensor'):
+        timm.loss.create_classification_loss('coretune', num_features=8, class_weight=torch.ones(3))
 
 
 @pytest.mark.parametrize(

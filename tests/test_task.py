@@ -6,6 +6,7 @@ and nothing kept of a step.
 
 import copy
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -243,6 +244,45 @@ def test_a_plain_forward_of_the_evaluation_model_keeps_no_features():
     assert seen[0]() is None
 
 
+def hooks_of(model):
+    kinds = ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
+    return {name: kind for name, part in model.named_modules() for kind in kinds if getattr(part, kind)}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_nothing_of_a_task_stays_on_the_model(name):
+    model = create_model(name)
+    before = model.state_dict().keys()
+    for _ in range(4):
+        task = create_task(model)
+        assert hooks_of(model) == {}
+        task(images(), TARGET)['loss'].backward()
+        assert hooks_of(model) == {}
+    assert model.state_dict().keys() == before
+    stored = pickle.dumps(model)
+    assert b'timm_coretune' not in stored
+    assert hooks_of(pickle.loads(stored)) == {}
+
+
+def test_a_model_can_be_scripted_while_a_task_trains_it():
+    model = create_model()
+    task = create_task(model)
+    task(images(), TARGET)
+    scripted = torch.jit.script(model.eval())
+    assert torch.equal(scripted(images()), model(images()))
+
+
+def test_a_step_that_fails_leaves_nothing_on_the_model_either(monkeypatch):
+    model = create_model()
+    task = create_task(model)
+    monkeypatch.setattr(model.global_pool, 'forward', lambda x: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        task(images(), TARGET)
+    assert hooks_of(model) == {}
+    monkeypatch.undo()
+    assert task(images(), TARGET)['loss'].isfinite()
+
+
 def test_a_deep_copy_trains_on_its_own():
     task = create_task(create_model('mobilenetv3_small_050'))
     module = task.trainable_module
@@ -252,7 +292,7 @@ def test_a_deep_copy_trains_on_its_own():
     torch.manual_seed(2)
     actual = duplicate(*arguments)
     actual['loss'].backward()
-    assert calls['conv_head'] == 1  # its hook came along
+    assert calls['conv_head'] == 1
     assert all(grad is None for grad in gradients(module).values())
     torch.manual_seed(2)
     expected = module(*arguments)

@@ -1,7 +1,8 @@
 """Add Core-tuning to timm.loss, timm.data, timm.task and timm's loss factory"""
 
 import functools
-from typing import Any, Callable, Optional
+import inspect
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import timm.data
 import timm.loss
@@ -30,12 +31,19 @@ def create_task_loss(
         multi_label: Whether an image may have several labels. Not supported: True raises an error.
         smoothing: Label smoothing factor. With soft_targets it is ignored, as in timm's other losses.
         soft_targets: Whether targets are soft labels, from timm's Mixup or CutMix.
-        **kwargs: Further arguments of the loss.
+        **kwargs: Further arguments of the loss. Those of timm's other losses may only have their defaults, as in code
+            that passes all of them to the factory.
 
     Raises:
         ValueError: Labels are multi-label, num_features is missing, or an argument belongs to another loss.
     """
     loss: Any = LOSSES[loss_type]
+    kwargs, foreign = _split_arguments(loss, kwargs)
+    if foreign:
+        raise ValueError(
+            f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {', '.join(foreign)} belong(s) to other "
+            'losses of timm and would have no effect. Leave out what is not at its default.'
+        )
     if multi_label:
         raise ValueError(f"Loss type '{loss_type}' mines pairs by class, it does not support multi-label targets.")
     if not num_features:
@@ -47,6 +55,20 @@ def create_task_loss(
         return loss(num_features, label_smoothing=0.0 if soft_targets else smoothing, **kwargs)
     except TypeError as e:
         raise ValueError(f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {e}") from e
+
+
+def _split_arguments(loss: Callable[..., Any], arguments: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+    """The arguments for a loss, and those of timm's other losses that do not have their defaults, as name=value."""
+    of_loss = inspect.signature(loss).parameters
+    of_timm = inspect.signature(factory.create_classification_loss).parameters
+    own = {name: value for name, value in arguments.items() if name in of_loss or name not in of_timm}
+    others = {name: value for name, value in arguments.items() if name not in own}
+    return own, [f'{name}={value!r}' for name, value in others.items() if not _is(value, of_timm[name].default)]
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether an argument is its default, which is a plain value. Tensors and lists are none."""
+    return value is default or (isinstance(value, (bool, int, float, str)) and value == default)
 
 
 def _with_task_losses(create_classification_loss: Callable[..., nn.Module]) -> Callable[..., nn.Module]:

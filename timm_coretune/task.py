@@ -4,8 +4,9 @@ Everything trainable runs inside one call of one module, so that DistributedData
 cover it. Checks of the target and random draws stay outside, since a compiled graph can contain neither.
 """
 
+import contextlib
 import logging
-from typing import Any, Dict, Iterable, List, Optional, Set, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -28,15 +29,31 @@ _logger = logging.getLogger(__name__)
 
 
 class _ClassifierInput:
-    """Forward pre-hook that keeps the input of the classifier, so that one pass gives features and logits."""
+    """Forward pre-hook that keeps the input of the classifier, so that one pass gives features and logits.
+
+    It is on the classifier in a training step only: between steps the model can be scripted, copied and pickled.
+    """
 
     def __init__(self) -> None:
-        self.armed = False
+        self.is_listening = False
         self.value: Optional[torch.Tensor] = None
 
     def __call__(self, module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
-        if self.armed:
-            self.value = args[0]
+        self.value = args[0]
+
+    @contextlib.contextmanager
+    def of(self, classifier: Any) -> Iterator[None]:
+        """Listen to a classifier meanwhile. Several classifiers have no input in common, and are left alone."""
+        if self.is_listening or not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
+            yield
+            return
+        handle = classifier.register_forward_pre_hook(self)
+        self.is_listening = True
+        try:
+            yield
+        finally:
+            handle.remove()
+            self.is_listening, self.value = False, None
 
 
 class CoreTuningModule(nn.Module):
@@ -54,15 +71,16 @@ class CoreTuningModule(nn.Module):
         self.model: Any = model
         self.criterion = criterion
         self._classifier_input = _ClassifierInput()
-        classifier = cast(Any, model).get_classifier()
-        if isinstance(classifier, nn.Module) and not isinstance(classifier, nn.ModuleList):
-            classifier.register_forward_pre_hook(self._classifier_input)
 
     def no_weight_decay(self) -> Set[str]:
         return no_weight_decay(self.model, 'model.')
 
     def group_matcher(self, coarse: bool = False) -> GroupMatcher:
         return group_matcher(self.model, 'model.', coarse=coarse)
+
+    def listening(self) -> ContextManager[None]:
+        """Keep the input of the classifier meanwhile. Around a compiled step, which cannot do so by itself."""
+        return self._classifier_input.of(self.model.get_classifier())
 
     def forward_features_and_logits(
         self,
@@ -74,11 +92,10 @@ class CoreTuningModule(nn.Module):
         classifier on feature maps), they come from `forward_head(pre_logits=True)`, which runs the head once more.
         """
         feature_map = None if isinstance(input, dict) else self.model.forward_features(input)
-        self._classifier_input.armed = True
-        # only the model's own forward accepts a dictionary of patches and coordinates
-        logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
-        features, self._classifier_input.value = self._classifier_input.value, None
-        self._classifier_input.armed = False
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else self.listening():
+            # only the model's own forward accepts a dictionary of patches and coordinates
+            logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
+            features, self._classifier_input.value = self._classifier_input.value, None
         if not isinstance(logits, torch.Tensor):
             raise ValueError(
                 f'Expected one tensor of logits from {type(self.model).__name__}, got {type(logits).__name__}. For a '
@@ -255,4 +272,5 @@ class CoreTuningTask(TrainingTask):
         batch_size = (input if isinstance(input, torch.Tensor) else next(iter(input.values()))).shape[0]
         check_target(target, batch_size, module.model.num_classes)
         prepared = protect_draws(module.criterion.prepare(batch_size, target.device))
-        return self.trainable_module(input, target, *prepared)
+        with module.listening():
+            return self.trainable_module(input, target, *prepared)

@@ -3,6 +3,8 @@
 import errno
 import io
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from tiny_data import write_folders
 from timm_coretune.data.images import (
     LabelledImages,
     UnreadableImageError,
+    _warn_of_dark_images,
     convert,
     find_fault,
     is_hidden,
@@ -94,13 +97,71 @@ def test_every_kind_of_transparency_is_seen(tmp_path):
     assert hidden == [(200, 100, 50)] * 3 + [(90, 90, 90)] * 2
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'CMYK', 'I;16'])
+@pytest.mark.parametrize('mode', ['RGB', 'L', '1', 'P', 'CMYK'])
 def test_what_is_not_transparent_is_converted_as_before(mode):
-    image = (
-        Image.fromarray(np.arange(64, dtype=np.uint16).reshape(8, 8)) if mode == 'I;16' else quadrants().convert(mode)
-    )
+    image = quadrants().convert(mode)
     for target in ('RGB', 'L'):
         assert convert(upright(image), target).tobytes() == image.convert(target).tobytes()
+
+
+def ramp(kind):
+    """A gray image of 16 bits from black to white in a file, and its values in 8 bits."""
+    values = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.int32)
+    file = io.BytesIO()
+    if kind == '.pgm':
+        file.write(b'P5 8 8 65535\n' + values.astype('>u2').tobytes())
+    elif kind == 'big-endian TIFF':
+        Image.fromarray(values.astype('>u2')).save(file, 'TIFF')
+    else:
+        Image.fromarray(values.astype(np.uint16)).save(file, kind)
+    file.seek(0)
+    return file, np.array([[value // 256 for value in row] for row in values.tolist()])
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L'])
+@pytest.mark.parametrize('kind', ['PNG', 'TIFF', 'big-endian TIFF', '.pgm'])
+def test_an_image_of_16_bits_is_scaled_not_clipped(kind, mode):
+    file, expected = ramp(kind)
+    image = np.array(open_image(file, mode))
+    assert np.array_equal(image if mode == 'L' else image[..., 2], expected)
+    assert (image.min(), image.max()) == (0, 255)
+
+
+def test_gray_and_colors_of_16_bits_are_scaled_alike(tmp_path):
+    # a PNG of three channels of 16 bits, which PIL reads but does not write
+    rows = b''.join(b'\0' + np.full((1, 3), value, '>u2').tobytes() for value in (0, 300, 40000, 65535))
+    chunks = (b'IHDR', struct.pack('>IIBBBBB', 1, 4, 16, 2, 0, 0, 0)), (b'IDAT', zlib.compress(rows)), (b'IEND', b'')
+    color = b'\x89PNG\r\n\x1a\n' + b''.join(
+        struct.pack('>I', len(data)) + name + data + struct.pack('>I', zlib.crc32(name + data)) for name, data in chunks
+    )
+    gray = io.BytesIO()
+    Image.fromarray(np.array([[0], [300], [40000], [65535]], np.uint16)).save(gray, 'PNG')
+    read = [np.array(open_image(file, 'RGB')) for file in (io.BytesIO(color), io.BytesIO(gray.getvalue()))]
+    assert np.array_equal(*read)
+
+
+@pytest.mark.parametrize('values', [[0, 300], [-1, 5], [0.0, 1.0], [0.0, float('nan')]], ids=str)
+def test_an_image_of_32_bits_whose_white_is_not_known_is_refused(tmp_path, values):
+    kind = np.int32 if isinstance(values[0], int) else np.float32
+    Image.fromarray(np.array([values], kind)).save(tmp_path / 'a.tif')
+    with pytest.raises(UnreadableImageError, match='a.tif.*it is not known what is white'):
+        open_image(tmp_path / 'a.tif', 'RGB')
+    with open(tmp_path / 'a.tif', 'rb') as file:
+        assert 'not known what is white' in find_fault(file)
+
+
+def test_an_image_of_32_bits_with_values_of_8_is_read_as_before(tmp_path):
+    for kind in (np.int32, np.float32):
+        Image.fromarray(np.array([[0, 100, 255]], kind)).save(tmp_path / 'a.tif')
+        assert np.array(open_image(tmp_path / 'a.tif', 'L')).tolist() == [[0, 100, 255]]
+
+
+def test_images_of_16_bits_that_hold_8_are_warned_of(messages):
+    _warn_of_dark_images.cache_clear()
+    for _ in range(2):
+        assert convert(Image.fromarray(np.full((2, 2), 200, np.uint16)), 'L').getpixel((0, 0)) == 0
+    (warning,) = messages('WARNING')
+    assert 'save them with 8' in warning
 
 
 def encoded(kind, **options):

@@ -424,3 +424,12 @@ def test_two_processes_train_as_one_with_the_whole_batch(name, found):
             assert torch.equal(rank[update]['generator'], task.criterion.mixup.generator.get_state())
         mean = {key: np.mean([rank[update]['losses'][key] for rank in ranks]) for key in expected['losses']}
         assert mean == pytest.approx(expected['losses'], rel=1e-10, abs=1e-12)
+
+
+def test_nothing_of_a_task_stays_on_the_model():
+    task = create_task(dtype=torch.float32)
+    images, masks = blobs(0, 2, (32, 32))
+    task(images.float(), masks)['loss'].backward()
+    model = task.get_eval_model()
+    kinds = ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
+    assert [name for name, part in model.named_modules() if any(getattr(part, kind) for kind in kinds)] == []

@@ -39,10 +39,8 @@ train = partial(runs.train, base=FLAGS)
         (['--resume', 'nowhere.pth'], "--resume 'nowhere.pth', found none"),
         (['-b', '5000'], 'Lower --batch-size'),
         (['--num-classes', '4'], 'at least the 10 classes of the data, got 4'),
-        (['--coretune', '--contrast-temperature', '0'], 'temperature > 0'),
-        (['--coretune', '--coretune-alpha', '-1'], 'mixup_alpha > 0'),
     ],
-    ids=['no-folder', 'no-images', 'no-file', 'no-checkpoint', 'no-state', 'batch', 'classes', 'temperature', 'alpha'],
+    ids=['no-folder', 'no-images', 'no-file', 'no-checkpoint', 'no-state', 'batch', 'classes'],
 )
 def test_bad_input_stops_the_run_with_the_likely_fix(tmp_path, monkeypatch, flags, message):
     monkeypatch.chdir(tmp_path)

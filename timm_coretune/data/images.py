@@ -2,19 +2,32 @@
 
 All code of this package that opens an image does it here, so that training, validation and prediction see the same.
 
+- An image of 16 bits is scaled to 8, where PIL would make everything above 255 white.
 - The orientation that a camera writes into a photo (EXIF) is applied: the image is as a viewer shows it.
 - A transparent image is composed on white. The colours below full transparency, which nobody sees, are not used.
 """
 
 import errno
 import functools
+import logging
 import os
 from typing import IO, Any, Iterator, List, Optional
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, IterableImageDataset
 
+_logger = logging.getLogger(__name__)
+
 BACKGROUND = (255, 255, 255, 255)  # white, as pages on which transparent images are usually shown
+# Endings of the files that are read as images, in lower case. PIL reads them without another library or program.
+IMAGE_ENDINGS = (
+    *('.png', '.jpg', '.jpeg', '.jfif', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'),
+)  # fmt: skip
+# endings of images that are not read, beside those that PIL knows
+_OTHER_IMAGES = ('.heic', '.heif', '.jxl', '.dcm', '.npy', '.svg', '.raw', '.cr2', '.nef', '.arw', '.dng', '.exr')
+_WIDE_MODES = ('I', 'I;16', 'I;16L', 'I;16B', 'I;16N', 'F')  # more than 8 bits in a pixel
+_BITS_PER_SAMPLE = 258  # tag of TIFF
 _ORIENTATION = 0x0112  # tag of EXIF
 _TRANSPOSE = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -42,6 +55,12 @@ def is_hidden(path: str) -> bool:
     return os.path.basename(path).startswith('._')
 
 
+def is_other_image(ending: str) -> bool:
+    """Whether files with this ending are likely images, although they are not read as such."""
+    Image.init()
+    return ending not in IMAGE_ENDINGS and (ending in _OTHER_IMAGES or ending in Image.EXTENSION)
+
+
 def upright(image: Image.Image) -> Image.Image:
     """Turn an image as its EXIF orientation says. The result has no orientation: turning it again changes nothing."""
     image.load()  # PNG may have its EXIF after the pixels, and TIFF files are turned by PIL when they are loaded
@@ -58,8 +77,42 @@ def upright(image: Image.Image) -> Image.Image:
     return turned
 
 
+def narrow(image: Image.Image) -> Image.Image:
+    """Scale an image of 16 bits to 8: its upper byte counts, as PIL and libpng do it for colours. Others stay.
+
+    Raises:
+        ValueError: The image has 32 bits in a pixel and values that are not in the range of 8 bits. What is white in it
+            is not known.
+    """
+    if image.mode not in _WIDE_MODES:
+        return image
+    values = np.asarray(image)
+    if image.mode not in ('I', 'F') or image.format in ('PNG', 'PPM'):  # which have no more than 16 bits
+        bits = getattr(image, 'tag_v2', {}).get(_BITS_PER_SAMPLE, (16,))[0]  # 12 in some TIFF files
+        if values.size and 0 < values.max() <= 255:
+            _warn_of_dark_images()
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8))
+    low, high = (values.min(), values.max()) if values.size else (0, 0)
+    if not (low >= 0 and high <= 255) or (image.mode == 'F' and 0 < high <= 1):
+        raise ValueError(
+            f'its pixels have 32 bits and values from {low:g} to {high:g}, of which it is not known what is white. '
+            'Save it with 8 or 16 bits in a pixel'
+        )
+    return image
+
+
+@functools.lru_cache(maxsize=1)  # once in a process
+def _warn_of_dark_images() -> None:
+    _logger.warning(
+        'An image of 16 bits has no value above 255, of 65535, and so is black. If such images hold values of 8 bits, '
+        'save them with 8.'
+    )
+
+
 def convert(image: Image.Image, mode: str) -> Image.Image:
     """Convert an image to a PIL mode. A transparent one is composed on white, unless the mode has transparency too."""
+    if mode not in _WIDE_MODES:
+        image = narrow(image)
     if mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La'):
         return image.convert(mode)
     if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or (
@@ -101,6 +154,7 @@ def find_fault(file: IO[bytes], whole: bool = False) -> Optional[str]:
                 if file.read(len(end)) == end:
                     return None
                 file.seek(position)
+            narrow(image)
             image.load()
     except Exception as e:
         return reason_of(e)

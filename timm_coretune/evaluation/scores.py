@@ -90,3 +90,9 @@ def is_better(name: str, value: float, other: Optional[float]) -> bool:
 def describe(values: Mapping[str, float], names: Sequence[str]) -> str:
     """Write some of the scores as a part of a log line."""
     return '  '.join(f'{SCORES[name].label}: {values[name]:>7.3f}' for name in names)
+
+
+def describe_value(name: str, value: float) -> str:
+    """A value of a score with its name and unit, as in `top1 87.50 %`."""
+    unit = SCORES[name].unit
+    return f'{name} {value:.2f} {unit}' if unit == PERCENT else f'{name} {value:.4g} {unit}'

@@ -8,6 +8,7 @@ import torch
 from ..atomic import write_whole
 from ..evaluation.scores import PERCENT, SCORES
 from ..run_folder import EVAL_PREFIX, read_summary
+from .labels import create_labels
 
 _STRIPE = 128  # ignored pixels get stripes of this gray level, as white may be the colour of a class
 
@@ -86,16 +87,20 @@ def plot_confusion(matrix_path: str, picture_path: str) -> None:
         (_, *names), *rows = csv.reader(f)
     counts = [[float(value) for value in values] for _, *values in rows]
     shares = [[100 * value / max(sum(row), 1.0) for value in row] for row in counts]
-    side = min(4 + 0.28 * len(names), 24)
-    figure = _create_figure(figsize=(side, side))
+    figure = _create_figure()
+    labels, families = create_labels(names) if len(names) <= 60 else ([], [])
+    room = 0.08 * max([len(label) - 10 for label in labels] + [0])  # for long labels, beside the matrix and below it
+    side = min(4 + 0.28 * len(names), 24) + room
+    figure.set_size_inches(side, side)
     axes = figure.subplots()
     image = axes.imshow(shares, cmap='Blues', vmin=0, vmax=100)
     figure.colorbar(image, ax=axes, shrink=0.8, label='% of the true class')
     axes.set_xlabel('predicted')
     axes.set_ylabel('true')
-    if len(names) <= 60:
-        axes.set_xticks(range(len(names)), names, rotation=90)
-        axes.set_yticks(range(len(names)), names)
+    if labels:
+        with _without_formulas():
+            axes.set_xticks(range(len(labels)), labels, rotation=90, fontfamily=families)
+            axes.set_yticks(range(len(labels)), labels, fontfamily=families)
     if len(names) <= 20:
         for i, row in enumerate(shares):
             for j, value in enumerate(row):
@@ -136,8 +141,11 @@ def plot_segmentation(
     colors = torch.tensor(palette, dtype=torch.uint8).reshape(256, 3)
     masks = [mask for pair in zip(truths, predictions, strict=True) for mask in pair]
     classes = sorted(set().union(*(mask.unique().tolist() for mask in masks)))
-    columns = 6
-    figure = _create_figure(figsize=(9, 3 * len(images) + 0.4 + 0.25 * (len(classes) // columns)))
+    figure = _create_figure()
+    known, families = create_labels(class_names or [])
+    names = ['ignored' if c == ignore_index else known[c] if c < len(known) else str(c) for c in classes]
+    columns = max(1, min(6, 120 // (8 + max(map(len, names)))))
+    figure.set_size_inches(9, 3 * len(images) + 0.4 + 0.25 * (len(classes) // columns))
     grid = figure.subplots(len(images), 3, squeeze=False)
     for axes, image, *pair in zip(grid, images, truths, predictions, strict=True):
         panels = [_to_pixels(image), *(_paint(mask, colors, ignore_index) for mask in pair)]
@@ -146,16 +154,24 @@ def plot_segmentation(
             ax.set_axis_off()
     for ax, title in zip(grid[0], ('image', 'truth', 'prediction'), strict=True):
         ax.set_title(title)
-    known = class_names or []
     entries = []
-    for c in classes:
+    for c, name in zip(classes, names, strict=True):
+        style: Dict[str, Any] = dict(facecolor=[v / 255 for v in colors[c].tolist()])
         if c == ignore_index:
-            style: Dict[str, Any] = dict(facecolor='white', edgecolor='gray', hatch='////', label='ignored')
-        else:
-            style = dict(facecolor=[v / 255 for v in colors[c].tolist()], label=known[c] if c < len(known) else str(c))
-        entries.append(_create_patch(**style))
-    figure.legend(handles=entries, loc='outside lower center', ncols=columns, frameon=False)
+            style = dict(facecolor='white', edgecolor='gray', hatch='////')
+        entries.append(_create_patch(label=name, **style))
+    with _without_formulas():
+        figure.legend(
+            handles=entries, loc='outside lower center', ncols=columns, frameon=False, prop=dict(family=families)
+        )
     _save_figure(figure, picture_path)
+
+
+def _without_formulas() -> Any:
+    """Texts that are created meanwhile are drawn as they are: a name may have dollar signs."""
+    from matplotlib import rc_context
+
+    return rc_context({'text.parse_math': False})
 
 
 def _create_patch(**style: Any) -> Any:

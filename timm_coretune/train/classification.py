@@ -39,7 +39,25 @@ CONFIG = CONFIG_NAME  # name of the file that describes the model in a run folde
 def open_datasets(settings: Settings) -> Datasets:
     """Open the validation split and, unless nothing is trained, the training split."""
     with_training = not settings.loop.eval_only
-    return create_datasets(settings.data, with_training, settings.loop.seed, read_model_classes(settings.model))
+    datasets = create_datasets(settings.data, with_training, settings.loop.seed, read_model_classes(settings.model))
+    _check_several_classes(datasets, settings.model.num_classes)
+    return datasets
+
+
+def _check_several_classes(datasets: Datasets, asked: Optional[int]) -> None:
+    """Warn if all training images are of one class, and raise a ValueError if the model has no other class either."""
+    counts = count_labels(datasets.train)
+    if counts is None or len(counts) != 1:
+        return
+    names = datasets.class_names
+    name = f', {names[0]!r}' if names and len(names) == 1 else ''
+    found = f'all {counts[0]} training images are of one class{name}'
+    if (asked or datasets.num_classes or 1) < 2:
+        raise ValueError(
+            f'Expected images of two classes or more, {found}: any model is right about all of them. Check the folders '
+            'in --data-dir; each class is one.'
+        )
+    _logger.warning(f'ONE CLASS: {found}. A model learns nothing from them but to name it.')
 
 
 def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) -> Tuple[nn.Module, Dict[str, Any]]:

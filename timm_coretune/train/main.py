@@ -18,6 +18,7 @@ from ..hub.upload import quiet_requests
 from ..run_folder import ARGS_NAME
 from . import classification, segmentation
 from .cli.arguments import ParsedArguments, parse_args
+from .cli.errors import asked_by, sentence_of
 from .cli.settings import ModelSettings, SavedArguments, Settings
 from .data.datasets import Datasets
 from .data.loaders import Loaders, mean_batch_size
@@ -33,6 +34,7 @@ from .run.folder import default_name, find_newest_state, take_folder
 from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume
+from .weights import check_model_name, warn_of_random_weights
 
 _logger = logging.getLogger(__name__)
 
@@ -122,8 +124,12 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     num_classes = resolve_num_classes(settings.model.num_classes, datasets.num_classes)
     plain_model, data_config = kind.create_model(settings, num_classes, is_main)
     model = place_model(settings.model, plain_model, accelerator, settings.data.aug_splits)
-    loaders = kind.create_loaders(settings, data_config, model, datasets, accelerator)
-    task = kind.create_task(settings, model, accelerator.device, is_main)
+    if is_main:
+        warn_of_random_weights(settings, state_path)
+    with asked_by('--aa, --interpolation and other flags of images and batches'):
+        loaders = kind.create_loaders(settings, data_config, model, datasets, accelerator)
+    with asked_by('--kd-model-name and other flags of the loss'):
+        task = kind.create_task(settings, model, accelerator.device, is_main)
     log_data(datasets)
     if settings.loss.coretune and datasets.train is not None:
         kind.log_contrast(settings, datasets, num_processes)
@@ -138,7 +144,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         num_classes=cast(int, model.num_classes),
     )
     values = {**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric}
-    optimizer = create_optimizer(optimization, task, resolved.lr)
+    with asked_by('--opt, --opt-kwargs and other flags of the optimizer'):
+        optimizer = create_optimizer(optimization, task, resolved.lr)
     continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
     continuation = place_in_epoch(continuation, values, num_processes, loaders.train)
     setup_ema(settings.model, task, state_path)
@@ -148,9 +155,10 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     if settings.loop.start_epoch is not None:
         start_epoch, start_batch = settings.loop.start_epoch, 0
     updates_per_epoch = 1 if num_batches is None else -(-num_batches // accum)
-    scheduler, num_epochs = create_schedule(
-        optimization, optimizer, updates_per_epoch, resolved.eval_metric, settings.loop.seed
-    )
+    with asked_by('--sched and other flags of the learning rate'):
+        scheduler, num_epochs = create_schedule(
+            optimization, optimizer, updates_per_epoch, resolved.eval_metric, settings.loop.seed
+        )
     if scheduler is not None and (start_epoch or start_batch):
         if optimization.sched_on_updates:
             scheduler.step_update(start_epoch * updates_per_epoch + start_batch // accum)
@@ -219,7 +227,8 @@ def _prepare_process(parsed: ParsedArguments) -> Accelerator:
         importlib.import_module(name)
     setup_default_logging(default_level=logging.INFO if int(os.environ.get('RANK', 0)) == 0 else logging.WARNING)
     quiet_requests()
-    accelerator = create_accelerator(loop, parsed.settings.output, 'device' in parsed.given)
+    with asked_by('--device, --amp, --log-with and the options of accelerate launch'):
+        accelerator = create_accelerator(loop, parsed.settings.output, 'device' in parsed.given)
     check_strategy(parsed.settings, accelerator)
     if parsed.assumed:
         _logger.info(parsed.assumed)
@@ -257,6 +266,9 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     settings, output = parsed.settings, parsed.settings.output
     kind = kind_of(settings)
     accelerator = _prepare_process(parsed)
+    check_model_name(settings.model.model, settings.model.pretrained)
+    if settings.loss.kd_model_name:
+        check_model_name(settings.loss.kd_model_name, flag='--kd-model-name')
     datasets = kind.open_datasets(settings)
     trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets)
     record: Optional[RunRecord] = trainer.record
@@ -279,7 +291,8 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     except KeyboardInterrupt:
         # the file of a state may be complete although the record has not noted it yet
         if record.last_state or (record.folder and find_newest_state(record.folder)):
-            _logger.info(f'Interrupted. Continue with:\n{continue_command(argv, record.folder)}')
+            also = ' and with what accelerate launch was given' if accelerator.num_processes > 1 else ''
+            _logger.info(f'Interrupted. Continue with{also}:\n{continue_command(argv, record.folder)}')
         else:
             _logger.info('Interrupted in the first epoch, before a checkpoint: start anew to continue.')
     except DivergedError as e:
@@ -287,7 +300,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
         raise DivergedError(f'{e} {state}') from None
     if accelerator.is_main_process:
         _summarize(kind, settings.model, record, trainer, datasets)
-        if not over:
+        if results:
             print_results(results, resolved.eval_metric)
     accelerator.end_training()
     if output.push_to_hub and accelerator.is_main_process:
@@ -299,6 +312,18 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
 
 
 def main(argv: Optional[List[str]] = None) -> None:
-    """Entry point of train.py and `python -m timm_coretune.train`."""
+    """Entry point of train.py and `python -m timm_coretune.train`. What the user can mend ends in one line.
+
+    Raises:
+        SystemExit: With status 2 if files or settings cannot be used, with 1 if training diverged.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    run(parse_args(argv), argv)
+    try:
+        run(parse_args(argv), argv)
+    except Exception as e:
+        sentence = sentence_of(e)
+        if sentence is None:
+            raise
+        rank = os.environ.get('RANK', '0')
+        print(f'train.py: error: {sentence}{"" if rank == "0" else f" (process {rank})"}', file=sys.stderr)
+        sys.exit(1 if isinstance(e, DivergedError) else 2)

@@ -13,7 +13,9 @@ from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
 from ..run_folder import CONFIG_NAME, PREPROCESSING
+from .cli.errors import asked_by
 from .cli.settings import DataSettings, ModelSettings
+from .image_size import size_arguments
 
 _logger = logging.getLogger(__name__)
 
@@ -49,8 +51,7 @@ def create_backbone(
         set_jit_fuser(settings.fuser)
     if settings.fast_norm:
         set_fast_norm()
-    model: Any = create_model(
-        settings.model,
+    by_flags: Dict[str, Any] = dict(
         pretrained=settings.pretrained,
         in_chans=data.num_channels,
         num_classes=num_classes,
@@ -61,8 +62,13 @@ def create_backbone(
         bn_momentum=settings.bn_momentum,
         bn_eps=settings.bn_eps,
         scriptable=settings.torchscript,
-        **settings.model_kwargs,
     )
+    twice = sorted(by_flags.keys() & settings.model_kwargs.keys())
+    if twice:
+        raise ValueError(f'--model-kwargs: {", ".join(twice)} has a flag of its own. Use that in its place.')
+    with asked_by('--model, --model-kwargs and other flags of the model'):
+        for_size = size_arguments(settings.model, settings.model_kwargs, data, resizes=not whole)
+        model: Any = create_model(settings.model, **by_flags, **{**settings.model_kwargs, **for_size})
     if settings.pretrained_path:
         load_checkpoint(
             model,

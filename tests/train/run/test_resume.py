@@ -167,7 +167,7 @@ def test_a_run_continued_without_its_optimizer_still_knows_its_best(tmp_path, da
     state['run_state']['best'] = [101.0, 1]  # no epoch after this is better
     torch.save(state, path)
     train(data, tmp_path, '--resume', path, '--no-resume-opt')
-    assert '*** Best metric: 101.0 (epoch 1)' in messages()
+    assert '*** Best metric: top1 101.00 % (epoch 1)' in messages()
 
 
 def test_a_state_of_another_folder_starts_a_summary_of_its_own(tmp_path, data, straight, read_csv):

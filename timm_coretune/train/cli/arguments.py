@@ -12,6 +12,7 @@ import yaml
 from ...run_folder import PREPROCESSING, Description, describe_weights, find_weights
 from .conflicts import find_contradictions
 from .flags import Parser, add_flags, nearest
+from .ranges import find_out_of_range
 from .settings import TUNING, Settings
 
 PRESETS = ('cnn', 'vit')
@@ -242,6 +243,8 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
         parser.set_defaults(eval_metric='miou')
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
+    for problem in find_out_of_range(Settings.from_flat(vars(args))):
+        parser.error(problem)
     if args.preset and 'warmup_epochs' not in given:
         args.warmup_epochs = _shortened_warmup(args.preset, args.epochs)
     if weights is not None:

@@ -32,7 +32,6 @@ def _of_losses(settings: Settings) -> Conditions:
         ),
         '--kd-model-name: distillation and --coretune are two tasks; choose one': loss.coretune and loss.kd_model_name,
         '--jsd-loss needs --aug-splits of 2 or more': loss.jsd_loss and data.aug_splits < 2,
-        '--anchors-per-image: 1 or more': loss.anchors_per_image < 1,
     }
 
 
@@ -62,11 +61,9 @@ def _of_models(settings: Settings) -> Conditions:
         '--model-ema-publish ema needs --model-ema; that of --model-ema-force-cpu is not validated': (
             model.model_ema_publish == 'ema' and (not model.model_ema or model.model_ema_force_cpu)
         ),
-        '--head-lr-scale: above 0': optimization.head_lr_scale <= 0,
         '--checkpoint-frames: 1 or more, of a --pretrained-path': (
-            model.checkpoint_frames is not None and (model.checkpoint_frames < 1 or not model.pretrained_path)
+            model.checkpoint_frames is not None and not model.pretrained_path
         ),
-        '--freeze-epochs: 0 or more': optimization.freeze_epochs < 0,
     }  # fmt: skip
 
 
@@ -102,7 +99,6 @@ def _of_batches(settings: Settings) -> Conditions:
         ),
         '--class-balance and --aug-repeats both order the images; choose one': data.class_balance and data.aug_repeats,
         '--class-balance needs a --batch-size of 4 or more': data.class_balance and data.batch_size < 4,
-        '--label-fraction: above 0, at most 1': not 0 < data.label_fraction <= 1,
         '--val-fraction: above 0 and below 1, or with --eval-only 1 for all images': (
             data.val_fraction is not None
             and not 0 < data.val_fraction < 1
@@ -174,7 +170,6 @@ def _of_the_loop(settings: Settings) -> Conditions:
             loop.local_rank and 'LOCAL_RANK' not in os.environ
         ),
         '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
-        '--patience: 1 or more': loop.patience is not None and loop.patience < 1,
         '--skip-unreadable needs a --val-split': settings.data.skip_unreadable and not settings.data.val_split,
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
         f'--metrics: choose from {", ".join(FURTHER_OF_IMAGES)}': set(metrics) - set(FURTHER_OF_IMAGES),

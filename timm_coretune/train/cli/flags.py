@@ -3,9 +3,24 @@
 import argparse
 import dataclasses
 import difflib
+import os
 import sys
 from dataclasses import dataclass
-from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Dict,
+    List,
+    Literal,
+    NamedTuple,
+    NoReturn,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from timm.utils import ParseKwargs
 
@@ -60,6 +75,25 @@ def _kind_of(annotation: Any) -> Dict[str, Any]:
     return (
         dict(metavar='NAME') if annotation is str else dict(type=annotation, metavar='N' if annotation is int else 'X')
     )
+
+
+class Number(NamedTuple):
+    """A field that is a number, int or float, or several."""
+
+    type: type
+    several: bool
+
+
+def numbers_of(groups: Sequence[type]) -> Dict[str, Number]:
+    """All fields of these dataclasses that are numbers, by name."""
+    numbers = {}
+    for group in groups:
+        hints = get_type_hints(group)
+        for f in dataclasses.fields(group):
+            kind = _kind_of(hints[f.name])
+            if kind.get('type') in (int, float):
+                numbers[f.name] = Number(kind['type'], 'nargs' in kind)
+    return numbers
 
 
 def describe(f: 'dataclasses.Field[Any]') -> str:
@@ -118,7 +152,7 @@ class _OneLineEach(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that answers an unknown flag with the most similar known one."""
+    """A parser that answers an unknown flag with the most similar known one, and an error in one line."""
 
     def __init__(self, **kwargs: Any):
         super().__init__(formatter_class=_OneLineEach, **kwargs)
@@ -130,3 +164,8 @@ class Parser(argparse.ArgumentParser):
             hint = nearest(unknown[0].partition('=')[0], known)
             self.error(f'unrecognized arguments: {" ".join(unknown)}{hint}')
         return namespace
+
+    def error(self, message: str) -> NoReturn:
+        """End with status 2 and one line. All processes of a run read the same words, so the first says it for all."""
+        is_first = os.environ.get('RANK', '0') == '0'
+        self.exit(2, f'{self.prog}: error: {message}\n' if is_first else None)

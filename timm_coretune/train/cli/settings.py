@@ -45,7 +45,9 @@ class DataSettings:
     target_key: Optional[str] = flag(None, 'field that holds the label, in a data set of records such as hfds/', 'KEY')
     dataset_trust_remote_code: bool = flag(False, 'allow a Hugging Face data set to run its own code')
 
-    img_size: Optional[int] = flag(None, 'image height and width in pixels (default: from the model)', section='images')
+    img_size: Optional[int] = flag(
+        None, 'image height and width in pixels, for which a ViT is built (default: from the model)', section='images'
+    )
     in_chans: Optional[int] = flag(None, 'number of image channels (default: 3)')
     input_size: Optional[List[int]] = flag(None, 'image channels, height, width (default: from the model)', nargs=3)
     crop_pct: Optional[float] = flag(None, 'share of each side of a validation image that the center crop keeps')
@@ -116,7 +118,7 @@ class DataSettings:
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
     val_fraction: Optional[float] = flag(None, 'share of each class held out (default: 0.1 if no split validates)')
-    class_balance: bool = flag(False, 'batches in which a class appears at least twice or not at all')
+    class_balance: bool = flag(False, 'batches in which every image has another one of its class, if there is one')
     check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
     skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')
 

@@ -6,6 +6,8 @@ that loop, and leave out folders that a class map does not name without a word.
 
 import logging
 import os
+import tarfile
+import zlib
 from collections import Counter
 from pathlib import PurePosixPath
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -14,10 +16,11 @@ import numpy as np
 from timm.data.readers import get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_folder import ReaderImageFolder
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tarinfos
 from timm.utils.misc import natural_key
 from torchvision.datasets import ImageFolder
 
+from ...data.images import IMAGE_ENDINGS, is_other_image
 from ...listing import shorten
 
 _logger = logging.getLogger(__name__)
@@ -74,6 +77,58 @@ def assign_classes(folders: Sequence[str], class_map: Optional[Dict[str, int]], 
     return Classes(kept, [class_to_idx[folders[index]] for index in kept], class_to_idx)
 
 
+def check_merged(folders: Sequence[str], where: str) -> None:
+    """Warn if a class is made of several folders of one name, or raise a ValueError if all images come together so.
+
+    Args:
+        folders: Folder of each image that belongs to a class. The innermost name is that of the class.
+        where: The folder or file that was read, for messages.
+    """
+    folders_of: Dict[str, List[str]] = {}
+    counts = Counter(folders)
+    for folder in in_natural_order(list(counts)):
+        folders_of.setdefault(os.path.basename(folder), []).append(folder)
+    merged = {name: alike for name, alike in folders_of.items() if len(alike) > 1}
+    if not merged:
+        return
+    name, alike = next(iter(merged.items()))
+    shown = shorten([f'{folder} ({counts[folder]})' for folder in alike])
+    rule = (
+        'The innermost folder names the class. If the outermost one is to name it, move the images up into it, or give '
+        '--dataset torch/image_folder'
+    )
+    if len(folders_of) == 1:
+        raise ValueError(
+            f'Expected one folder per class in {where}, found {len(folders)} images in {len(alike)} folders that are '
+            f'all called {name!r}, which would be one class: {shown}. {rule}.'
+        )
+    others = f', and so are {len(merged) - 1} more' if len(merged) > 1 else ''
+    _logger.warning(
+        f'SEVERAL FOLDERS OF {where} ARE ONE CLASS: {name!r} is made of {shown}{others}. {rule}; splits are named by '
+        '--train-split and --val-split.'
+    )
+
+
+def _log_other_files(endings: 'Counter[str]', where: str) -> None:
+    """Log how many files are left out as their endings are none of images, as a warning if they may be images."""
+    if not endings:
+        return
+    most_first = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    shown = shorten([f'{ending or "no ending"} ({count})' for ending, count in most_first])
+    may_be_images = any(map(is_other_image, endings))
+    hint = ' Convert them to JPEG, PNG or WebP to use them.' if may_be_images else ''
+    _logger.log(
+        logging.WARNING if may_be_images else logging.INFO,
+        f'{endings.total()} file(s) of {where} are left out, as their endings are none of images that are read: '
+        f'{shown}.{hint}',
+    )
+
+
+def image_endings() -> Tuple[str, ...]:
+    """Endings of the files that are read as images: our own, and those that were added to timm's list."""
+    return tuple(dict.fromkeys((*get_img_extensions(), *IMAGE_ENDINGS)))
+
+
 def _is_folder(entry: os.DirEntry) -> bool:
     try:
         return entry.is_dir()
@@ -94,6 +149,7 @@ class _Scan:
         self.types = tuple(types)
         self.hidden: List[str] = []
         self.loops: List[str] = []
+        self.others: Counter[str] = Counter()  # endings of files that are no images
 
     def images(self, folder: str, above: Tuple[str, ...] = ()) -> Iterator[str]:
         """The images below a folder. `above` are the real paths of the folders that were entered to get here."""
@@ -108,11 +164,14 @@ class _Scan:
                     self.loops.append(entry.path)
                 else:
                     yield from self.images(entry.path, entered)
-            elif os.path.splitext(entry.name)[1].lower() in self.types:
-                if entry.name.startswith('.'):
-                    self.hidden.append(entry.path)
-                else:
-                    yield entry.path
+                continue
+            ending = os.path.splitext(entry.name)[1].lower()
+            if ending not in self.types:
+                self.others[ending] += not entry.name.startswith('.')
+            elif entry.name.startswith('.'):
+                self.hidden.append(entry.path)
+            else:
+                yield entry.path
 
 
 def _contains_one(folder: str, paths: Sequence[str]) -> bool:
@@ -126,6 +185,7 @@ def _log_hidden(hidden: Sequence[str], where: str) -> None:
 
 def _log_scan(scan: _Scan, where: str) -> None:
     _log_hidden(scan.hidden, where)
+    _log_other_files(+scan.others, where)
     for path in scan.loops:
         _logger.warning(f'The symbolic link {path} leads to a folder that it lies in. It is not followed.')
 
@@ -136,7 +196,7 @@ class ReaderClassFolders(ReaderImageFolder):
     Args:
         root: Folder that holds the class folders.
         class_map: Class index by name of the folder. When None, the folders are numbered in natural order.
-        types: Endings of image files. When None, those of timm.
+        types: Endings of image files. When None, `image_endings()`.
 
     Raises:
         ValueError: There are no images in class folders.
@@ -145,7 +205,7 @@ class ReaderClassFolders(ReaderImageFolder):
     def __init__(self, root: str, class_map: Optional[Dict[str, int]] = None, types: Optional[Sequence[str]] = None):
         Reader.__init__(self)
         self.root = root = os.path.normpath(root)
-        scan = _Scan(types or get_img_extensions())
+        scan = _Scan(types or image_endings())
         paths = in_natural_order(list(scan.images(root)))
         _log_scan(scan, root)
         if not paths:
@@ -157,6 +217,7 @@ class ReaderClassFolders(ReaderImageFolder):
         folders = [os.path.dirname(path) for path in paths]
         names = ['' if folder == root else os.path.basename(folder) for folder in folders]
         kept, targets, self.class_to_idx = assign_classes(names, class_map, root)
+        check_merged([os.path.relpath(folders[index], root) for index in kept], root)
         self.samples = [(paths[index], target) for index, target in zip(kept, targets, strict=True)]
 
 
@@ -173,7 +234,7 @@ class TorchvisionClassFolders(ImageFolder):
     def make_dataset(
         directory: Any, class_to_idx: Dict[str, int], extensions: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        scan = _Scan(extensions)
+        scan = _Scan(image_endings())
         samples = []
         for name, index in sorted(class_to_idx.items()):
             paths = list(scan.images(os.path.join(directory, name), (os.path.realpath(directory),)))
@@ -196,10 +257,18 @@ class ReaderClassTar(ReaderImageInTar):
     """
 
     def __init__(self, root: str, class_map: Optional[Dict[str, int]] = None):
+        Reader.__init__(self)
+        self.root, self.root_is_tar, self.cache_tarfiles = root, True, True
+        endings = image_endings()
+        _log_other_files(_other_files_of(root, endings), root)
         try:
-            super().__init__(root)
-        except ValueError as e:  # timm's reader cannot unpack an empty list
-            raise ValueError(f'Expected images in one folder per class in {root!r}, could not read any: {e}.') from e
+            self.samples, _, _, tarfiles = extract_tarinfos(root, extensions=endings)
+        except ValueError as e:  # timm cannot unpack an empty list
+            raise ValueError(
+                f'Expected images in one folder per class in {root!r}, found none with the endings '
+                f'{", ".join(endings)}.'
+            ) from e
+        self.tar_state = tarfiles[0][1]
         self.paths = [_member_path(sample) for sample in self.samples]
         hidden = [str(path) for path in self.paths if any(part.startswith('.') for part in path.parts)]
         _log_hidden(hidden, root)
@@ -221,6 +290,34 @@ class ReaderClassTar(ReaderImageInTar):
         while len({part[0] for part in parts}) == 1 and all(len(part) > 3 for part in parts):
             parts = [part[1:] for part in parts]
         return [part[0] if len(part) > 2 else '' for part in parts]
+
+
+def _other_files_of(root: str, endings: Sequence[str]) -> 'Counter[str]':
+    """Count the files of a tar file that have none of these endings and are not hidden, by their endings.
+
+    Raises:
+        ValueError: The file is no tar file, or is cut.
+    """
+    others: Counter[str] = Counter()
+
+    def count(archive: tarfile.TarFile) -> None:
+        for info in archive:
+            path = PurePosixPath(info.name)
+            ending = path.suffix.lower()
+            if not info.isfile() or any(part.startswith('.') for part in path.parts if part != '.'):
+                continue
+            if ending == '.tar':
+                with tarfile.open(fileobj=archive.extractfile(info), mode='r:') as inner:
+                    count(inner)
+            else:
+                others[ending] += ending not in endings
+
+    try:
+        with tarfile.open(root, 'r:') as archive:
+            count(archive)
+    except (tarfile.TarError, EOFError, zlib.error) as e:
+        raise ValueError(f'Expected a whole tar file in {root!r}, could not read it: {e}. Get it again.') from e
+    return +others
 
 
 def _member_path(sample: np.ndarray) -> PurePosixPath:

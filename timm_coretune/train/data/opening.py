@@ -1,6 +1,7 @@
 """Finds the splits of folders, files and named data sets, and opens them through timm and torchvision"""
 
 import functools
+import importlib.util
 import os
 from typing import Any, Callable, Tuple, cast
 
@@ -12,7 +13,13 @@ from ...data.images import ImageStream, LabelledImages
 from ...data.safetensors_images import find_splits as splits_of_safetensors
 from ...data.safetensors_reader import ReaderSafetensors
 from ..cli.settings import DataSettings
-from .class_folders import ReaderClassFolders, ReaderClassTar, TorchvisionClassFolders, in_natural_order
+from .class_folders import (
+    ReaderClassFolders,
+    ReaderClassTar,
+    TorchvisionClassFolders,
+    check_merged,
+    in_natural_order,
+)
 from .classes import read_class_map
 from .labelled import ConvertedImages, LabelledSubset
 from .splits import (
@@ -23,6 +30,15 @@ from .splits import (
     splits_of_hfds,
     splits_of_torchvision,
 )
+
+_PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
+
+
+def _check_installed(kind: str) -> None:
+    """Raise an ImportError if the package that reads a kind of data sets is not there. timm would end the process."""
+    package = _PACKAGES.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise ImportError(f'Data sets of {kind}/ need {package}: pip install {package.replace("_", "-")}')
 
 
 def _create_with_timm(settings: DataSettings, root: str, split: str, is_training: bool, **options: Any) -> Dataset:
@@ -44,7 +60,7 @@ def _create_with_timm(settings: DataSettings, root: str, split: str, is_training
             trust_remote_code=settings.dataset_trust_remote_code,
             **options,
         )
-    except (RuntimeError, FileNotFoundError) as e:
+    except (RuntimeError, AssertionError, FileNotFoundError) as e:
         raise ValueError(f'Expected images of the split {split!r} of {settings.dataset} in {root!r}: {e}') from e
     return _open_by_our_rules(dataset, img_mode)
 
@@ -78,7 +94,8 @@ def find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tuple
     if settings.class_map and (kind == 'torch' or root.endswith('.safetensors')):
         raise ValueError('Expected --class-map with folders, a tar file or records: this data set has its own indices.')
     class_map = read_class_map(settings.class_map, root)
-    if kind in ('torch', 'hfds', 'hfids', 'tfds', 'wds'):
+    if kind in ('torch', *_PACKAGES):
+        _check_installed(kind)
         with_timm = functools.partial(_create_with_timm, settings, class_map=class_map, seed=seed)
         if name.lower() in ('image_folder', 'folder'):
             _check_exists(root)
@@ -110,7 +127,9 @@ def find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tuple
 
     def open_members(split: str, _: bool) -> Dataset:
         whole = LabelledImages(root, reader, input_img_mode=img_mode)
-        return LabelledSubset(whole, [i for i, top in enumerate(tops) if top == split]) if split else whole
+        indices = [i for i, top in enumerate(tops) if top == split or not split]
+        check_merged([str(reader.paths[i].parent) for i in indices], os.path.join(root, split))
+        return LabelledSubset(whole, indices) if split else whole
 
     return splits, open_members
 

@@ -5,9 +5,9 @@ import logging
 import os
 import shlex
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Mapping, Optional
 
-from ...evaluation.scores import SCORES, for_ranking
+from ...evaluation.scores import SCORES, describe_value, for_ranking
 from ...hub.push import push_command, push_run
 from ...hub.upload import NOT_PUSHED, HubError
 from ...report.plots import plot_confusion, plot_curves
@@ -20,6 +20,7 @@ from ...run_folder import (
     SUMMARY_NAME,
     read_summary,
 )
+from ..cli.arguments import create_parser
 from ..cli.settings import OutputSettings
 from ..loop import Trainer
 from .record import RunRecord
@@ -27,14 +28,37 @@ from .record import RunRecord
 _logger = logging.getLogger(__name__)
 
 
+# what a run was started with that one which continues it does not need, by flag: whether the flag has a value
+_OF_THE_START = {'--start-epoch': True, '--no-resume-opt': False}
+
+
+def _with_flags(argv: List[str], flags: Mapping[str, str]) -> List[str]:
+    """The words of a command line with other values for these flags, each in its place, or else at the end."""
+    known = {name for action in create_parser()._actions for name in action.option_strings}
+    left, words = dict(flags), []
+    rest = iter(argv)
+    for word in rest:
+        flag, has_value, _ = word.partition('=')
+        meant = [name for name in known if name == flag] or [name for name in known if name.startswith(flag)]
+        name = meant[0] if flag.startswith('--') and len(meant) == 1 else ''
+        if name not in flags and name not in _OF_THE_START:
+            words.append(word)
+            continue
+        if not has_value and _OF_THE_START.get(name, True):
+            next(rest, None)
+        if name in left:
+            words += [name, left.pop(name)]
+    return [*words, *(word for pair in left.items() for word in pair)]
+
+
 def continue_command(argv: List[str], folder: str) -> str:
     """The shell command that continues an interrupted run in its folder."""
     output, name = os.path.split(os.path.abspath(folder))
-    words = ['--output', output, '--experiment', name, '--resume', 'auto']
+    words = _with_flags(argv, {'--output': output, '--experiment': name, '--resume': 'auto'})
     # accelerate cannot launch a __main__.py or an installed script by its path with the flags of training alone
     installed = os.path.basename(sys.argv[0]) in ('__main__.py', 'timm-coretune', 'timm-coretune-train')
     script = '-m timm_coretune.train' if installed else shlex.quote(sys.argv[0])
-    return f'accelerate launch {script} {shlex.join([*argv, *words])}'
+    return f'accelerate launch {script} {shlex.join(words)}'
 
 
 def reason_to_stop(trainer: Trainer, epochs: range) -> str:
@@ -63,10 +87,15 @@ def log_best(record: RunRecord, trainer: Trainer, load_hint: str) -> None:
         load_hint: A line of Python that loads the best weights.
     """
     metric, epoch = trainer.best
-    _logger.info(f'*** Best metric: {metric} (epoch {epoch})')
+    assert metric is not None
+    name = record.eval_metric
+    _logger.info(f'*** Best metric: {describe_value(name, metric)} (epoch {epoch})')
     if record.last_row is not None:
-        last = record.last_row.get(f'{EVAL_PREFIX}{record.eval_metric}', record.last_row['train_loss'])
-        _logger.info(f'Last epoch: {last}. The best was chosen on these very images, the last was not.')
+        last = record.last_row.get(f'{EVAL_PREFIX}{name}', record.last_row['train_loss'])
+        _logger.info(
+            f'Last epoch: {describe_value(name, float(last))}. The best was chosen on these very images, the last was '
+            'not.'
+        )
     _logger.info(f'Weights: {record.path(BEST_WEIGHTS_NAME)}')
     _logger.info(f'Load them: {load_hint}')
 
