@@ -3,13 +3,18 @@
 A file is written under a temporary name in the same folder and flushed to the disk. Then it is renamed, which replaces
 the old file in one step. Then the folder is flushed to the disk as well, as otherwise a power failure may undo the
 rename. See https://lwn.net/Articles/457667/.
+
+The temporary name is random, and its file must be new. A fixed name may be taken: by a file of the user, by another
+process, or by a symbolic link that somebody left there so that another file is overwritten through it.
 """
 
 import contextlib
 import os
+import secrets
 from typing import Iterator, Union
 
 TEMPORARY_SUFFIX = '.tmp'
+_LONGEST_START = 100  # bytes of the name that the temporary name begins with: file systems take 255 at most
 
 
 def _push_to_disk(path: str, flags: int) -> None:
@@ -33,10 +38,25 @@ def move_into_place(temporary: Union[str, os.PathLike], path: Union[str, os.Path
         _push_to_disk(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
 
 
+def create_temporary(path: Union[str, os.PathLike]) -> str:
+    """Create an empty file beside path, to be filled and moved to path. Returns its path, which no file had before."""
+    folder, name = os.path.split(os.fspath(path))
+    start = os.fsencode(name)[:_LONGEST_START].decode(errors='ignore')
+    while True:
+        temporary = os.path.join(folder, f'{start}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}')
+        with contextlib.suppress(FileExistsError):
+            # O_EXCL follows no link; unlike those of tempfile the file gets the rights that the user's files have
+            os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
+            return temporary
+
+
 @contextlib.contextmanager
 def write_whole(path: Union[str, os.PathLike]) -> Iterator[str]:
-    """Give a temporary path to write to, and rename it to path at the end. After an error path is unchanged."""
-    temporary = f'{os.fspath(path)}{TEMPORARY_SUFFIX}'
+    """Give the path of a new, empty file to write to, and rename it to path at the end.
+
+    After an error path is unchanged.
+    """
+    temporary = create_temporary(path)
     try:
         yield temporary
         move_into_place(temporary, path)
