@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from segmentation_models import tuned
 
@@ -74,6 +75,24 @@ def test_maps_of_another_size_are_refused(exported):
     edit(exported, lambda config: config['backbone'].update(model_args={}))
     with pytest.raises(ValueError, match=r'1/\[8\].*1/\[32\].*output_stride'):
         load_segmentation_model(exported)
+
+
+def test_a_model_that_was_padded_by_rounded_reductions_still_predicts_the_same(tmp_path):
+    model = tuned('test_convnext', img_size=(100, 100))
+    images = torch.randn(1, 3, 100, 70)
+    export_segmentation_model(model, str(tmp_path))
+    edit(tmp_path, lambda config: config.update(reductions=[4, 9, 17, 34]))  # as earlier versions wrote
+    loaded = load_segmentation_model(tmp_path)
+    assert loaded.maps.reductions == [4, 9, 17, 34]
+    padded = F.pad(images, (0, 102 - 70, 0, 102 - 100))  # to multiples of 34
+    with torch.inference_mode():
+        maps = model.backbone.forward_intermediates(
+            padded, indices=model.maps.indices, norm=False, intermediates_only=True
+        )
+        logits = model.forward_head(maps)
+        expected = F.interpolate(logits, size=(102, 102), mode='bilinear')[..., :100, :70]
+        assert torch.equal(loaded(images), expected)
+        assert not torch.equal(model(images), expected)
 
 
 def test_weights_of_another_model_or_broken_ones_are_refused(exported):

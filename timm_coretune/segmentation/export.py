@@ -14,6 +14,8 @@ from timm.utils import unwrap_model
 from ..export import create_config, save_weights, write_json
 from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME, read_json
 from .data.masks import IGNORE_INDEX
+from .decoder import create_decoder
+from .feature_maps import rounded_up
 from .locate import find_model_files
 from .model import SegmentationModel, create_segmentation_model
 
@@ -105,6 +107,11 @@ def load_segmentation_model(
         reductions, class_names = config['reductions'], config['class_names']
     except (KeyError, TypeError, json.JSONDecodeError) as e:
         raise ValueError(f'Expected the description of a segmentation model in {config_path!r}: {e!r}') from e
+    if model.maps.reductions != reductions and rounded_up(backbone, model.maps, model.img_size) == reductions:
+        # an earlier version trained it, which padded images to other multiples
+        maps = model.maps._replace(reductions=reductions)
+        decoder, classifier = create_decoder(model.head, maps.channels, reductions, model.num_classes)
+        model = SegmentationModel(backbone, maps, model.head, decoder, classifier, model.img_size)
     if model.maps.reductions != reductions:
         raise ValueError(
             f'Expected feature maps of 1/{reductions} by {config_path!r}, {config["backbone"]["architecture"]} makes '
