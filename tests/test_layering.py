@@ -19,7 +19,7 @@ TIERS = [
     ('loss', 'checkpoint', 'export', 'report'),
     ('task', 'hub'),
     ('segmentation/data',),
-    tuple(f'segmentation/{name}' for name in ('anchors', 'decoder', 'dense', 'feature_maps', 'locate')),
+    tuple(f'segmentation/{name}' for name in ('anchors', 'decoder', 'dense', 'feature_maps', 'locate', 'outputs')),
     ('segmentation/model',),
     ('segmentation/task', 'segmentation/export', 'segmentation/predict'),
     ('segmentation/__init__', 'segmentation/__main__', 'register'),

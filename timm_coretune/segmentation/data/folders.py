@@ -12,7 +12,7 @@ from typing import Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
 
 from PIL import Image
 
-from ...data.images import is_hidden
+from ...data.images import is_hidden, open_file
 from .palette import VOC_CLASSES
 
 _logger = logging.getLogger(__name__)
@@ -67,10 +67,10 @@ class FileSource:
         return len(self.images)
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
-        return Image.open(self.images[index]), Image.open(self.masks[index])
+        return open_file(self.images[index]), open_file(self.masks[index])
 
     def load_mask(self, index: int) -> Image.Image:
-        return Image.open(self.masks[index])
+        return open_file(self.masks[index])
 
     def name(self, index: int) -> str:
         return self.masks[index]

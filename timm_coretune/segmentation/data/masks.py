@@ -10,7 +10,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ...checks import wrong_classes
-from ...data.images import reason_of
+from ...data.images import open_file, reason_of
 
 _logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def read_mask(
         ValueError: The mask has colours in place of class indices, or another size than the image.
     """
     if not isinstance(image, Image.Image):
-        with Image.open(image) as opened:
+        with open_file(image) as opened:
             return read_mask(opened, name, size, reduce_zero_label)
     if image.mode not in ('1', 'L', 'P', 'I') and not image.mode.startswith('I;16'):
         raise WrongMaskError(
