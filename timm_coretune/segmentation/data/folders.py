@@ -12,7 +12,7 @@ from typing import Dict, Iterable, List, Optional, Protocol, Sequence, Tuple
 
 from PIL import Image
 
-from ...data.images import is_hidden, open_file
+from ...data.images import UnreadableImageError, is_hidden, open_file, reason_of
 from .palette import VOC_CLASSES
 
 _logger = logging.getLogger(__name__)
@@ -67,7 +67,11 @@ class FileSource:
         return len(self.images)
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
-        return open_file(self.images[index]), open_file(self.masks[index])
+        try:
+            image = open_file(self.images[index])
+        except Exception as e:  # decoders raise errors of many kinds
+            raise UnreadableImageError(f'the image {self.images[index]!r}: {reason_of(e)}') from e
+        return image, open_file(self.masks[index])
 
     def load_mask(self, index: int) -> Image.Image:
         return open_file(self.masks[index])
