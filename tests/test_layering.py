@@ -20,6 +20,7 @@ TIERS = [
     ('task', 'hub'),
     ('segmentation/data',),
     tuple(f'segmentation/{name}' for name in ('anchors', 'decoder', 'dense', 'feature_maps', 'locate', 'outputs')),
+    ('segmentation/description',),
     ('segmentation/model',),
     ('segmentation/task', 'segmentation/export', 'segmentation/predict'),
     ('segmentation/__init__', 'segmentation/__main__', 'register'),

@@ -16,6 +16,7 @@ from .data.dataset import SegmentationDataset
 from .data.masks import IGNORE_INDEX
 from .data.palette import voc_palette, write_mask
 from .data.transforms import create_eval_transform, restore
+from .description import MAX_CLASSES
 from .model import SegmentationModel
 from .outputs import Output, plan_outputs
 
@@ -69,7 +70,12 @@ def classes_of_pixels(logits: torch.Tensor, size: Tuple[int, int]) -> torch.Tens
 
     Returns:
         Class indices, uint8 of this size.
+
+    Raises:
+        ValueError: There are more classes than a byte can tell apart.
     """
+    if len(logits) > MAX_CLASSES:
+        raise ValueError(f'Expected at most {MAX_CLASSES} classes, as a mask has a byte for each, got {len(logits)}.')
     best = restore(logits[:1], size)[0]
     classes = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
     for index in range(1, len(logits)):
