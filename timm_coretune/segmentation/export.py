@@ -127,7 +127,7 @@ def _check_size(told: ModelDescription, config_path: str, weights_path: str) -> 
     """See that the weights are of a backbone as large as the description says, before memory is taken for it.
 
     Raises:
-        ValueError: The weights are not safetensors, or much smaller.
+        ValueError: There is no such backbone, or the weights are not safetensors, or much smaller.
     """
     try:
         with safe_open(weights_path, framework='pt') as f:
@@ -138,8 +138,8 @@ def _check_size(told: ModelDescription, config_path: str, weights_path: str) -> 
     try:
         with torch.device('meta'):
             outline = timm.create_model(told.architecture, pretrained=False, **told.backbone_args)
-    except Exception:  # creating the model tells why, unless it is one that cannot do without values
-        return
+    except Exception as e:  # models raise errors of many kinds for arguments that do not fit each other
+        raise ValueError(f'Expected the description of a segmentation model in {config_path!r}: {e!r}') from e
     described = sum(p.numel() for p in outline.parameters())
     if described > 2 * stored + _SMALL:  # position embeddings may be resized to the images
         raise ValueError(
