@@ -23,6 +23,8 @@ import torch
 from safetensors.torch import save
 from torchvision.datasets import FashionMNIST
 
+from timm_coretune.atomic import write_whole
+
 _logger = logging.getLogger('make_sample')
 
 DEFAULT_OUTPUT = os.path.join('timm_coretune', 'assets', 'fashion_mnist_sample.safetensors')
@@ -115,14 +117,8 @@ def to_bytes(tensors: Dict[str, torch.Tensor], metadata: Dict[str, str]) -> byte
 
 def write_atomically(path: str, blob: bytes) -> None:
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f'{path}.{os.getpid()}.tmp'
-    try:
-        with open(temporary, 'wb') as file:
-            file.write(blob)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
+    with write_whole(path) as temporary, open(temporary, 'wb') as file:
+        file.write(blob)
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """A file is there whole or not at all, and on the disk before it takes the place of another"""
 
 import os
+import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +19,35 @@ def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
     atomic.write_text('zweite Ä\n', path)
     assert path.read_bytes() == 'zweite Ä\n'.encode()
     assert os.listdir(tmp_path) == ['file.txt']
+
+
+def test_nothing_is_written_through_a_link_that_somebody_left(tmp_path, monkeypatch):
+    victim, path = tmp_path / 'victim', tmp_path / 'file.txt'
+    victim.write_text('mine')
+    taken = ['11' * 8, '22' * 8]
+    names = iter([*taken, '33' * 8])
+    monkeypatch.setattr(atomic.secrets, 'token_hex', lambda _: next(names))
+    (tmp_path / 'file.txt.tmp').symlink_to(victim)  # the name that was used before
+    (tmp_path / f'file.txt.{taken[0]}.tmp').symlink_to(victim)
+    (tmp_path / f'file.txt.{taken[1]}.tmp').symlink_to(tmp_path / 'nowhere')
+    path.symlink_to(victim)
+    before = set(os.listdir(tmp_path))
+    atomic.write_text('text', path)
+    assert victim.read_text() == 'mine'
+    assert (path.read_text(), path.is_symlink()) == ('text', False)
+    assert set(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize('name', ['x' * 255, 'ä' * 127, '語' * 85], ids=['ascii', 'german', 'chinese'])
+def test_a_name_as_long_as_the_file_system_takes_can_be_written(tmp_path, name):
+    atomic.write_text('text', tmp_path / name)
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_file_has_the_rights_of_other_files(tmp_path):
+    atomic.write_text('text', tmp_path / 'ours')
+    (tmp_path / 'plain').write_text('text')
+    assert stat.S_IMODE((tmp_path / 'ours').stat().st_mode) == stat.S_IMODE((tmp_path / 'plain').stat().st_mode)
 
 
 @pytest.mark.parametrize('error', [OSError, KeyboardInterrupt])
@@ -50,7 +81,9 @@ def test_the_file_is_on_the_disk_before_the_rename_and_the_folder_after_it(tmp_p
     monkeypatch.setattr(os, 'fsync', noting_fsync)
     monkeypatch.setattr(os, 'replace', noting_replace)
     atomic.write_text('text', path)
-    assert events == ['file.txt.tmp', 'rename', tmp_path.name]
+    temporary, *rest = events
+    assert re.fullmatch(r'file\.txt\.[0-9a-f]{16}\.tmp', temporary)
+    assert rest == ['rename', tmp_path.name]
 
 
 def test_a_kill_in_the_middle_leaves_the_old_file(tmp_path):

@@ -8,9 +8,9 @@ from timm_coretune.segmentation import create_segmentation_model
 NUM_CLASSES = 4
 
 
-def create(name='test_resnet', head=None, img_size=(64, 64), seed=0, **kwargs):
+def create(name='test_resnet', head=None, img_size=(64, 64), seed=0, num_classes=NUM_CLASSES, **kwargs):
     torch.manual_seed(seed)
-    return create_segmentation_model(name, NUM_CLASSES, head, img_size, **kwargs)
+    return create_segmentation_model(name, num_classes, head, img_size, **kwargs)
 
 
 def tuned(*args, **kwargs):

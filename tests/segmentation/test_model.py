@@ -168,3 +168,68 @@ def test_the_norm_of_one_pooled_image_takes_the_running_statistics_and_that_of_m
     assert torch.equal(ours.eval()(images), torchs(images))
     larger = torch.randn(1, 5, 2, 3)
     assert torch.equal(ours.train()(larger), torchs.train()(larger))
+
+
+def sides_of_maps(name, size, **kwargs):
+    """Sides of the feature maps of an image that a multiple of 64 divides: nothing is rounded."""
+    backbone = timm.create_model(name, num_classes=0, **kwargs).eval()
+    with torch.no_grad():
+        return {64 * size // m.shape[2] for m in backbone.forward_intermediates(
+            torch.zeros(1, 3, 64 * size, 64 * size), intermediates_only=True
+        )}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('name', 'sizes', 'head', 'kwargs'),
+    [
+        ('test_convnext', (100, 230, 65), 'fpn', {}),
+        ('test_resnet', (65, 66), 'fpn', {}),
+        ('test_resnet', (65, 90), 'deeplabv3', {'output_stride': 16}),
+        ('convnext_atto', (250,), 'deeplabv3', {'output_stride': 16}),
+        ('densenet121', (100,), 'fpn', {}),
+        ('hrnet_w18_small', (100,), 'fpn', {}),
+    ],
+    ids=['convnext', 'resnet', 'resnet-16', 'convnext-16', 'densenet', 'hrnet'],
+)
+def test_reductions_are_those_of_the_strides_whatever_the_size(name, sizes, head, kwargs):
+    expected = sides_of_maps(name, 1 if head == 'fpn' else 2, **kwargs)
+    for size in sizes:
+        model = create(name, img_size=(size, size + 1), **kwargs)
+        assert (model.head, model.maps.reductions) == (head, sorted(expected)[-len(model.maps.reductions) :])
+        assert model.maps.reductions == (PYRAMID if head == 'fpn' else [16])
+        if head == 'deeplabv3':  # the rates of maps of 1/16
+            rates = {m.dilation[0] for m in model.decoder.modules() if isinstance(m, nn.Conv2d)}
+            assert rates == {1, 6, 12, 18}
+
+
+def test_a_model_for_one_size_says_which_size_it_could_take():
+    with pytest.raises(ValueError, match='multiples of 14, .* of Eva, got 50 x 50.* to 56 x 56: choose that'):
+        create('eva02_tiny_patch14_224', img_size=(50, 50), depth=2)
+    model = create('swin_tiny_patch4_window7_224', img_size=(90, 90), depths=(1, 1, 1, 1)).eval()
+    assert model(torch.randn(1, 3, 90, 90)).shape == (1, NUM_CLASSES, 90, 90)
+
+
+def test_a_compiled_model_takes_images_of_one_unaligned_size_after_another():
+    model = create('test_resnet', output_stride=8)
+    patches = nn.Conv2d(3, NUM_CLASSES, 8, stride=8)  # in place of a whole model, which takes long to compile
+
+    def logits(images):
+        padded = model.pad(images)
+        output = F.interpolate(patches(padded), size=padded.shape[-2:], mode='bilinear')
+        return output[..., : images.shape[2], : images.shape[3]]
+
+    compiled = torch.compile(logits, backend='aot_eager')
+    for size in [(64, 64), (65, 70), (77, 91)]:
+        images = torch.randn(1, 3, *size)
+        torch.testing.assert_close(compiled(images), logits(images))
+
+
+def test_parts_that_were_left_in_evaluation_mode_stay_there():
+    backbone = timm.create_model('test_resnet', num_classes=0)
+    frozen = [m for name, m in backbone.named_modules() if isinstance(m, nn.BatchNorm2d) and 'layer1' in name]
+    for module in frozen:
+        module.eval()
+    before = {name: module.training for name, module in backbone.named_modules()}
+    assert set(before.values()) == {True, False}
+    create_segmentation_model(backbone, NUM_CLASSES, img_size=(65, 65))
+    assert {name: module.training for name, module in backbone.named_modules()} == before

@@ -1,17 +1,26 @@
 """Masks that a segmentation model predicts"""
 
+import os
+import re
+import socket
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from segmentation_models import create
 
+from timm_coretune.data.images import set_limit
 from timm_coretune.segmentation import load_segmentation_model, predict_image
 from timm_coretune.segmentation.__main__ import run as run_command
 from timm_coretune.segmentation.data import scenes as sample
 from timm_coretune.segmentation.data.masks import read_mask
 from timm_coretune.segmentation.data.palette import voc_palette
-from timm_coretune.segmentation.predict import find_images, predict
+from timm_coretune.segmentation.data.transforms import restore
+from timm_coretune.segmentation.outputs import _prepare, _refuse_same_masks, find_images
+from timm_coretune.segmentation.predict import classes_of_pixels, predict
 
 
 def picture(size, seed=0):
@@ -45,6 +54,54 @@ def test_a_mask_has_the_size_of_its_image_and_is_what_validation_computes(export
     assert len(expected.unique()) > 1
     as_tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.equal(predict_image(model, as_tensor), mask)
+
+
+def peculiar(kind, num_classes, height, width):
+    logits = torch.randn(num_classes, height, width)
+    if kind == 'ties':
+        return logits.round()
+    if kind == 'not finite':
+        logits[:, ::3, ::5] = torch.tensor([float('nan'), float('inf'), -float('inf')])[
+            torch.randint(3, (num_classes, 1, 1))
+        ]
+        logits[num_classes // 2, 0] = float('nan')
+    if kind == 'channels_last':
+        return logits[None].contiguous(memory_format=torch.channels_last)[0]
+    return logits
+
+
+@pytest.mark.parametrize('kind', ['plain', 'ties', 'not finite', 'channels_last'])
+@pytest.mark.parametrize(
+    ('num_classes', 'size'),
+    [(2, (1, 7)), (4, (64, 64)), (21, (333, 500)), (21, (1001, 77)), (255, (90, 131)), (1, (9, 9))],
+)
+@pytest.mark.parametrize('device', ['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def test_the_classes_of_pixels_are_those_of_all_logits_at_once(kind, num_classes, size, device):
+    logits = peculiar(kind, num_classes, 64, 96).to(device)
+    expected = restore(logits, size).argmax(dim=0)
+    found = classes_of_pixels(logits, size)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found.long(), expected)
+
+
+def read_status(key):
+    return 1024 * int(re.search(rf'{key}:\s+(\d+)', Path('/proc/self/status').read_text())[1])
+
+
+def test_the_memory_for_a_large_image_does_not_grow_with_the_number_of_classes():
+    model = create('test_resnet', num_classes=32, output_stride=8).eval()
+    model.data_config = {'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.3, 0.1), 'interpolation': 'bilinear'}
+    predict_image(model, picture((40, 30)))
+    image = picture((1800, 1200))
+    try:
+        Path('/proc/self/clear_refs').write_text('5')  # the peak starts anew
+    except OSError:
+        pytest.skip('this system does not tell the peak of the memory')
+    before = read_status('VmRSS')
+    mask = predict_image(model, image)
+    more = (read_status('VmHWM') - before) / mask.numel()
+    assert mask.shape == (1200, 1800)
+    assert more < 32, f'{more:.0f} bytes per pixel'  # all logits at once are 128
 
 
 def test_masks_are_palette_files_and_those_that_are_there_are_left_alone(exported, tmp_path):
@@ -108,6 +165,192 @@ def test_images_of_the_same_name_no_images_and_unreadable_ones_are_refused(expor
     for path in (tmp_path / 'broken.png', tmp_path / 'missing.png'):
         with pytest.raises(ValueError, match=f'Expected an image in .*{path.name}'):
             predict(model, [str(path)], str(tmp_path / 'masks'))
+
+
+def contents(folder):
+    """Names of all that is below a folder, with the bytes of files and the targets of links."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path) if path.is_symlink() else path.is_file() and path.read_bytes()
+        for path in folder.rglob('*')
+    }
+
+
+def same_folder(images):
+    return [images], images
+
+
+def through_a_link(images):
+    (images.parent / 'link').symlink_to(images)
+    return [images], images.parent / 'link'
+
+
+def one_file(images):
+    return [images / 'a.png', images / 'b.jpg'], images
+
+
+def one_of_another_folder(images):
+    picture((20, 20)).save(images.parent / 'b.jpg')
+    return [images / 'a.png', images.parent / 'b.jpg'], images
+
+
+def links_to_the_images(images):
+    output = images.parent / 'masks'
+    output.mkdir()
+    (output / 'a.png').symlink_to(images / 'a.png')
+    return [images], output
+
+
+def hard_links_to_the_images(images):
+    output = images.parent / 'masks'
+    output.mkdir()
+    os.link(images / 'b.jpg', output / 'b.png')
+    return [images], output
+
+
+def images_that_are_links_into_the_folder(images):
+    links = images.parent / 'links'
+    links.mkdir()
+    (links / 'a.jpg').symlink_to(images / 'a.png')
+    return [links], images
+
+
+@pytest.mark.parametrize('overwrite', [False, True], ids=['keep', 'overwrite'])
+@pytest.mark.parametrize(
+    'arrange',
+    [
+        *(same_folder, through_a_link, one_file, one_of_another_folder, links_to_the_images, hard_links_to_the_images),
+        images_that_are_links_into_the_folder,
+    ],
+)
+def test_no_mask_takes_the_place_of_an_image(tmp_path, arrange, overwrite):
+    (tmp_path / 'images').mkdir()
+    for name in ('a.png', 'b.jpg'):
+        picture((20, 20)).save(tmp_path / 'images' / name)
+    paths, output = arrange(tmp_path / 'images')
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r'Choose another --output\.|would give the same mask'):
+        predict(None, [str(path) for path in paths], str(output), overwrite)
+    assert contents(tmp_path) == before
+
+
+def test_masks_may_lie_below_the_images_and_beside_an_image_of_another_name(exported, tmp_path):
+    model = load_segmentation_model(exported)
+    images = tmp_path / 'images'
+    images.mkdir()
+    picture((20, 20)).save(images / 'a.jpg')
+    before = (images / 'a.jpg').read_bytes()
+    for _ in range(2):
+        assert predict(model, [str(images)], str(images / 'masks'), overwrite=True) == 1
+    assert predict(model, [str(images / 'a.jpg')], str(images)) == 1
+    assert (images / 'a.jpg').read_bytes() == before
+    assert sorted(contents(images)) == ['a.jpg', 'a.png', 'masks', 'masks/a.png']
+
+
+def test_masks_are_written_through_no_link_and_a_link_is_kept_without_overwrite(exported, tmp_path):
+    model = load_segmentation_model(exported)
+    picture((20, 20)).save(tmp_path / 'a.jpg')
+    output = tmp_path / 'masks'
+    output.mkdir()
+    victim = tmp_path / 'victim'
+    victim.write_text('mine')
+    (output / 'a.png').symlink_to(tmp_path / 'nowhere')
+    (output / 'a.png.tmp').symlink_to(victim)
+    assert predict(model, [str(tmp_path / 'a.jpg')], str(output)) == 0
+    assert predict(model, [str(tmp_path / 'a.jpg')], str(output), overwrite=True) == 1
+    assert victim.read_text() == 'mine'
+    assert not (tmp_path / 'nowhere').exists()
+    assert read_mask(output / 'a.png', 'a').shape == (20, 20)
+
+
+def output_is_a_file(output):
+    output.write_text('mine')
+
+
+def output_is_a_link_to_nothing(output):
+    output.symlink_to('nothing')
+
+
+def a_mask_is_a_folder(output):
+    (output / 'a.png').mkdir(parents=True)
+
+
+@pytest.mark.parametrize('arrange', [output_is_a_file, output_is_a_link_to_nothing, a_mask_is_a_folder])
+def test_a_folder_that_cannot_take_the_masks_is_refused_before_a_model_is_loaded(tmp_path, capsys, arrange):
+    picture((20, 20)).save(tmp_path / 'a.jpg')
+    arrange(tmp_path / 'masks')
+    words = ['predict', 'no-model', str(tmp_path / 'a.jpg'), '--output', str(tmp_path / 'masks'), '--overwrite']
+    with pytest.raises(SystemExit) as stopped:
+        run_command(words)
+    assert stopped.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
+    assert re.search(r'Expected (a folder to write masks to in|to write the mask) .*masks', line)
+
+
+def test_names_that_differ_by_case_are_refused_where_the_file_system_ignores_it(tmp_path):
+    for folder, name in (('x', 'a.jpg'), ('y', 'A.png')):
+        (tmp_path / folder).mkdir()
+        picture((20, 20)).save(tmp_path / folder / name)
+    images = find_images([str(tmp_path / 'x'), str(tmp_path / 'y')])
+    assert len(images) == 2
+    _refuse_same_masks(images, folds_case=False)
+    with pytest.raises(ValueError, match=r'a\.jpg.*A\.png.*same mask'):
+        _refuse_same_masks(images, folds_case=True)
+    (tmp_path / 'probe').write_text('')
+    assert _prepare(str(tmp_path / 'masks')) == (tmp_path / 'PROBE').exists()
+    assert list((tmp_path / 'masks').iterdir()) == []
+
+
+def fifo(path):
+    os.mkfifo(path)
+
+
+def listening_socket(path):
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(os.path.relpath(path))  # the full path may be too long for a socket
+    listening.close()
+
+
+def device(path):
+    path.symlink_to('/dev/zero')
+
+
+def link_to_nothing(path):
+    path.symlink_to('nothing')
+
+
+KINDS = {fifo: 'a named pipe', listening_socket: 'a socket', device: 'a device', link_to_nothing: 'a symbolic link to'}
+
+
+@pytest.mark.parametrize('make', KINDS)
+def test_what_is_no_file_is_counted_and_not_opened(exported, tmp_path, messages, monkeypatch, make):
+    images = tmp_path / 'images'
+    images.mkdir()
+    monkeypatch.chdir(images)
+    picture((20, 20)).save(images / 'a.png')
+    make(images / 'b.png')
+    (images / 'c.png').mkdir()
+    (images / 'notes.txt').write_text('no image')
+    assert predict(load_segmentation_model(exported), [str(images)], str(tmp_path / 'masks')) == 1
+    regular, ending = messages('WARNING')
+    assert regular.startswith('2 left out, as they are no regular files: ')
+    assert f'b.png ({KINDS[make]}' in regular
+    assert 'c.png (a folder)' in regular
+    assert ending.startswith('1 left out, as they are no images by their endings')
+    with pytest.raises(ValueError, match=f'Expected an image in .*b.png.: it is {KINDS[make]}'):
+        predict(None, [str(images / 'b.png')], str(tmp_path / 'masks'))
+
+
+def test_an_image_of_too_many_pixels_is_named_with_the_way_to_allow_it(exported, tmp_path, monkeypatch):
+    model = load_segmentation_model(exported)
+    path = tmp_path / 'large.png'
+    picture((30, 20)).save(path)
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(ValueError, match=r'large\.png.*it has 600 pixels.*CORETUNE_MAX_PIXELS=600'):
+        predict(model, [str(path)], str(tmp_path / 'masks'))
+    set_limit('600')
+    assert predict(model, [str(path)], str(tmp_path / 'masks')) == 1
+    with pytest.raises(ValueError, match='number of pixels in the variable CORETUNE_MAX_PIXELS'):
+        set_limit('many')
 
 
 def test_the_commands_write_a_sample_and_masks(exported, tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """Weights of a run bring their preprocessing: its figures are those of its folder, of its weights and of plain timm"""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -169,6 +170,45 @@ def test_a_folder_that_is_no_run_is_told(flags, message, tuned, tmp_path, capsys
     with pytest.raises(SystemExit):
         parse_args([flag.format(**folders) for flag in flags])
     assert message in capsys.readouterr().err
+
+
+FOREIGN = {
+    'file': (
+        {'model_args': {'checkpoint_path': '{secret}'}},
+        "got checkpoint_path='{secret}', with which timm would load",
+    ),
+    'cache': ({'model_args': {'cache_dir': '{secret}'}}, "got cache_dir='{secret}', with which timm would load"),
+    'config': ({'model_args': {'pretrained_cfg': {'file': '{secret}'}}}, 'got pretrained_cfg='),
+    'list': ({'model_args': ['checkpoint_path']}, 'Expected arguments by name as model_args'),
+    'unknown': ({'model_args': {'hidden': 1}}, 'Expected arguments of the layers of test_resnet'),
+    'value': ({'model_args': {'layers': [10**12]}}, 'Expected numbers, names and lists of these'),
+}
+
+
+@pytest.mark.parametrize('flags', [('--model', '{run}'), ('--initial-checkpoint', '{run}/model_best.safetensors')])
+@pytest.mark.parametrize('kind', FOREIGN)
+def test_a_config_of_somebody_else_builds_layers_and_loads_nothing(flags, kind, tuned, tmp_path, capsys):
+    run, secret = shutil.copytree(tuned[0], tmp_path / 'run'), str(tmp_path / 'secret.pth')
+    change, message = FOREIGN[kind]
+    config = {**json.loads((run / 'config.json').read_text()), **change}
+    (run / 'config.json').write_text(json.dumps(config).replace('{secret}', secret))
+    with pytest.raises(SystemExit):
+        parse_args([flag.format(run=run) for flag in flags])
+    error = capsys.readouterr().err
+    assert message.format(secret=secret) in error
+    assert 'config.json' in error
+    if kind not in ('unknown', 'value', 'list'):  # what timm cannot build is told as a difference of the models
+        with pytest.raises(ValueError, match='with which timm would load weights from elsewhere'):
+            load_checkpoint(timm.create_model('test_resnet', num_classes=3), run)
+
+
+def test_a_config_that_names_a_repository_is_none_of_timm(tuned, tmp_path, capsys):
+    run = shutil.copytree(tuned[0], tmp_path / 'run')
+    config = {**json.loads((run / 'config.json').read_text()), 'architecture': 'hf-hub:me/model'}
+    (run / 'config.json').write_text(json.dumps(config))
+    with pytest.raises(SystemExit):
+        parse_args(['--model', str(run)])
+    assert 'found no config.json or segmentation.json of a timm model' in capsys.readouterr().err
 
 
 def test_the_config_of_a_run_says_what_plain_timm_needs(tuned):

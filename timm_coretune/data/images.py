@@ -5,17 +5,23 @@ All code of this package that opens an image does it here, so that training, val
 - An image of 16 bits is scaled to 8, where PIL would make everything above 255 white.
 - The orientation that a camera writes into a photo (EXIF) is applied: the image is as a viewer shows it.
 - A transparent image is composed on white. The colours below full transparency, which nobody sees, are not used.
+- Only regular files are opened: a named pipe would be waited for without end, and devices have no end.
+- An image of very many pixels is refused, as PIL does: a small file can ask for all memory. CORETUNE_MAX_PIXELS in the
+  environment is the number of pixels up to which images are read. Processes that load data inherit it.
 """
 
 import errno
 import functools
 import logging
 import os
-from typing import IO, Any, Iterator, List, Optional
+import re
+import stat
+from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Union
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, IterableImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 
 _logger = logging.getLogger(__name__)
 
@@ -46,8 +52,64 @@ REPAIR = (
 )
 
 
+MAX_PIXELS_VARIABLE = 'CORETUNE_MAX_PIXELS'
+_KINDS: Dict[str, Callable[[int], bool]] = {
+    'a folder': stat.S_ISDIR,
+    'a named pipe': stat.S_ISFIFO,
+    'a socket': stat.S_ISSOCK,
+    'a device': lambda mode: stat.S_ISCHR(mode) or stat.S_ISBLK(mode),
+}
+
+
 class UnreadableImageError(ValueError):
     """An image cannot be read. The message names it."""
+
+
+def set_limit(text: str) -> None:
+    """Let PIL read images of at least so many pixels, without a warning. An empty text changes nothing."""
+    if not text:
+        return
+    if not re.fullmatch('[1-9][0-9]{0,17}', text):
+        raise ValueError(f'Expected a number of pixels in the variable {MAX_PIXELS_VARIABLE}, got {text!r}.')
+    Image.MAX_IMAGE_PIXELS = int(text)
+
+
+set_limit(os.environ.get(MAX_PIXELS_VARIABLE, ''))
+
+
+def kind_of_file(path: Union[str, os.PathLike]) -> str:
+    """What is at a path that is no regular file, such as 'a named pipe'. Empty for a file, and if nothing is there."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:  # that of opening it tells more
+        return 'a symbolic link to nothing' if os.path.islink(path) else ''
+    if stat.S_ISREG(mode):
+        return ''
+    return next((kind for kind, holds in _KINDS.items() if holds(mode)), 'no regular file')
+
+
+def check_regular(path: Union[str, os.PathLike]) -> None:
+    """Refuse what is no regular file.
+
+    Raises:
+        UnreadableImageError: The path leads to something else, such as a named pipe.
+    """
+    kind = kind_of_file(path)
+    if kind:
+        raise UnreadableImageError(f'it is {kind}')
+
+
+def open_file(path: Union[str, os.PathLike]) -> Image.Image:
+    """Open an image in a regular file. PIL reads its pixels later."""
+    check_regular(path)
+    return Image.open(path)
+
+
+def open_in_reader(reader: Any, index: int) -> Any:
+    """File and label of an image from a timm reader, which opens regular files only."""
+    if isinstance(reader, ReaderImageFolder):
+        check_regular(reader.filename(index, absolute=True))
+    return reader[index]
 
 
 def is_hidden(path: str) -> bool:
@@ -131,7 +193,7 @@ def open_image(file: Any, mode: str) -> Image.Image:
         UnreadableImageError: The image cannot be read.
     """
     try:
-        with Image.open(file) as image:
+        with open_file(file) if isinstance(file, (str, os.PathLike)) else Image.open(file) as image:
             return convert(upright(image), mode)
     except Exception as e:
         raise UnreadableImageError(f'Expected an image that can be read in {file!r}: {reason_of(e)}.') from e
@@ -170,6 +232,12 @@ def reason_of(error: Exception) -> str:
         raise error
     if isinstance(error, UnidentifiedImageError):
         return 'no kind of image that PIL knows'
+    if isinstance(error, Image.DecompressionBombError):
+        pixels, *_ = [*re.findall(r'\d+', str(error)), 'N']
+        return (
+            f'it has {pixels} pixels, so many that PIL suspects an attack on the memory. If you trust the file, set '
+            f'{MAX_PIXELS_VARIABLE}={pixels} in the environment, or PIL.Image.MAX_IMAGE_PIXELS in Python'
+        )
     return f'{error}' or type(error).__name__
 
 
@@ -191,7 +259,7 @@ class LabelledImages(ImageDataset):
 
     def __getitem__(self, index: int) -> Any:
         try:
-            file, target = self.reader[index]
+            file, target = open_in_reader(self.reader, index)
             with file:
                 image = open_image(file, self.input_img_mode)
         except (OSError, UnreadableImageError) as e:  # the file cannot be opened, or is no image
@@ -219,8 +287,18 @@ class ImageStream(IterableImageDataset):
         self.img_mode = img_mode
 
     def __iter__(self) -> Iterator[Any]:
-        for image, target in self.reader:
-            image = convert(upright(image), self.img_mode)
+        images = iter(self.reader)
+        while True:
+            try:
+                image, target = next(images)
+                image = convert(upright(image), self.img_mode)
+            except StopIteration:
+                return
+            except Image.DecompressionBombError as e:
+                where = getattr(self.reader, 'root', None) or getattr(self.reader, 'name', None) or 'the stream'
+                raise UnreadableImageError(
+                    f'Expected images that can be read in {str(where)!r}, got one that cannot: {reason_of(e)}.'
+                ) from e
             image = image if self.transform is None else self.transform(image)
             yield image, target if self.target_transform is None else self.target_transform(target)
 

@@ -14,7 +14,8 @@ from timm.utils import setup_default_logging
 
 from .data.scenes import FashionScenes, write_voc
 from .export import load_segmentation_model
-from .predict import predict
+from .outputs import plan_outputs
+from .predict import write_outputs
 
 _SAMPLE_NAME = 'fashion_mnist_sample.safetensors'
 
@@ -50,7 +51,8 @@ def main(arguments: Optional[List[str]] = None) -> None:
         print(f'Written: {args.folder}')
         return
     try:
-        num_masks = predict(load_segmentation_model(args.model, args.device), args.images, args.output, args.overwrite)
+        outputs = plan_outputs(args.images, args.output, args.overwrite)  # before a model is downloaded
+        num_masks = write_outputs(load_segmentation_model(args.model, args.device), outputs)
     except ValueError as e:
         parser.error(str(e))
     print(f'Written: {num_masks} masks to {args.output}')

@@ -1,20 +1,25 @@
 """Write a segmentation model to files and load it again: safetensors, and a JSON file to rebuild the model from"""
 
-import json
+import math
 import os
 from typing import Any, Dict, Optional, Sequence, Union
 
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
 from timm.utils import unwrap_model
 
 from ..export import create_config, save_weights, write_json
-from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME, read_json
+from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
+from .decoder import create_decoder
+from .description import ModelDescription, read_description
+from .feature_maps import rounded_up
 from .locate import find_model_files
 from .model import SegmentationModel, create_segmentation_model
+
+_SMALL = 2**24  # values of a model that may be created whatever the weights are
 
 
 def write_segmentation_config(
@@ -91,26 +96,51 @@ def load_segmentation_model(
         ValueError: The source has no segmentation model, or its files do not fit each other.
     """
     config_path, weights_path = find_model_files(os.fspath(source))
+    told = read_description(config_path)
+    _check_size(told, config_path, weights_path)
     try:
-        config = read_json(config_path)
-        backbone = timm.create_model(
-            config['backbone']['architecture'],
-            pretrained=False,
-            **{'num_classes': config['backbone']['num_classes'], **config['backbone'].get('model_args', {})},
-        )
-        model = create_segmentation_model(backbone, config['num_classes'], config['head'], tuple(config['img_size']))
-        data_config = {key: config[key] for key in ('mean', 'std', 'interpolation')}
-        reductions, class_names = config['reductions'], config['class_names']
-    except (KeyError, TypeError, json.JSONDecodeError) as e:
+        backbone = timm.create_model(told.architecture, pretrained=False, **told.backbone_args)
+        model = create_segmentation_model(backbone, told.num_classes, told.head, told.img_size)
+        if model.maps.reductions != told.reductions == rounded_up(backbone, model.maps, told.img_size):
+            # an earlier version trained it, which padded images to other multiples
+            maps = model.maps._replace(reductions=told.reductions)
+            decoder, classifier = create_decoder(told.head, maps.channels, maps.reductions, told.num_classes)
+            model = SegmentationModel(backbone, maps, told.head, decoder, classifier, told.img_size)
+    except Exception as e:  # models raise errors of many kinds for arguments that do not fit each other
         raise ValueError(f'Expected the description of a segmentation model in {config_path!r}: {e!r}') from e
-    if model.maps.reductions != reductions:
+    if model.maps.reductions != told.reductions:
         raise ValueError(
-            f'Expected feature maps of 1/{reductions} by {config_path!r}, {config["backbone"]["architecture"]} makes '
-            f'maps of 1/{model.maps.reductions} here. Add its arguments, such as output_stride, to model_args there.'
+            f'Expected feature maps of 1/{told.reductions} by {config_path!r}, {told.architecture} makes maps of '
+            f'1/{model.maps.reductions} here. Add its arguments, such as output_stride, to model_args there.'
         )
     try:
         model.load_state_dict(load_file(weights_path))
     except (SafetensorError, RuntimeError) as e:
         raise ValueError(f'Expected the weights that {config_path!r} describes in {weights_path!r}: {e}') from e
-    model.data_config, model.class_names = data_config, class_names
+    model.data_config, model.class_names = told.data_config, told.class_names
     return model.to(device).eval()
+
+
+def _check_size(told: ModelDescription, config_path: str, weights_path: str) -> None:
+    """See that the weights are of a backbone as large as the description says, before memory is taken for it.
+
+    Raises:
+        ValueError: There is no such backbone, or the weights are not safetensors, or much smaller.
+    """
+    try:
+        with safe_open(weights_path, framework='pt') as f:
+            shapes = [f.get_slice(key).get_shape() for key in f.keys()]  # noqa: SIM118, it is no dict
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'Expected the weights that {config_path!r} describes in {weights_path!r}: {e}') from e
+    stored = sum(math.prod(shape) for shape in shapes)
+    try:
+        with torch.device('meta'):
+            outline = timm.create_model(told.architecture, pretrained=False, **told.backbone_args)
+    except Exception as e:  # models raise errors of many kinds for arguments that do not fit each other
+        raise ValueError(f'Expected the description of a segmentation model in {config_path!r}: {e!r}') from e
+    described = sum(p.numel() for p in outline.parameters())
+    if described > 2 * stored + _SMALL:  # position embeddings may be resized to the images
+        raise ValueError(
+            f'Expected the weights that {config_path!r} describes in {weights_path!r}: its backbone has {described:,} '
+            f'values, the weights have {stored:,}.'
+        )

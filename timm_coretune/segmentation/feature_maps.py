@@ -1,10 +1,13 @@
 """Feature maps of a timm model: choose those for a segmentation head, compute them, freeze unused parameters"""
 
 import contextlib
+import math
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
+
+Shape = Tuple[int, int, int]  # channels, height and width of a feature map
 
 
 class FeatureMaps(NamedTuple):
@@ -14,7 +17,7 @@ class FeatureMaps(NamedTuple):
         indices: Indices of the maps among all maps of `forward_intermediates`, from fine to coarse.
         norm: Whether to apply the last norm of the backbone. It is part of the output of a plain transformer.
         channels: Number of channels of each map.
-        reductions: Height of the image divided by the height of the map, for each map.
+        reductions: Height of the padded image divided by the height of the map, for each map.
     """
 
     indices: List[int]
@@ -65,13 +68,106 @@ def find_maps(backbone: nn.Module, img_size: Tuple[int, int], pyramid: Optional[
     Raises:
         ValueError: The backbone makes no feature maps, or does not take images of this size.
     """
-    forward_intermediates: Optional[Callable[..., List[torch.Tensor]]]
-    forward_intermediates = getattr(backbone, 'forward_intermediates', None)
-    if forward_intermediates is None:
+    if not hasattr(backbone, 'forward_intermediates'):
         raise ValueError(
             f'Expected a timm model with forward_intermediates, which gives feature maps, {type(backbone).__name__} '
             'has none. Choose another model.'
         )
+    found, reductions = _find_reductions(backbone, img_size)
+    is_plain = len({shape[1:] for shape in found}) == 1
+    last = len(found) - 1
+    if pyramid is None:
+        pyramid = reductions[last] > 16 and not is_plain
+    indices = [last]
+    if pyramid:
+        coarse_enough = [i for i in range(last + 1) if reductions[i] >= 4]
+        indices = [i for i in coarse_enough if i == last or found[i][1:] != found[i + 1][1:]]
+    return FeatureMaps(
+        indices,
+        is_plain,
+        [found[i][0] for i in indices],
+        [reductions[i] for i in indices],
+    )
+
+
+def padded_size(img_size: Tuple[int, int], multiple: int) -> Tuple[int, int]:
+    """The smallest height and width that are multiples of a number and not below those of an image."""
+    height, width = img_size
+    return height + missing(height, multiple), width + missing(width, multiple)
+
+
+def missing(length: int, multiple: int) -> int:
+    """What a length lacks to the next multiple.
+
+    With `-length % multiple` a compiled model fails at its second size, as torch.compile cannot negate lengths there.
+    """
+    return (multiple - length % multiple) % multiple
+
+
+def _find_reductions(backbone: nn.Module, img_size: Tuple[int, int]) -> Tuple[List[Shape], List[int]]:
+    """Measure all feature maps, and the side of the image divided by the side of each.
+
+    A backbone rounds the sides of its maps up or down where they do not divide those of the image, so that the sides do
+    not tell the reductions. Then images are measured as they are padded later, to a multiple of the coarsest reduction.
+    """
+    nominal = _nominal_reductions(backbone)
+    failure: Optional[ValueError] = None
+    try:
+        found = _measure(backbone, img_size)
+    except ValueError as e:
+        failure, found = e, []
+    exact = _divide(img_size, found)
+    if exact and (exact == nominal or all(r & (r - 1) == 0 for r in exact)):
+        return found, exact
+    guessed = 2 ** round(math.log2(img_size[0] / found[-1][1])) if found else 32
+    refused = 0
+    for multiple in dict.fromkeys([max(nominal, default=guessed), guessed]):
+        size = padded_size(img_size, multiple)
+        try:
+            found_padded = found if size == img_size and found else _measure(backbone, size)
+        except ValueError:
+            refused = refused or multiple
+            continue
+        reductions = _divide(size, found_padded)
+        if reductions and multiple % reductions[-1] == 0:
+            return found_padded, reductions
+    if failure is not None:
+        raise failure
+    rounded = exact or [-(-img_size[0] // shape[1]) for shape in found]
+    if refused and padded_size(img_size, rounded[-1]) != img_size:
+        raise ValueError(
+            f'Expected images whose sides are multiples of {refused}, the cells of the last map of '
+            f'{type(backbone).__name__}, got {img_size[0]} x {img_size[1]}. It does not take images that are padded to '
+            f'{" x ".join(map(str, padded_size(img_size, refused)))}: choose that --img-size.'
+        )
+    return found, rounded  # of a model for one size alone, or of convolutions without padding, which are never exact
+
+
+def _nominal_reductions(backbone: nn.Module) -> List[int]:
+    """The reductions that a timm model gives, empty if it gives none. They are not exact for every image size."""
+    info: Any = getattr(backbone, 'feature_info', None)
+    try:
+        return [int(stage['reduction']) for stage in info or ()]
+    except (KeyError, TypeError):
+        return []
+
+
+def _divide(size: Tuple[int, int], found: List[Shape]) -> List[int]:
+    """Reductions of maps whose sides divide those of the image alike, empty if one does not."""
+    fits = all(
+        size[0] % height == 0 and size[1] % width == 0 and size[0] // height == size[1] // width
+        for _, height, width in found
+    )
+    return [size[0] // height for _, height, _ in found] if fits else []
+
+
+def _measure(backbone: nn.Module, img_size: Tuple[int, int]) -> List[Shape]:
+    """Channels, height and width of every feature map of an image.
+
+    Raises:
+        ValueError: The backbone does not take images of this size.
+    """
+    forward_intermediates: Any = backbone.forward_intermediates
     try:
         with _probing(backbone, img_size) as image, torch.no_grad():
             found = forward_intermediates(image, output_fmt='NCHW', intermediates_only=True)
@@ -81,21 +177,13 @@ def find_maps(backbone: nn.Module, img_size: Tuple[int, int], pyramid: Optional[
             'with img_size=..., dynamic_img_size=True or strict_img_size=False (--model-kwargs), where it takes these, '
             'or choose another --img-size.'
         ) from e
-    reductions = [-(-img_size[0] // found_map.shape[2]) for found_map in found]
-    is_plain = len({found_map.shape[2:] for found_map in found}) == 1
-    last = len(found) - 1
-    if pyramid is None:
-        pyramid = reductions[last] > 16 and not is_plain
-    indices = [last]
-    if pyramid:
-        coarse_enough = [i for i in range(last + 1) if reductions[i] >= 4]
-        indices = [i for i in coarse_enough if i == last or found[i].shape[2:] != found[i + 1].shape[2:]]
-    return FeatureMaps(
-        indices,
-        is_plain,
-        [found[i].shape[1] for i in indices],
-        [reductions[i] for i in indices],
-    )
+    return [(one.shape[1], one.shape[2], one.shape[3]) for one in found]
+
+
+def rounded_up(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, int]) -> List[int]:
+    """The reductions that earlier versions took for these maps: rounded up, whatever the size of the image."""
+    found = _measure(backbone, img_size)
+    return [-(-img_size[0] // found[index][1]) for index in maps.indices]
 
 
 @contextlib.contextmanager
@@ -104,12 +192,13 @@ def _probing(backbone: nn.Module, img_size: Tuple[int, int]) -> Iterator[torch.T
     convolution = next((m for m in backbone.modules() if isinstance(m, nn.Conv2d)), None)
     in_chans = 3 if convolution is None else convolution.in_channels
     parameter = next(backbone.parameters())
-    was_training = backbone.training
+    training = {module: module.training for module in backbone.modules()}  # a user may have left parts in evaluation
     backbone.eval()
     try:
         yield torch.zeros(1, in_chans, *img_size, device=parameter.device, dtype=parameter.dtype)
     finally:
-        backbone.train(was_training)
+        for module, was_training in training.items():
+            module.training = was_training
 
 
 def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, int]) -> None:
@@ -121,7 +210,7 @@ def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, i
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     if not parameters:
         return
-    with _probing(backbone, img_size) as image, torch.enable_grad():
+    with _probing(backbone, padded_size(img_size, maps.reductions[-1])) as image, torch.enable_grad():
         total = torch.stack([m.float().sum() for m in compute_maps(backbone, image, maps)]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for p, gradient in zip(parameters, gradients, strict=True):

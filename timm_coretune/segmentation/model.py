@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from ..checkpoint import load_checkpoint
 from ..timm_model import group_matcher, no_weight_decay
 from .decoder import HEADS, create_decoder
-from .feature_maps import FeatureMaps, compute_maps, find_maps, freeze_unused, resize_backbone
+from .feature_maps import FeatureMaps, compute_maps, find_maps, freeze_unused, missing, resize_backbone
 
 
 class SegmentationModel(nn.Module):
@@ -87,7 +87,7 @@ class SegmentationModel(nn.Module):
         """Pad x (..., H, W) at the bottom and at the right, to a multiple of the reduction of the coarsest map."""
         multiple = self.maps.reductions[-1]
         height, width = x.shape[-2:]
-        bottom, right = -height % multiple, -width % multiple
+        bottom, right = missing(height, multiple), missing(width, multiple)
         return F.pad(x, (0, right, 0, bottom), value=value) if bottom or right else x
 
     def forward_features(self, x: torch.Tensor) -> List[torch.Tensor]:

@@ -1,9 +1,8 @@
 """Predict the masks of images with a trained segmentation model"""
 
 import logging
-import os
 import sys
-from typing import Dict, List, Sequence, Union
+from typing import Sequence, Tuple, Union
 
 import torch
 from PIL import Image
@@ -11,13 +10,14 @@ from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
 
-from ..data.images import convert, is_hidden, reason_of, upright
+from ..data.images import convert, open_file, reason_of, upright
 from ..report.plots import plot_segmentation
 from .data.dataset import SegmentationDataset
-from .data.pairs import IMAGE_EXTENSIONS
 from .data.palette import voc_palette, write_mask
 from .data.transforms import create_eval_transform, restore
+from .description import MAX_CLASSES
 from .model import SegmentationModel
+from .outputs import Output, plan_outputs
 
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +37,14 @@ def predict_image(model: SegmentationModel, image: Union[Image.Image, torch.Tens
     Returns:
         Class indices at the size of the image as a viewer shows it, uint8 (H, W), on the CPU.
     """
+    input, size = _prepare(model, image)
+    logits = model(input.to(next(model.parameters()).device))
+    del input
+    return classes_of_pixels(logits[0].float(), size).cpu()
+
+
+def _prepare(model: SegmentationModel, image: Union[Image.Image, torch.Tensor]) -> Tuple[torch.Tensor, Tuple[int, int]]:
+    """A batch of this image alone, as the model takes it, and height and width of the image as it is shown."""
     if isinstance(image, Image.Image):
         mode = 'RGB' if len(model.data_config['mean']) == 3 else 'L'
         pixels = functional.pil_to_tensor(convert(upright(image), mode))
@@ -44,34 +52,37 @@ def predict_image(model: SegmentationModel, image: Union[Image.Image, torch.Tens
         pixels = image
     height, width = pixels.shape[-2:]
     transform = create_eval_transform(model.img_size, **model.data_config)
-    input, _ = transform(tv_tensors.Image(pixels), tv_tensors.Mask(torch.zeros(height, width, dtype=torch.uint8)))
-    logits = model(input[None].to(next(model.parameters()).device))
-    return restore(logits[0].float(), (height, width)).argmax(dim=0).to(torch.uint8).cpu()
+    mask = torch.zeros((), dtype=torch.uint8).expand(height, width)  # of no use here, but the transform takes one
+    input, _ = transform(tv_tensors.Image(pixels), tv_tensors.Mask(mask))
+    return input[None], (height, width)
 
 
-def find_images(paths: Sequence[str]) -> List[str]:
-    """List the image files among the given files and in the given folders, in this order.
+def classes_of_pixels(logits: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    """Resize logits to the size of an image, and take the class of the highest in every pixel.
+
+    The result is that of `restore(logits, size).argmax(dim=0)`. But one class after the other is resized, so that the
+    memory for a large image does not grow with the number of classes: it is about 13 bytes per pixel.
+
+    Args:
+        logits: Logits of the fitted and padded image (num_classes, H, W).
+        size: Height and width of the image.
+
+    Returns:
+        Class indices, uint8 of this size.
 
     Raises:
-        ValueError: There are no images, or the masks of two images would have the same name.
+        ValueError: There are more classes than a byte can tell apart.
     """
-    found: List[str] = []
-    for path in paths:
-        names = sorted(os.listdir(path)) if os.path.isdir(path) else [path]
-        found += [os.path.join(path, name) if os.path.isdir(path) else name for name in names]
-    found = [path for path in found if path.lower().endswith(IMAGE_EXTENSIONS) and not is_hidden(path)]
-    if not found:
-        raise ValueError(f'Expected images ({", ".join(IMAGE_EXTENSIONS)}) in {", ".join(paths)}, found none.')
-    by_stem: Dict[str, str] = {}
-    for path in found:
-        other = by_stem.setdefault(_stem(path), path)
-        if other != path:
-            raise ValueError(f'Expected images of different names, {other!r} and {path!r} would give the same mask.')
-    return found
-
-
-def _stem(path: str) -> str:
-    return os.path.splitext(os.path.basename(path))[0]
+    if len(logits) > MAX_CLASSES:
+        raise ValueError(f'Expected at most {MAX_CLASSES} classes, as a mask has a byte for each, got {len(logits)}.')
+    best = restore(logits[:1], size)[0]
+    classes = torch.zeros(best.shape, dtype=torch.uint8, device=best.device)
+    for index in range(1, len(logits)):
+        values = restore(logits[index : index + 1], size)[0]
+        is_better = (values <= best).logical_not_().logical_and_(best == best)  # NaN is the highest, as for argmax
+        classes.masked_fill_(is_better, index)
+        torch.maximum(best, values, out=best)
+    return classes
 
 
 def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwrite: bool = False) -> int:
@@ -87,22 +98,30 @@ def predict(model: SegmentationModel, paths: Sequence[str], output: str, overwri
         Number of masks that were written.
 
     Raises:
-        ValueError: There are no images, or one of them cannot be read.
+        ValueError: There are no images, one of them cannot be read, or the masks cannot be written without replacing
+            an image.
     """
-    images = find_images(paths)
-    os.makedirs(output, exist_ok=True)
-    masks = {path: os.path.join(output, f'{_stem(path)}.png') for path in images}
-    todo = [path for path in images if overwrite or not os.path.exists(masks[path])]
-    if len(todo) < len(images):
-        _logger.info(f'{len(images) - len(todo)} of {len(images)} masks exist already and are skipped.')
-    for path in tqdm(todo, desc='Predict', disable=not sys.stderr.isatty()):
+    return write_outputs(model, plan_outputs(paths, output, overwrite))
+
+
+def write_outputs(model: SegmentationModel, outputs: Sequence[Output]) -> int:
+    """Predict images and write their masks. Returns the number of masks.
+
+    Raises:
+        ValueError: An image cannot be read, or a mask cannot be written.
+    """
+    for path, mask in tqdm(outputs, desc='Predict', disable=not sys.stderr.isatty()):
         try:
-            with Image.open(path) as image:
+            with open_file(path) as image:
                 image.load()
         except Exception as e:  # decoders raise errors of many kinds
             raise ValueError(f'Expected an image in {path!r}: {reason_of(e)}.') from e
-        write_mask(predict_image(model, image), masks[path])
-    return len(todo)
+        classes = predict_image(model, image)
+        try:
+            write_mask(classes, mask)
+        except OSError as e:
+            raise ValueError(f'Expected to write the mask of {path!r} to {mask!r}: {e}.') from e
+    return len(outputs)
 
 
 def draw_predictions(model: SegmentationModel, dataset: SegmentationDataset, path: str, num_images: int = 6) -> None:

@@ -25,7 +25,7 @@ from .data.loaders import Loaders, mean_batch_size
 from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
 from .loss_meter import DivergedError
-from .model import compile_task, place_model, resolve_num_classes, setup_ema
+from .model import check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import clip_gradients, count_accumulated, create_optimizer, create_schedule, resolve_lr
 from .processes import check_strategy, create_accelerator, precision_of, start_trackers
 from .run.finish import continue_command, draw_tables, log_best, print_results, push, reason_to_stop
@@ -123,6 +123,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     state_path = resolve_resume(settings.output, accelerator)
     num_classes = resolve_num_classes(settings.model.num_classes, datasets.num_classes)
     plain_model, data_config = kind.create_model(settings, num_classes, is_main)
+    if datasets.train is not None:
+        check_single_images(settings, plain_model, data_config, num_processes)
     model = place_model(settings.model, plain_model, accelerator, settings.data.aug_splits)
     if is_main:
         warn_of_random_weights(settings, state_path)

@@ -1,5 +1,6 @@
 """The timm model of a run: created, loaded and placed on its device"""
 
+import copy
 import logging
 from typing import Any, Dict, Optional
 
@@ -14,7 +15,7 @@ from timm.utils import set_jit_fuser
 from ..checkpoint import load_checkpoint
 from ..run_folder import CONFIG_NAME, PREPROCESSING
 from .cli.errors import asked_by
-from .cli.settings import DataSettings, ModelSettings
+from .cli.settings import DataSettings, ModelSettings, Settings
 from .image_size import size_arguments
 
 _logger = logging.getLogger(__name__)
@@ -151,6 +152,48 @@ def place_model(settings: ModelSettings, model: nn.Module, accelerator: Accelera
         model = convert_sync_batchnorm(model)
         _logger.info('Converted model to use Synchronized BatchNorm.')
     return torch.jit.script(model) if settings.torchscript else model
+
+
+def check_single_images(settings: Settings, model: nn.Module, data_config: Dict[str, Any], num_processes: int) -> None:
+    """Refuse batches of one image that a BatchNorm layer of the model cannot train on.
+
+    It normalises each channel over the batch and all places of the map. With one image and a map of one place there is
+    a single value, and no variance. Such a batch is tried, before anything is written.
+
+    Args:
+        settings: The settings of a run that trains.
+        model: The model, on the CPU.
+        data_config: Size of the images.
+        num_processes: Number of processes, over which --sync-bn normalises.
+
+    Raises:
+        ValueError: There is such a layer.
+    """
+    data, optimization = settings.data, settings.optimization
+    shares_statistics = settings.model.sync_bn and num_processes > 1
+    if data.naflex_loader or shares_statistics or optimization.freeze_epochs >= optimization.epochs:
+        return
+    channels, *size = data_config['input_size']
+    halves = data.mixes_pixels and data.mixup_mode == 'half'
+    copies = 1 if settings.model.split_bn else max(data.aug_splits, 1)
+    for index, batch_size in enumerate(data.batch_sizes):
+        if batch_size * copies // (1 + halves) != 1:
+            continue
+        if data.train_img_sizes:
+            size = [data.train_img_sizes[index]] * 2
+        try:
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                copy.deepcopy(model).train()(torch.zeros(1, channels, *size))
+        except Exception as e:
+            if 'more than 1 value per channel' not in str(e):
+                continue  # it says nothing about BatchNorm, and training may go another way
+            reason = '--mixup-mode half leaves half of it, and ' if halves else ''
+            raise ValueError(
+                f'Expected 2 or more images in a batch of each process, got --batch-size {batch_size}: {reason}'
+                f'BatchNorm of {settings.model.model} cannot normalise a single value per channel, which an image of '
+                f'{" x ".join(map(str, size))} comes to. Raise the batch size or --img-size, or use --sync-bn with '
+                'several processes.'
+            ) from e
 
 
 def setup_ema(settings: ModelSettings, task: TrainingTask, resumed: Optional[str]) -> None:

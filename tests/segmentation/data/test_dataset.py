@@ -1,5 +1,6 @@
 """Images and masks of segmentation: palettes, masks, folders, libraries, and the data set over them."""
 
+import os
 import pickle
 import re
 
@@ -47,6 +48,25 @@ def classes_of(dataset):
         assert abs(float(image.float().mean()) - 10 * int(mask[0, 0])) < 2
         found.append(int(mask[0, 0]))
     return found
+
+
+@pytest.mark.parametrize('place', ['images/0.jpg', 'masks/0.png'])
+def test_a_pipe_and_an_image_of_too_many_pixels_are_errors_with_their_names(tmp_path, monkeypatch, place):
+    save_pair(tmp_path / 'images', tmp_path / 'masks', '0', 1, size=(60, 40))
+    data = open_dataset('', str(tmp_path), 'train', num_classes=2, hold_out=False)
+    named = r"masks/0\.png: the image '.*images/0\.jpg': it" if place == 'images/0.jpg' else r'masks/0\.png: it'
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+        save(tmp_path / ('masks/0.png' if place == 'images/0.jpg' else 'images/0.jpg'), np.zeros((9, 9), np.uint8))
+        with pytest.raises(ValueError, match=named + r' has 2400 pixels.*CORETUNE_MAX_PIXELS=2400'):
+            data[0]
+    (tmp_path / place).unlink()
+    os.mkfifo(tmp_path / place)
+    with pytest.raises(ValueError, match=named + ' is a named pipe'):
+        data[0]
+    if place.startswith('masks'):
+        with pytest.raises(ValueError, match=r'masks/0\.png: it is a named pipe'):
+            open_dataset('', str(tmp_path), 'train', hold_out=False)
 
 
 def test_the_palette_is_that_of_voc():

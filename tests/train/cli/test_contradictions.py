@@ -46,6 +46,15 @@ CONTRADICTIONS = [
     ('--train-img-sizes 32 --class-balance', '--train-img-sizes: not with'),
     ('--class-balance --aug-repeats 3', '--class-balance and --aug-repeats both order the images'),
     ('--class-balance -b 3', '--class-balance needs a --batch-size of 4 or more'),
+    ('--mixup 0.2 -b 5', '--mixup, --cutmix and --cutmix-minmax mix pairs of images: the --batch-size'),
+    ('--cutmix 1 -b 1', '--mixup, --cutmix and --cutmix-minmax mix pairs of images: the --batch-size'),
+    ('--cutmix-minmax 0.2 0.8 -b 7 --coretune', '--mixup, --cutmix and --cutmix-minmax mix pairs of images'),
+    ('--mixup 0.2 --mixup-prob 0 -b 3 --no-prefetcher', '--mixup, --cutmix and --cutmix-minmax mix pairs of images'),
+    ('--mixup 0.2 --train-img-sizes 32 48 -b 3', '--mixup, --cutmix and --cutmix-minmax mix pairs of images'),
+    (
+        '--mixup 0.2 -b 4 --train-img-sizes 32 48 --train-batch-sizes 4 3',
+        '--mixup, --cutmix and --cutmix-minmax mix pairs of images',
+    ),
     ('--segmentation --mixup 0.2', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
     ('--segmentation --cutmix 1', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
     ('--segmentation --cutmix-minmax 0.2 0.8', '--segmentation: not with --mixup, --cutmix, --cutmix-minmax'),
@@ -156,6 +165,10 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
         '--remode pixel --batch-size 256 --amp -j 4 --opt lamb --weight-decay 0.02 --aa rand-m7-mstd0.5-inc1 --mixup '
         '0.1 --cutmix 1.0 --smoothing 0 --bce-loss --drop-path 0.05 --model-ema --clip-grad 1 --train-interpolation '
         'random --crop-pct 0.95 --channels-last --pin-mem',
+        '--mixup 0.2 -b 5 --eval-only',
+        '--mixup 0.2 -b 5 --naflex-loader',
+        '-b 5 --mixup 0 --train-img-sizes 32 --train-batch-sizes 3',
+        '-b 5 --mixup 0.2 --train-img-sizes 32 48 --train-batch-sizes 4 2',
         '--aug-splits 3 --aa rand-m9-mstd0.5-inc1 --resplit --split-bn --jsd-loss --dist-bn reduce',
         '--coretune --mixup 0.2 --no-prefetcher --class-balance --metrics ece,per-class --eval-metric '
         'ece --resume auto --experiment x --torchcompile',
@@ -164,7 +177,17 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
         '--color-jitter 0.2 --train-interpolation bilinear --interpolation bicubic --model-ema --class-map names.txt '
         '--freeze-epochs 1 --label-fraction 0.5 --torchcompile --no-aug --reduce-zero-label',
     ],
-    ids=['resnet50', 'augmix', 'coretune', 'torchscript', 'segmentation'],
+    ids=[
+        'resnet50',
+        'odd',
+        'odd-naflex',
+        'odd-unmixed',
+        'even-sizes',
+        'augmix',
+        'coretune',
+        'torchscript',
+        'segmentation',
+    ],
 )
 def test_flags_that_go_together_are_taken(line):
     parse_args(shlex.split(line))

@@ -2,8 +2,11 @@
 
 import io
 import logging
+import os
+import re
 import tarfile
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,12 +16,15 @@ from PIL import Image, ImageOps
 from ranks import launch_ranks
 from runs import results_of, train
 from tiny_data import write_folders
+from torchvision.datasets import VisionDataset
 
-from timm_coretune.data.images import UnreadableImageError
+from timm_coretune.data.images import ImageStream, UnreadableImageError
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data import readable
 from timm_coretune.train.data.datasets import create_datasets
-from timm_coretune.train.data.labelled import get_labels
+from timm_coretune.train.data.labelled import ConvertedImages, get_labels
+
+TORCHVISION = ('--dataset', 'torch/image_folder')
 
 
 def noise(seed, size=32):
@@ -248,3 +254,57 @@ def test_a_stream_of_records_arrives_as_it_is_shown(tmp_path):
             samples = sorted(read, key=lambda sample: sample[1])
         assert samples[0][0].size == (20, 40), kind
         assert samples[1][0].getpixel((0, 0)) == (255, 255, 255), kind
+
+
+@pytest.mark.parametrize('dataset', ['', 'torch/image_folder'], ids=['folders', 'torchvision'])
+def test_a_pipe_among_the_images_is_left_out_and_not_waited_for(folders, caplog, dataset):
+    os.mkfifo(folders / 'train' / 'a' / 'pipe.png')
+    (folders / 'train' / 'b' / 'zero.png').symlink_to('/dev/zero')
+    data = open_data(folders, '--dataset', dataset)
+    assert len(data.train) == 12
+    left_out = [record.message for record in caplog.records if record.message.startswith('Left out: ')]
+    assert [message.rpartition('/')[2] for message in left_out] == [
+        'pipe.png (it is a named pipe)',
+        'zero.png (it is a device)',
+    ]
+    unchecked = open_data(folders, '--dataset', dataset, '--check-images', 'none').train
+    with pytest.raises(UnreadableImageError, match=r'pipe\.png.*it is a named pipe'):
+        [unchecked[index] for index in range(len(unchecked))]
+
+
+def too_many_pixels(data):
+    return rf'{data}.*it has 1024 pixels.*CORETUNE_MAX_PIXELS=1024 in the environment'
+
+
+def test_an_image_of_too_many_pixels_is_refused_with_the_way_to_allow_it(folders, monkeypatch, caplog):
+    unchecked = [open_data(folders, *flags, '--check-images', 'none').train for flags in ((), TORCHVISION)]
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 500)  # PIL warns of more, and refuses twice as many
+    for dataset in unchecked:
+        with pytest.raises(UnreadableImageError, match=too_many_pixels(r'a/0\.png')):
+            dataset[0]
+    with pytest.raises(ValueError, match='Expected training images that can be read, all 12 cannot'):
+        open_data(folders)
+    assert any(re.search(too_many_pixels(r'a/0\.png'), record.message) for record in caplog.records)
+    Image.MAX_IMAGE_PIXELS = 1024
+    assert len(open_data(folders).train) == 12
+
+
+class Opening(VisionDataset):
+    """A data set of torchvision that opens its images itself."""
+
+    def __init__(self, root):
+        super().__init__(root)
+        self.paths = sorted(root.rglob('*.png'))
+
+    def __getitem__(self, index):
+        return self.transform(Image.open(self.paths[index])), 0
+
+
+def test_too_many_pixels_are_explained_where_another_library_opens_the_image(folders, monkeypatch):
+    stream = ImageStream(SimpleNamespace(root='records'), 'RGB')
+    stream.reader = map(lambda path: (Image.open(path), 0), sorted(folders.rglob('*.png')))
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 500)
+    with pytest.raises(UnreadableImageError, match=too_many_pixels(r'\[0\]')):
+        ConvertedImages(Opening(folders), 'RGB')[0]
+    with pytest.raises(UnreadableImageError, match=too_many_pixels('the stream')):
+        next(iter(stream))

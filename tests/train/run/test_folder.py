@@ -10,6 +10,7 @@ from runs import train
 
 from timm_coretune.train.cli.settings import OutputSettings
 from timm_coretune.train.run.folder import default_name, find_newest_state, progress_of, read_state, take_folder
+from timm_coretune.train.run.saver import Saver
 
 # which state
 
@@ -75,6 +76,21 @@ def test_a_damaged_newest_state_is_named_and_the_one_before_is_used(tmp_path, ca
     assert record.levelname == 'WARNING'
     assert 'Passing over a damaged state' in record.message
     assert repr(str(newest)) in record.message
+
+
+@pytest.mark.parametrize('name', ['tmp.pth.tar', 'recovery_tmp.pth.tar'])
+def test_a_state_is_not_written_through_a_link_that_somebody_left(tmp_path, name):
+    model = torch.nn.Linear(1, 1)
+    saver = Saver(
+        model, torch.optim.SGD(model.parameters(), 0.1), checkpoint_dir=str(tmp_path), recovery_dir=str(tmp_path)
+    )
+    victim = tmp_path / 'victim'
+    victim.write_text('mine')
+    (tmp_path / name).symlink_to(victim)
+    saver.save_recovery(0, 3) if name.startswith('recovery') else saver.save_checkpoint(0, 1.0)
+    assert victim.read_text() == 'mine'
+    assert not (tmp_path / name).is_symlink()
+    assert list(tmp_path.glob('recovery-0-3.pth.tar' if name.startswith('recovery') else 'checkpoint-0.pth.tar'))
 
 
 def test_a_file_of_weights_alone_is_no_state(tmp_path):

@@ -13,7 +13,7 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Union
 import numpy as np
 from tqdm import tqdm
 
-from ...atomic import write_text, write_whole
+from ...atomic import publish, write_text, write_whole
 from ...listing import shorten
 from ..data.dataset import MAX_CLASSES, read_class_names
 from ..data.palette import write_mask
@@ -139,7 +139,7 @@ def write(conversion: Conversion, output: str, overwrite: bool = False, hard_lin
         for split, samples in conversion.splits.items():
             _write_split(samples, os.path.join(staging, split), split, hard_link)
         write_text(''.join(f'{name}\n' for name in conversion.class_names), os.path.join(staging, CLASSES_NAME))
-        _publish(staging, output, [*entries, CLASSES_NAME])
+        publish(staging, output, [*entries, CLASSES_NAME])
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -196,26 +196,3 @@ def _write_split(samples: Sequence[Sample], folder: str, split: str, hard_link: 
                     with open(temporary, 'wb') as f:
                         f.write(sample.image)
         write_mask(sample.draw(), os.path.join(masks, f'{sample.stem}.png'))
-
-
-def _publish(staging: str, output: str, entries: Sequence[str]) -> None:
-    """Move what was written to its place. If that fails half way, what was there before is put back."""
-    if not os.path.lexists(output):
-        os.rename(staging, output)
-        return
-    old = os.path.join(staging, 'old')
-    os.mkdir(old)
-    moved: List[str] = []
-    try:
-        for entry in entries:
-            if os.path.lexists(os.path.join(output, entry)):
-                os.rename(os.path.join(output, entry), os.path.join(old, entry))
-            moved.append(entry)
-            os.rename(os.path.join(staging, entry), os.path.join(output, entry))
-    except BaseException:
-        for entry in moved:
-            if os.path.lexists(os.path.join(output, entry)):
-                os.rename(os.path.join(output, entry), os.path.join(staging, entry))
-            if os.path.lexists(os.path.join(old, entry)):
-                os.rename(os.path.join(old, entry), os.path.join(output, entry))
-        raise

@@ -12,6 +12,7 @@ from typing import Iterable, List, Optional, Protocol, Sequence, Tuple
 
 from PIL import Image
 
+from ...data.images import UnreadableImageError, open_file, reason_of
 from .masks import open_mask
 from .pairs import IMAGE_EXTENSIONS, contents_of, files_by_stem, find_masks
 from .palette import VOC_CLASSES
@@ -68,7 +69,11 @@ class FileSource:
         return len(self.images)
 
     def load(self, index: int) -> Tuple[Image.Image, Image.Image]:
-        return Image.open(self.images[index]), open_mask(self.masks[index])
+        try:
+            image = open_file(self.images[index])
+        except Exception as e:  # decoders raise errors of many kinds
+            raise UnreadableImageError(f'the image {self.images[index]!r}: {reason_of(e)}') from e
+        return image, open_mask(self.masks[index])
 
     def load_mask(self, index: int) -> Image.Image:
         return open_mask(self.masks[index])

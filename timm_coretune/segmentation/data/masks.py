@@ -10,7 +10,7 @@ from PIL import Image, ImageChops
 from tqdm import tqdm
 
 from ...checks import wrong_classes
-from ...data.images import reason_of
+from ...data.images import open_file, reason_of
 
 _logger = logging.getLogger(__name__)
 
@@ -28,8 +28,9 @@ def open_mask(path: Union[str, os.PathLike]) -> Image.Image:
     Raises:
         WrongMaskError: The file has 16 bits a channel, of which PIL would drop 8 without a word.
     """
-    image = Image.open(path)
-    if image.mode in ('LA', 'RGB', 'RGBA') and any('16' in str(tile[3]) for tile in image.tile):
+    image = open_file(path)
+    tiles = getattr(image, 'tile', [])  # how a file stores its pixels
+    if image.mode in ('LA', 'RGB', 'RGBA') and any('16' in str(tile[3]) for tile in tiles):
         image.close()
         raise WrongMaskError(
             f'Expected a mask with one class index a pixel in {os.fspath(path)!r}, got {image.mode} of 16 bits a '

@@ -6,12 +6,13 @@ import re
 from collections import Counter
 from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
-from ...data.images import is_hidden
+from ...data.images import IMAGE_ENDINGS, is_hidden
 from ...listing import shorten
 
 _logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp', '.ppm')
+# of files with one stem the JPEG is the image
+IMAGE_EXTENSIONS = tuple(sorted(IMAGE_ENDINGS, key=lambda ending: ending not in ('.jpg', '.jpeg')))
 MASK_EXTENSIONS = ('.png', '.tif', '.tiff', '.bmp', '.gif')  # lossless: JPEG would change class indices
 _SEPARATORS = '_-. '
 _TAIL = re.compile(r'[_\-. ][^_\-. ]*[A-Za-z][^_\-. ]*$')  # last part of a name, with a letter in it

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import yaml
 
-from ...run_folder import PREPROCESSING, Description, describe_weights, find_weights
+from ...run_folder import PREPROCESSING, Description, check_model, describe_weights, find_weights
 from .conflicts import find_contradictions
 from .flags import Parser, add_flags, nearest
 from .ranges import find_out_of_range
@@ -146,7 +146,7 @@ def _find_weights(given: Dict[str, Any], parser: argparse.ArgumentParser) -> Opt
     if is_folder:
         path = checkpoint or (find_weights(model, description) if description else None)
         if description is None or not path:
-            missing = 'weights' if description else 'config.json or segmentation.json'
+            missing = 'weights' if description else 'config.json or segmentation.json of a timm model'
             parser.error(
                 f'argument --model: expected a timm model or the folder of a run, found no {missing} in {model!r}. '
                 'A run writes its weights when its first epoch is over.'
@@ -158,13 +158,22 @@ def _find_weights(given: Dict[str, Any], parser: argparse.ArgumentParser) -> Opt
             )
         if given.get('pretrained') or given.get('pretrained_path'):
             parser.error('argument --model: a folder brings its weights; not with --pretrained or --pretrained-path')
-        return _Weights(path, description)
+        return _checked(path, description, parser)
     named = timm.models.split_model_name_tag(model)[0]
     if description is None or named not in ('', description.architecture):
         return None
     if named and bool(given.get('segmentation')) != (description.segmentation_head is not None):
         return None  # the backbone of another kind of model
-    return _Weights(checkpoint, description)
+    return _checked(checkpoint, description, parser)
+
+
+def _checked(path: str, description: Description, parser: argparse.ArgumentParser) -> _Weights:
+    """Refuse a config from which timm would load more than these weights: the model is built as it says."""
+    try:
+        check_model(description.architecture, description.model_args, description.path)
+    except ValueError as e:
+        parser.error(f'the config beside {path!r}: {e}')
+    return _Weights(path, description)
 
 
 def _follow_weights(args: argparse.Namespace, weights: _Weights, given: Dict[str, Any]) -> None:

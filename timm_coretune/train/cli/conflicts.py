@@ -80,6 +80,7 @@ def _of_augmentation(settings: Settings) -> Conditions:
 def _of_batches(settings: Settings) -> Conditions:
     data = settings.data
     sizes = data.train_img_sizes or []
+    mixed = [] if settings.loop.eval_only or data.naflex_loader or not data.mixes_pixels else data.batch_sizes
     per_size = (data.train_batch_sizes, data.train_size_probs)
     return {
         '--naflex-loader and --train-img-sizes are alternatives': data.naflex_loader and sizes,
@@ -99,6 +100,8 @@ def _of_batches(settings: Settings) -> Conditions:
         ),
         '--class-balance and --aug-repeats both order the images; choose one': data.class_balance and data.aug_repeats,
         '--class-balance needs a --batch-size of 4 or more': data.class_balance and data.batch_size < 4,
+        '--mixup, --cutmix and --cutmix-minmax mix pairs of images: the --batch-size, or each of --train-batch-sizes, '
+        'must be even': any(size % 2 for size in mixed),
         '--val-fraction: above 0 and below 1, or with --eval-only 1 for all images': (
             data.val_fraction is not None
             and not 0 < data.val_fraction < 1

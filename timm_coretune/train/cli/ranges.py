@@ -72,6 +72,7 @@ RANGES: Dict[str, Range] = {
     **_all(_ABOVE_0, 'std'),
     'label_fraction': Range(0, 1, above=True),
     'val_fraction': _CONFLICTS,
+    'ignore_index': Range(-(2**31), 2**31 - 1),
     # augmentation
     'scale': Range(0, num_values=2),
     'ratio': Range(0, above=True, num_values=2),

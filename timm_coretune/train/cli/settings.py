@@ -136,6 +136,12 @@ class DataSettings:
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
 
     @property
+    def batch_sizes(self) -> List[int]:
+        """Numbers of images that a training batch of a process can have: one, or one for each of train_img_sizes."""
+        sizes = self.train_img_sizes
+        return [self.batch_size] if not sizes else self.train_batch_sizes or [self.batch_size] * len(sizes)
+
+    @property
     def num_channels(self) -> int:
         """Number of image channels: in_chans or that of input_size if given, else 3."""
         if self.in_chans is not None:

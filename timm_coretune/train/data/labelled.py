@@ -7,10 +7,11 @@ from collections import Counter
 from typing import Any, Callable, Dict, List, Optional
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 from torchvision.datasets import INaturalist
 
-from ...data.images import LabelledImages, convert, open_image, upright
+from ...data.images import LabelledImages, UnreadableImageError, convert, open_image, reason_of, upright
 from ...data.safetensors_reader import ReaderSafetensors
 from .classes import LabelMap
 
@@ -51,7 +52,13 @@ class ConvertedImages(Dataset):
         self.dataset.transform = _Convert(self.img_mode, transform)
 
     def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
+        try:
+            return self.dataset[index]
+        except Image.DecompressionBombError as e:  # of a data set that opens its images itself
+            root = getattr(self.dataset, 'root', type(self.dataset).__name__)
+            raise UnreadableImageError(
+                f'Expected an image that can be read in {f"{root}[{index}]"!r}: {reason_of(e)}.'
+            ) from e
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -18,7 +18,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
-from ...data.images import find_fault, name_of, reason_of
+from ...data.images import UnreadableImageError, check_regular, find_fault, name_of, open_in_reader, reason_of
 from ...data.safetensors_reader import ReaderSafetensors
 from ...distributed import process_index_and_count
 from ...listing import shorten
@@ -128,9 +128,11 @@ class _Files:
         """Why this image cannot be read, None if it can."""
         index = self.index_of(index)
         try:
-            with self.reader[index][0] if self.paths is None else open(self.paths[index], 'rb') as file:
+            if self.paths is not None:
+                check_regular(self.paths[index])
+            with open_in_reader(self.reader, index)[0] if self.paths is None else open(self.paths[index], 'rb') as file:
                 return find_fault(file, whole)
-        except OSError as e:  # the file cannot be opened
+        except (OSError, UnreadableImageError) as e:  # the file cannot be opened
             return reason_of(e)
 
     @property

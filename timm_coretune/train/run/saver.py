@@ -15,6 +15,11 @@ from ...run_folder import RECOVERY_PATTERN
 class Saver(CheckpointSaver):
     """timm's saver, but files are replaced in one step. timm's own removes the old file before it moves the new one."""
 
+    def _save(self, save_path: str, epoch: int, metric: Optional[float] = None) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(save_path)  # torch.save would write through a symbolic link that somebody left there
+        super()._save(save_path, epoch, metric)
+
     def _replace(self, src: str, dst: str) -> None:
         move_into_place(src, dst)
 
