@@ -50,6 +50,22 @@ def test_a_compiled_task_trains_and_evaluates_with_the_numbers_of_an_eager_one(n
     assert set(compiled.get_task_state()) == {'projector', 'generator'}
 
 
+def test_a_compiled_step_runs_the_head_once(fresh_dynamo):
+    task = create_task(create_model('test_efficientnet'))
+    num_convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in task.get_eval_model().modules())
+    compiled = []
+
+    def count(graph, _):
+        nodes = [node for node in graph.graph.nodes if node.op.startswith('call')]
+        compiled.append(sum('conv2d' in str(node.target) for node in nodes))
+        return graph
+
+    task.trainable_module = torch.compile(task.trainable_module, backend=count, fullgraph=True)
+    for i in range(2):
+        task(images(seed=i), TARGET)
+    assert compiled == [num_convolutions]
+
+
 @pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bfloat16 autocast'])
 @pytest.mark.parametrize('soft', [False, True], ids=['class indices', 'soft targets'])
 @pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
