@@ -15,6 +15,7 @@ from timm.models import _hub
 from timm.utils import unwrap_model
 
 from .atomic import write_text, write_whole
+from .redaction import redact_values
 from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, WEIGHTS_NAME, read_json
 
 BACKBONE_PREFIX = 'backbone.'
@@ -23,8 +24,8 @@ _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'no
 
 
 def write_json(content: Dict[str, Any], path: str) -> None:
-    """Write a JSON file. If writing is interrupted, no half-written file is left."""
-    write_text(json.dumps(content, indent=2) + '\n', path)
+    """Write a JSON file without secrets. If writing is interrupted, no half-written file is left."""
+    write_text(json.dumps(redact_values(content), indent=2) + '\n', path)
 
 
 def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str) -> None:

@@ -71,7 +71,7 @@ class HubServer(ThreadingHTTPServer):
         self.url = f'http://127.0.0.1:{self.server_port}'
         self.repositories, self.objects, self.requests = {}, {}, []
         self.faults, self.hanging, self.ended = {}, threading.Event(), threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def fail(self, step, *faults):
         self.faults[step] = deque(faults)

@@ -11,6 +11,7 @@ from typing import List, Optional
 from timm.models import create_model
 from timm.utils.misc import ParseKwargs
 
+from ..redaction import redacted_output
 from .load import convert_checkpoint, inspect_checkpoint
 from .report import CheckpointReport
 
@@ -82,6 +83,7 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
     return report
 
 
+@redacted_output()
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run one command as a program: an error is printed in one line and the exit status is 1."""
     try:

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 
+from ..redaction import redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME, describe_config
 from .download import download
 from .report import few
@@ -135,8 +136,8 @@ def resolve_source(source: str, described: bool = False) -> Files:
         return Files((download(RELEASES[source].url),), {})
     names = ', '.join(difflib.get_close_matches(source, RELEASES, 3) or RELEASES)
     raise ValueError(
-        f'Expected a checkpoint file or folder, found none at {source!r}. Check the path. A model of the Hub is '
-        f'written hf-hub:owner/name, a published file as its URL or its short name ({names}).'
+        f'Expected a checkpoint file or folder, found none at {redact(source)!r}. Check the path. A model of the '
+        f'Hub is written hf-hub:owner/name, a published file as its URL or its short name ({names}).'
     )
 
 
@@ -147,10 +148,10 @@ def hub_id_of(source: str) -> Optional[str]:
 
 def explain_hub_error(hub_id: str, error: Exception) -> str:
     """Error message for an error of the Hub's client or of the HTTP library that it uses."""
+    message = redact((str(error).strip() or 'no message').splitlines()[0])
     return (
-        f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: '
-        f'{(str(error).strip() or "no message").splitlines()[0]}. Check its name and the connection. A private '
-        'repository needs `hf auth login`.'
+        f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: {message}. Check its '
+        'name and the connection. A private repository needs `hf auth login`.'
     )
 
 

@@ -21,6 +21,7 @@ from timm.task import (
 from ..data.class_balance import expected_positives
 from ..evaluation.classification import ClassificationEvaluator
 from ..export import create_config, write_json
+from ..redaction import redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
 from ..task import CoreTuningTask
 from .cli.conflicts import split_names
@@ -190,9 +191,12 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
 def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
     """Lines of Python that load the best weights of a run and the transform of its validation images."""
     if os.path.exists(os.path.join(folder, CONFIG)):
-        name = f'local-dir:{os.path.abspath(folder)}'
+        name = repr(f'local-dir:{os.path.abspath(folder)}')
+        shown = redact(os.path.abspath(folder))
+        if shown.startswith('~'):
+            name = f"'local-dir:' + os.path.expanduser({shown!r})"
         transform = 'timm.data.create_transform(**timm.data.resolve_model_data_config(model))'
-        return f'model = timm.create_model({name!r}, pretrained=True).eval(); transform = {transform}'
+        return f'model = timm.create_model({name}, pretrained=True).eval(); transform = {transform}'
     kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     return (

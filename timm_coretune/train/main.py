@@ -14,7 +14,8 @@ from filelock import FileLock
 from huggingface_hub import get_token
 from timm.utils import random_seed, setup_default_logging, unwrap_model
 
-from ..hub.upload import quiet_requests
+from ..hub.connection import quiet_requests
+from ..redaction import redact, redact_values, redacted_output
 from ..run_folder import ARGS_NAME
 from . import classification, segmentation
 from .cli.arguments import ParsedArguments, parse_args
@@ -137,7 +138,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         eval_metric='loss' if datasets.validation is None else settings.loop.eval_metric,
         num_classes=cast(int, model.num_classes),
     )
-    values = {**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric}
+    values = redact_values({**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric})
     optimizer = create_optimizer(optimization, task, resolved.lr)
     continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
     continuation = place_in_epoch(continuation, values, num_processes, loaders.train)
@@ -184,7 +185,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
             publish_ema=settings.model.model_ema and not settings.model.model_ema_force_cpu,
         )
         if datasets.validated_on is not None:
-            record.notes['validated_on'] = datasets.validated_on
+            record.notes['validated_on'] = redact(datasets.validated_on)
         continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(
@@ -298,6 +299,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     return results
 
 
+@redacted_output()
 def main(argv: Optional[List[str]] = None) -> None:
     """Entry point of train.py and `python -m timm_coretune.train`."""
     argv = sys.argv[1:] if argv is None else argv

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from timm.models import clean_state_dict
 from timm.task import TrainingTask, resume_task_checkpoint
 
+from ...redaction import redact_values
 from ..cli.settings import OutputSettings, SavedArguments
 from .folder import find_newest_state, folder_of, progress_of, read_state
 
@@ -176,7 +177,7 @@ def resume(
     if path is None:
         return Continuation()
     state = read_state(path)
-    before = vars(state['args']) if isinstance(state.get('args'), SavedArguments) else {}
+    before = redact_values(vars(state['args'])) if isinstance(state.get('args'), SavedArguments) else {}
     changes = _changes(before, values)
     if changes:
         _logger.warning(f'Continuing with other arguments than those of the state: {", ".join(changes)}.')
