@@ -142,7 +142,7 @@ def explain(error: Exception, repo_id: str) -> str:
 
 def _is_local(error: Exception) -> bool:
     """Whether the disk failed. The errors of the Hub are OSErrors too, but without the name of a file."""
-    return isinstance(error, OSError) and getattr(error, 'filename', None) is not None
+    return any(isinstance(c, OSError) and getattr(c, 'filename', None) is not None for c in _causes(error))
 
 
 def _is_network_error(error: Exception) -> bool:
