@@ -11,7 +11,8 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import save
 from timm.data import resolve_data_config
-from timm.models import _hub
+from timm.data.loader import adapt_to_chs
+from timm.models import _hub, get_model_input_config
 from timm.utils import unwrap_model
 
 from .atomic import write_text, write_whole
@@ -52,6 +53,20 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str
         f.write(memoryview(blob)[end:])
 
 
+def fit_channels(data_config: Dict[str, Any], channels: int) -> Dict[str, Any]:
+    """The preprocessing of images with this number of channels: input size, mean and std of as many, as timm trains.
+
+    Where there are more or fewer values each channel gets their mean.
+    """
+    fitted = dict(data_config)
+    if 'input_size' in fitted:
+        fitted['input_size'] = (channels, *fitted['input_size'][1:])
+    for key in fitted.keys() & {'mean', 'std'}:
+        values = fitted[key].tolist() if hasattr(fitted[key], 'tolist') else fitted[key]  # of numpy or torch
+        fitted[key] = adapt_to_chs(values, channels)
+    return fitted
+
+
 def create_config(
     model: nn.Module,
     data_config: Optional[Dict[str, Any]] = None,
@@ -68,6 +83,7 @@ def create_config(
         ValueError: The model was built with an argument that JSON cannot hold.
     """
     data_config = resolve_data_config({}, model=model) if data_config is None else data_config
+    data_config = fit_channels(data_config, get_model_input_config(model)['input_size'][0])
     model_config: Dict[str, Any] = {}
     if label_names and len(label_names) == model.num_classes:  # timm would give a shorter list to the first classes
         model_config['label_names'] = list(label_names)

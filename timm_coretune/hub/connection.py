@@ -128,8 +128,8 @@ def explain(error: Exception, repo_id: str) -> str:
     what = redact(' '.join(str(error).split())) or type(error).__name__
     if isinstance(error, HFValidationError):
         return f'{repo_id} cannot be the name of a repository or branch: {what}'
-    if _is_local(error):
-        return f'a file of the run cannot be read ({what}).'
+    if _local_error(error) is not None:
+        return f'a file of the run cannot be read ({redact(str(_local_error(error)))}).'
     if status is not None and status >= 400:
         return f'the Hub refused the push ({status}): {what}'
     if _is_network_error(error):
@@ -140,9 +140,10 @@ def explain(error: Exception, repo_id: str) -> str:
     )
 
 
-def _is_local(error: Exception) -> bool:
-    """Whether the disk failed. The errors of the Hub are OSErrors too, but without the name of a file."""
-    return any(isinstance(c, OSError) and getattr(c, 'filename', None) is not None for c in _causes(error))
+def _local_error(error: Exception) -> Optional[BaseException]:
+    """The error of the disk in an error or its causes. Those of the Hub are OSErrors too, but without a file name."""
+    found = (c for c in _causes(error) if isinstance(c, OSError) and getattr(c, 'filename', None) is not None)
+    return next(found, None)
 
 
 def _is_network_error(error: Exception) -> bool:
@@ -157,7 +158,7 @@ def _is_transient(error: Exception) -> bool:
     status = _status_of(error)
     if status is not None and status >= 400:
         return _passes(status)
-    return not isinstance(error, (OfflineModeIsEnabled, HFValidationError)) and not _is_local(error)
+    return not isinstance(error, (OfflineModeIsEnabled, HFValidationError)) and _local_error(error) is None
 
 
 def _wait_for(error: Exception, wait: int) -> float:

@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
+from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 
-from ..export import create_config, save_weights, write_json
+from ..export import create_config, fit_channels, save_weights, write_json
 from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME, read_json
 from .data.masks import IGNORE_INDEX
 from .locate import find_model_files
@@ -36,6 +37,7 @@ def write_segmentation_config(
         ValueError: The backbone was built with an argument that JSON cannot hold.
     """
     data_config = data_config or getattr(model, 'data_config', None) or resolve_data_config({}, model=model)
+    data_config = fit_channels(data_config, get_model_input_config(model.backbone)['input_size'][0])
     config = dict(
         head=model.head,
         num_classes=model.num_classes,

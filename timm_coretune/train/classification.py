@@ -20,7 +20,7 @@ from timm.task import (
 
 from ..data.class_balance import expected_positives
 from ..evaluation.classification import ClassificationEvaluator
-from ..export import create_config, write_json
+from ..export import create_config, fit_channels, write_json
 from ..redaction import redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
 from ..task import CoreTuningTask
@@ -51,7 +51,8 @@ def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) 
             f'THE NUMBER OF CLASSES IS NOT KNOWN: the model keeps its default of {model.num_classes}. Give '
             '--num-classes, or a data set that knows its classes.'
         )
-    return model, resolve_data_config(vars(settings.data), model=model, verbose=verbose)
+    data_config = resolve_data_config(vars(settings.data), model=model, verbose=verbose)
+    return model, fit_channels(data_config, settings.data.num_channels)
 
 
 def create_loaders(
