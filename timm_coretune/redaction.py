@@ -46,7 +46,7 @@ _TOKENS = re.compile(
 _HOME_OF_ANYONE = re.compile(r'(?<![\w.~-])(?:/home/|/Users/|[A-Za-z]:\\{1,2}Users\\{1,2})([\w.-]*\w)')
 _TILDE = re.compile(r'(?<![\w.~-])~([\w.-]*)(?=[/\\]|$)')
 # an absolute path, or one that leads upwards, also behind such as hfds/ or local-dir:
-_PATH = re.compile(r'(?P<before>(?:[\w-]+[:/])?)(?P<path>(?:~[\w.-]*|\.\.|[A-Za-z]:|)[/\\].*)', re.DOTALL)
+_PATH = re.compile(r'(?P<before>(?:[\w-]{2,}[:/])?)(?P<path>(?:~[\w.-]*|\.\.|[A-Za-z]:|)[/\\].*)', re.DOTALL)
 
 _known: Set[str] = set()  # secrets of this process
 

@@ -64,6 +64,7 @@ class HubServer(ThreadingHTTPServer):
             done but before the answer, 'hang' until the server ends, 'login' for a redirect to a page, or the content
             of an answer.
         hanging: Set once a request hangs.
+        files: Files by path, for requests with a login, and the logins so far.
     """
 
     daemon_threads = True
@@ -72,6 +73,7 @@ class HubServer(ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}'
         self.repositories, self.objects, self.requests, self.received = {}, {}, [], []
+        self.files, self.logins = {}, []
         self.busy, self.faults, self.hanging, self.ended = None, {}, threading.Event(), threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -136,6 +138,9 @@ class Handler(BaseHTTPRequestHandler):
         self.fault = None
         if path == '/login':
             return self.answer(200, b'<html>Log in</html>')
+        if path in self.server.files:
+            self.server.logins.append(self.headers.get('Authorization'))
+            return self.answer(200 if self.server.logins[-1] else 401, self.server.files[path])
         self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         self.server.requests.append((self.command, path))
         self.server.received.append(self.body)
