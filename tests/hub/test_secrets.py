@@ -3,9 +3,11 @@
 import base64
 import dataclasses
 import io
+import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import time
 
@@ -156,8 +158,11 @@ def test_a_run_and_its_push_keep_secrets_and_the_home_folder_to_themselves(hub, 
     with pytest.raises(SystemExit):
         main(again)
     assert '--wandb-project, --wandb-tags: secrets were left out' in capfd.readouterr().err
+    kept = written(run, home / '.cache')
+    shutil.rmtree(home / '.cache' / 'torch')  # as on another machine
     main([*again, '--wandb-project', 'pets', '--wandb-tags', 'pet', '--checkpoint-hist', '3'])
-    assert len(hub.logins) == 1  # the checkpoint is found where it was downloaded
+    assert len(hub.logins) == 1
+    assert json.loads((run / 'config.json').read_text())['pretrained_cfg']['mean'] == [0.485, 0.456, 0.406]
     assert len((run / 'summary.csv').read_text().splitlines()) == 3
     assert load_file(run / 'model_best.safetensors').keys() == before.keys()
 
@@ -166,7 +171,7 @@ def test_a_run_and_its_push_keep_secrets_and_the_home_folder_to_themselves(hub, 
     sent = [*files, *files.values(), *hub.received, *(path for _, path in hub.requests)]
     printed = capfd.readouterr()
     assert '~/my runs/run' in printed.err
-    kept = written(run, home / '.cache')
+    kept += written(run)
     assert any('tfevents' in name for name in kept[::2])
     for contents in (sent, [*printed, caplog.text, command], kept):
         assert leaks(home, *contents) == set()

@@ -33,7 +33,7 @@ from .run.first_lines import log_average, log_data, log_optimization, log_update
 from .run.folder import default_name, find_newest_state, take_folder
 from .run.place import place_in_epoch
 from .run.record import RunRecord
-from .run.resume import resolve_resume, resume
+from .run.resume import resolve_resume, resume, without_lost_checkpoint
 
 _logger = logging.getLogger(__name__)
 
@@ -121,7 +121,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
     state_path = resolve_resume(settings.output, accelerator)
     num_classes = resolve_num_classes(settings.model.num_classes, datasets.num_classes)
-    plain_model, data_config = kind.create_model(settings, num_classes, is_main)
+    creation = without_lost_checkpoint(settings, state_path)
+    plain_model, data_config = kind.create_model(creation, num_classes, is_main)
     model = place_model(settings.model, plain_model, accelerator, settings.data.aug_splits)
     loaders = kind.create_loaders(settings, data_config, model, datasets, accelerator)
     task = kind.create_task(settings, model, accelerator.device, is_main)
