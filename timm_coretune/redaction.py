@@ -32,7 +32,7 @@ _END_OF_SENTENCE = '\'"),.;:'
 # whole names, and ends of names such as WANDB_API_KEY; but not class_token
 _SECRET_NAME = re.compile(
     r'(?!(?:.*[-_.])?(?:cls|class|dist|distill|mask|pos|prompt|query|reg|register)[-_]?token$)(?:[\w.-]*[-_.])?'
-    r'(?:(?:api|access|account|auth|encryption|private|secret|shared|signing)[-_]?key(?:[-_]?id)?|'
+    r'(?:(?:api|access|account|auth|encryption|kaggle|private|secret|shared|signing)[-_]?key(?:[-_]?id)?|'
     r'passw(?:or)?d|passphrase|pwd|secret|credentials?|authorization|signature|'
     r'(?:access|api|auth|bearer|hf|id|oauth|refresh|sas|security|session|user)?token)',
     re.IGNORECASE,
@@ -135,6 +135,12 @@ def expand_home(text: str) -> str:
     return _TILDE.sub(lambda match: _home_of(match[1]) or match[0], text)
 
 
+def python_path(path: str) -> str:
+    """Write a path as Python code."""
+    shown = redact(path)
+    return f'os.path.expanduser({shown!r})' if shown.startswith('~') else repr(shown)
+
+
 def join_command(words: Sequence[str]) -> str:
     """Write a shell command without secrets. A ~ at the start of a word is left to the shell to expand."""
     found = [cast('re.Match[str]', re.fullmatch(r'(~[\w.-]*/|)(.*)', redact(word), re.DOTALL)) for word in words]
@@ -179,8 +185,9 @@ def remember(settings: Any) -> None:
     def note_url(text: str) -> str:
         if '://' in text:
             for secret in split_url(text)[1]:
-                for part in (secret, *secret.split(':', 1)[1:]):
-                    note(urllib.parse.unquote(note(part)))
+                for part in (secret, *secret.split(':', 1)[1:]):  # as they are, and as a message may show them
+                    note(repr(note(part))[1:-1])
+                    note(urllib.parse.unquote(part))
         return text
 
     map_texts(settings, note_url, note)

@@ -190,13 +190,21 @@ def test_the_folder_of_an_earlier_version_is_pushed_without_its_secrets(hub, hom
     folder = copy_of(run_folder, home)
     args = yaml.safe_load((folder / 'args.yaml').read_text())
     args.update(
-        data_dir=str(home / 'pets'), pretrained_path=url, output='/shared/of the company/runs', wandb_tags=[url]
+        data_dir=str(home / 'pets'),
+        pretrained_path=url,
+        output='/shared/of the company/runs',
+        dataset='hfds//shared/of the company/pets',
+        wandb_tags=[url],
     )
+    config = json.loads((folder / 'config.json').read_text())
+    config['model_args'] = {'api_key': 12, 'secret': SECRETS['api'], 'file': f'{home}/x'}
+    (folder / 'config.json').write_text(json.dumps(config))
     (folder / 'args.yaml').write_text(f'# from {home}\n{yaml.safe_dump(args)}# in this run: {url}\n')
     hub_main(['push', '~/run', 'me/tuned'])
     files = hub.repositories['me/tuned'].files()
     assert leaks(home, *files.values(), *capfd.readouterr(), *hub.received) == set()
-    assert b'company' not in files['args.yaml']
+    assert b'company' not in files['args.yaml'] + files['README.md']
+    assert json.loads(files['config.json'])['model_args'] == {'api_key': 12, 'secret': REDACTED, 'file': '~/x'}
     assert {'epochs': 2, 'output': 'runs', 'data_dir': 'pets'}.items() <= yaml.safe_load(files['args.yaml']).items()
     assert files['args.yaml'].startswith(b'# from ~\n')
 

@@ -11,7 +11,7 @@ from typing import List, Optional
 from timm.models import create_model
 from timm.utils.misc import ParseKwargs
 
-from ..redaction import redacted_output
+from ..redaction import python_path, redacted_output
 from .load import convert_checkpoint, inspect_checkpoint
 from .report import CheckpointReport
 
@@ -78,7 +78,7 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
     name, *kwargs = report.architecture.split(', ')
     kwargs += [f'{key}={value!r}' for key, value in args.model_kwargs.items()]
     print(report)
-    call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={args.destination!r}'])
+    call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={python_path(args.destination)}'])
     print(f'{"load it":13}timm.create_model({call})')
     return report
 

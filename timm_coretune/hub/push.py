@@ -1,6 +1,7 @@
 """Push a model to the Hugging Face Hub: a model in memory, or the best weights in the folder of a run"""
 
 import itertools
+import json
 import os
 import urllib.parse
 from pathlib import Path
@@ -151,9 +152,15 @@ def _publishable(files: Mapping[str, str]) -> Dict[str, Union[str, bytes]]:
     """The content of text files without secrets, of args.yaml also without paths, and the paths of all others."""
     published: Dict[str, Union[str, bytes]] = dict(files)
     for name, path in files.items():
-        if os.path.splitext(name)[1] in ('.yaml', '.json', '.csv'):
-            text = Path(path).read_bytes().decode()  # with its ends of lines
-            published[name] = (_strip_yaml(text) if name == ARGS_NAME else redact(text)).encode()
+        if name.endswith(('.yaml', '.json', '.csv')):
+            text = Path(path).read_bytes().decode(errors='surrogateescape')  # with its ends of lines
+            if name == ARGS_NAME:
+                text = _strip_yaml(text)
+            elif name.endswith('.csv'):
+                text = redact(text)
+            elif redact_values(json.loads(text)) != json.loads(text):  # of an earlier version
+                text = json.dumps(redact_values(json.loads(text)), indent=2) + '\n'
+            published[name] = text.encode(errors='surrogateescape')
     return published
 
 
@@ -206,7 +213,8 @@ def _describe_weights(notes: Mapping[str, str], rows: Sequence[Mapping[str, str]
 
 def _dataset_name(args: Mapping[str, Any]) -> Optional[str]:
     if args['dataset']:
-        return args['dataset'].partition('/')[2] or args['dataset']  # hfds/owner/name, torch/cifar10
+        name = strip_path(args['dataset'])
+        return name.partition('/')[2] or name  # hfds/owner/name, torch/cifar10
     # only the last part of the path: the whole path would publish how a machine is organized
     name = os.path.basename(os.path.normpath(args['data_dir'])) if args['data_dir'] else ''
     return name.removesuffix('.safetensors') or None

@@ -21,7 +21,7 @@ from timm.task import (
 from ..data.class_balance import expected_positives
 from ..evaluation.classification import ClassificationEvaluator
 from ..export import create_config, fit_channels, write_json
-from ..redaction import redact
+from ..redaction import python_path, redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
 from ..task import CoreTuningTask
 from .cli.conflicts import split_names
@@ -192,17 +192,15 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
 def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
     """Lines of Python that load the best weights of a run and the transform of its validation images."""
     if os.path.exists(os.path.join(folder, CONFIG)):
-        name = repr(f'local-dir:{os.path.abspath(folder)}')
-        shown = redact(os.path.abspath(folder))
-        if shown.startswith('~'):
-            name = f"'local-dir:' + os.path.expanduser({shown!r})"
+        path = os.path.abspath(folder)
+        name = repr(f'local-dir:{path}') if redact(path) == path else f"'local-dir:' + {python_path(path)}"
         transform = 'timm.data.create_transform(**timm.data.resolve_model_data_config(model))'
         return f'model = timm.create_model({name}, pretrained=True).eval(); transform = {transform}'
     kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     return (
-        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={weights!r}), for images prepared as in this '
-        f'run: there is no {CONFIG} that says how'
+        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={python_path(weights)}), for images prepared as in '
+        f'this run: there is no {CONFIG} that says how'
     )
 
 
