@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import time
-from typing import Any, Callable, Iterator, List, Optional
+from typing import Any, Callable, Iterator, List, Optional, Tuple
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -19,6 +19,7 @@ _NETWORK_ERRORS = tuple(c for c in HfHubHTTPError.__mro__ if issubclass(c, Excep
 WAITS = (1, 2, 4, 8)  # seconds before each further attempt
 _LONGEST_WAIT = 60  # seconds, if the server asks for more time
 CONNECT_LIMIT, ANSWER_LIMIT = 10, 30  # seconds until a connection is there, and without a byte in it
+_LONGEST_REASON = 400  # letters of a message of the client
 _ATTEMPTS_WITHOUT_ANSWER = 2  # of requests that took the whole ANSWER_LIMIT
 
 
@@ -126,6 +127,7 @@ def explain(error: Exception, repo_id: str) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return 'HF_HUB_OFFLINE is set. Push again without it.'
     what = redact(' '.join(str(error).split())) or type(error).__name__
+    what = what if len(what) <= _LONGEST_REASON else f'{what[:_LONGEST_REASON]}...'
     if isinstance(error, HFValidationError):
         return f'{repo_id} cannot be the name of a repository or branch: {what}'
     if _local_error(error) is not None:
@@ -147,7 +149,8 @@ def _local_error(error: Exception) -> Optional[BaseException]:
 
 
 def _is_network_error(error: Exception) -> bool:
-    return any(isinstance(cause, (_NoAnswerError, *_NETWORK_ERRORS)) for cause in _causes(error))
+    kinds: Tuple[Any, ...] = (_NoAnswerError, *_NETWORK_ERRORS)  # requests counts JSON that cannot be read among them
+    return any(isinstance(cause, kinds) and not isinstance(cause, ValueError) for cause in _causes(error))
 
 
 def _passes(status: int) -> bool:

@@ -116,16 +116,15 @@ def _upload(
     if any(sibling.rfilename == CARD_NAME for sibling in info.siblings or ()):
         existing = retry(lambda: _read_card(api, repo_id, info.sha), repo_id)
         new_card = _settle_card(card, existing, architecture, repo_id)
-    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
-    if new_card is not None:
-        operations.insert(0, CommitOperationAdd(CARD_NAME, redact(str(new_card)).encode()))
+    contents = {**({} if new_card is None else {CARD_NAME: redact(str(new_card)).encode()}), **files}
+    operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
     # Compare all weights: those of a frozen backbone are the same in every version of a segmentation model.
     tensors = [operation for operation in operations if operation.path_in_repo.endswith(_WEIGHTS_SUFFIX)]
     weights = {operation.path_in_repo: operation.upload_info.sha256.hex() for operation in tensors}
     is_repeated = False
 
     def commit() -> str:
-        nonlocal is_repeated
+        nonlocal is_repeated, operations
         if is_repeated:  # the answer to the first attempt was lost, but the commit may be there
             head = _look_up(api, repo_id, revision).sha
             if head != info.sha:
@@ -133,6 +132,9 @@ def _upload(
                 if {f.path: f.lfs.sha256 for f in stored if isinstance(f, RepoFile) and f.lfs} == weights:
                     return f'{api.endpoint}/{repo_id}/commit/{head}'
                 raise HubError(f'{repo_id} was changed by someone else at this moment. Look at it, then push again.')
+            if any(getattr(operation, '_is_committed', False) for operation in operations):
+                # the client refuses operations of a commit whose answer it could not read
+                operations = [CommitOperationAdd(name, content) for name, content in contents.items()]
         is_repeated = True
         # the parent is the commit whose card was read, so that nobody's newer card is overwritten
         return api.create_commit(

@@ -199,8 +199,8 @@ def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
     kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     return (
-        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={python_path(weights)}), for images prepared as in '
-        f'this run: there is no {CONFIG} that says how'
+        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={python_path(weights)}), for images prepared '
+        f'as in this run: there is no {CONFIG} that says how'
     )
 
 
