@@ -15,8 +15,6 @@ import traceback
 import urllib.parse
 from typing import Any, Callable, Iterator, List, Mapping, Optional, Sequence, Set, TextIO, Tuple, TypeVar, cast
 
-from huggingface_hub import get_token
-
 Value = TypeVar('Value')
 
 REDACTED = 'REDACTED'
@@ -200,7 +198,10 @@ def redact_error(error: Optional[BaseException]) -> None:
         seen.append(error)
         for name in ('args', 'filename', 'filename2', 'strerror', 'msg', 'reason', 'code', '__notes__'):
             with contextlib.suppress(Exception):  # an error may lack it, or refuse to be changed
-                setattr(error, name, redact_values(getattr(error, name)))
+                before = getattr(error, name)
+                after = redact_values(before)
+                if after != before:  # an OSError would say something else with a name that is None
+                    setattr(error, name, after)
         error = error.__cause__ or error.__context__
 
 
@@ -238,7 +239,6 @@ def _excepthook(kind: Any, error: BaseException, where: Any) -> None:
 def redacted_output() -> Iterator[None]:
     """Redact what a program prints and logs, and the errors that leave it, with their tracebacks."""
     remember({name: value for name, value in os.environ.items() if len(value) > 7 and os.sep not in value})
-    remember({'token': get_token() or ''})
     streams, create_record = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
     sys.stdout, sys.stderr = (cast(TextIO, _RedactingStream(stream)) for stream in streams)
     logging.setLogRecordFactory(lambda *args, **kwargs: _redact_record(create_record(*args, **kwargs)))

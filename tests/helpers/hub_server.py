@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import huggingface_hub
 
 TOKEN = 'hf_the_token_of_the_tests'
+SIGNATURE = 'X-Amz-Signature=0123456789abcdef0123456789abcdef'  # in the URL that weights are uploaded to
 
 
 def connect_client(server, monkeypatch):
@@ -212,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
         objects = json.loads(self.body)['objects']
         for item in objects:
             if item['oid'] not in self.server.objects:
-                item['actions'] = {'upload': {'href': f'{self.server.url}/lfs/{item["oid"]}'}}
+                item['actions'] = {'upload': {'href': f'{self.server.url}/lfs/{item["oid"]}?{SIGNATURE}'}}
         return self.answer(200, {'transfer': 'basic', 'objects': objects})
 
     def on_upload(self, oid):

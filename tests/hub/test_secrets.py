@@ -340,6 +340,18 @@ def test_errors_and_what_led_to_them_are_redacted_with_their_tracebacks(home, ca
     assert str(home) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    'error',
+    [OSError('full'), OSError(28, 'full'), OSError(28, 'full', 'a'), KeyError('a'), ValueError(), SystemExit(3)],
+    ids=repr,
+)
+def test_an_error_without_secrets_says_what_it_said(error):
+    said = str(error), repr(error), error.args
+    with pytest.raises(type(error)), redacted_output():
+        raise error
+    assert (str(error), repr(error), error.args) == said
+
+
 def test_a_tracker_sees_a_command_line_without_secrets(home, url, monkeypatch):
     seen = []
 

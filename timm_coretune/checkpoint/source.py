@@ -8,7 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 
-from ..redaction import redact
+from ..redaction import redact, redact_error
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, WEIGHTS_NAME, describe_config
 from .download import download
 from .report import few
@@ -148,6 +148,7 @@ def hub_id_of(source: str) -> Optional[str]:
 
 def explain_hub_error(hub_id: str, error: Exception) -> str:
     """Error message for an error of the Hub's client or of the HTTP library that it uses."""
+    redact_error(error)
     message = redact((str(error).strip() or 'no message').splitlines()[0])
     return (
         f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: {message}. Check its '

@@ -9,7 +9,7 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import _http, hf_raise_for_status
 
-from ..redaction import redact
+from ..redaction import redact, redact_error
 
 _logger = logging.getLogger(__name__)
 
@@ -185,6 +185,7 @@ def retry(call: Callable[[], Any], repo_id: str) -> Any:
             unanswered += any('Timeout' in type(cause).__name__ for cause in _causes(e))
             wait = next(waits, None)
             if wait is None or unanswered == _ATTEMPTS_WITHOUT_ANSWER or not _is_transient(e):
+                redact_error(e)  # it may have the signed URL of an upload
                 raise HubError(explain(e, repo_id)) from e
             seconds = _wait_for(e, wait)
             reason = _status_of(e) or type(e).__name__

@@ -7,7 +7,7 @@ from typing import List, Mapping, Optional, Union
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, get_token
 from huggingface_hub.hf_api import ModelInfo, RepoFile
 
-from ..redaction import redact
+from ..redaction import redact, remember
 from ..version import __version__
 from .card import is_card_of
 from .connection import HubError, limited_client, retry
@@ -66,6 +66,7 @@ def upload(
     Raises:
         HubError: Nothing was pushed. The message says why.
     """
+    remember({'token': token or get_token() or ''})
     if token is None and get_token() is None:
         raise HubError('there is no token for the Hub. Log in once with `hf auth login`, or set HF_TOKEN.')
     with limited_client() as statuses:

@@ -129,7 +129,7 @@ def _check_redacted(given: Dict[str, Any], parser: argparse.ArgumentParser) -> N
     names = [name for name, value in given.items() if REDACTED in str(value) and name not in _CHECKPOINTS]
     if names:
         flags = ', '.join(f'--{name.replace("_", "-")}' for name in names)
-        parser.error(f'argument {flags}: secrets were left out of its value ({REDACTED}) when it was written; give it')
+        parser.error(f'argument {flags}: secrets were left out ({REDACTED}) when this was written; give them again')
 
 
 class _Weights(NamedTuple):
