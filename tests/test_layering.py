@@ -13,7 +13,7 @@ PACKAGE = 'timm_coretune'
 ROOT = Path(timm_coretune.__file__).parent
 # A room or module imports from those above it in this list, or from its own room.
 TIERS = [
-    ('version', 'atomic', 'checks', 'distributed', 'listing'),
+    ('version', 'atomic', 'checks', 'distributed', 'listing', 'redaction'),
     ('run_folder', 'timm_model', 'data'),
     ('mining', 'evaluation'),
     ('mixup',),

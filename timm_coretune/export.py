@@ -11,10 +11,12 @@ import torch.nn as nn
 from safetensors import safe_open
 from safetensors.torch import save
 from timm.data import resolve_data_config
-from timm.models import _hub
+from timm.data.loader import adapt_to_chs
+from timm.models import _hub, get_model_input_config
 from timm.utils import unwrap_model
 
 from .atomic import write_text, write_whole
+from .redaction import redact_values
 from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, WEIGHTS_NAME, read_json
 
 BACKBONE_PREFIX = 'backbone.'
@@ -23,8 +25,8 @@ _OF_THE_SOURCE = ('tag', 'license', 'origin_url', 'paper_name', 'paper_ids', 'no
 
 
 def write_json(content: Dict[str, Any], path: str) -> None:
-    """Write a JSON file. If writing is interrupted, no half-written file is left."""
-    write_text(json.dumps(content, indent=2) + '\n', path)
+    """Write a JSON file without secrets. If writing is interrupted, no half-written file is left."""
+    write_text(json.dumps(redact_values(content), indent=2) + '\n', path)
 
 
 def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str) -> None:
@@ -51,6 +53,20 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: str, **metadata: str
         f.write(memoryview(blob)[end:])
 
 
+def fit_channels(data_config: Dict[str, Any], channels: int) -> Dict[str, Any]:
+    """The preprocessing of images with this number of channels: input size, mean and std of as many, as timm trains.
+
+    Where there are more or fewer values each channel gets their mean.
+    """
+    fitted = dict(data_config)
+    if 'input_size' in fitted:
+        fitted['input_size'] = (channels, *fitted['input_size'][1:])
+    for key in fitted.keys() & {'mean', 'std'}:
+        values = fitted[key].tolist() if hasattr(fitted[key], 'tolist') else fitted[key]  # of numpy or torch
+        fitted[key] = adapt_to_chs(values, channels)
+    return fitted
+
+
 def create_config(
     model: nn.Module,
     data_config: Optional[Dict[str, Any]] = None,
@@ -67,6 +83,7 @@ def create_config(
         ValueError: The model was built with an argument that JSON cannot hold.
     """
     data_config = resolve_data_config({}, model=model) if data_config is None else data_config
+    data_config = fit_channels(data_config, get_model_input_config(model)['input_size'][0])
     model_config: Dict[str, Any] = {}
     if label_names and len(label_names) == model.num_classes:  # timm would give a shorter list to the first classes
         model_config['label_names'] = list(label_names)

@@ -60,6 +60,9 @@ class Server:
                 body = target[start:]
                 self.send_header('Content-Length', str(len(body) + outer.extra_length))
                 self.send_header('ETag', outer.etag)
+                if start:
+                    total = len(target) + outer.extra_length
+                    self.send_header('Content-Range', f'bytes {start}-{total - 1}/{total}')
                 self.end_headers()
                 if outer.cut_after:
                     body = body[: outer.cut_after.pop(0)]
@@ -70,12 +73,13 @@ class Server:
 
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server.server_address[1]}'
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'cache'))
+    monkeypatch.setattr(download_module, 'WAITS', (0,))
     server = Server()
     torch.save(moco(weights()), tmp_path / 'file')
     server.files['/moco.pth.tar'] = (tmp_path / 'file').read_bytes()
@@ -154,6 +158,7 @@ def test_a_page_instead_of_a_file_is_told_and_not_kept(server, tmp_path):
 
 def test_no_server_is_told(tmp_path, monkeypatch):
     monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    monkeypatch.setattr(download_module, 'WAITS', (0,))
     with pytest.raises(ValueError, match='Expected the whole file'):
         load_checkpoint(tiny(), 'http://127.0.0.1:1/moco.pth')
 

@@ -42,6 +42,15 @@ Shapes do not show everything. These are compared too:
 - The time axis of a network of video: an error, unless it surely has one frame. `--checkpoint-frames N` (`frames`)
   makes it a network of pictures: the patch projection is summed over time, the position embeddings are averaged.
 
+## Downloads
+
+A URL may have a login (`https://USER:PASSWORD@HOST/...`) or a signature. No message, file or card shows these
+([docs/hub.md](hub.md#secrets-and-paths)). A download continues where the connection was lost, by an HTTP range, if the
+server has the same version of the file and says that it sends just the missing bytes. Otherwise it starts again. After
+a connection that brought nothing new it waits 1, 2, 4 and 8 seconds, or as long as the server asks but at most a
+minute, and is given up at the fifth in a row. It is also given up if it takes longer than 10 minutes and one second for
+each 50 kB. The next run continues it.
+
 ## Weights of a run
 
 `--initial-checkpoint` and `load_checkpoint(..., load_classifier=True)` read the `config.json` beside the file too, if

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import huggingface_hub
 
 TOKEN = 'hf_the_token_of_the_tests'
+SIGNATURE = 'X-Amz-Signature=0123456789abcdef0123456789abcdef'  # in the URL that weights are uploaded to
 
 
 def connect_client(server, monkeypatch):
@@ -59,9 +60,12 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repositories: Repositories by owner/name.
         requests: Method and path of every request.
+        received: Body of every request.
         faults: By name of a step, what its next requests meet: a status, 'cut' before it is done, 'lost' after it is
-            done but before the answer, 'hang' until the server ends.
+            done but before the answer, 'hang' until the server ends, 'login' for a redirect to a page, or the content
+            of an answer.
         hanging: Set once a request hangs.
+        files: Files by path, for requests with a login, and the logins so far.
     """
 
     daemon_threads = True
@@ -69,9 +73,10 @@ class HubServer(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(('127.0.0.1', 0), Handler)
         self.url = f'http://127.0.0.1:{self.server_port}'
-        self.repositories, self.objects, self.requests = {}, {}, []
-        self.faults, self.hanging, self.ended = {}, threading.Event(), threading.Event()
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.repositories, self.objects, self.requests, self.received = {}, {}, [], []
+        self.files, self.logins = {}, []
+        self.busy, self.faults, self.hanging, self.ended = None, {}, threading.Event(), threading.Event()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     def fail(self, step, *faults):
         self.faults[step] = deque(faults)
@@ -131,9 +136,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_step(self):
         path = unquote(self.path.partition('?')[0])
+        self.fault = None
+        if path == '/login':
+            return self.answer(200, b'<html>Log in</html>')
+        if path in self.server.files:
+            self.server.logins.append(self.headers.get('Authorization'))
+            return self.answer(200 if self.server.logins[-1] else 401, self.server.files[path])
         self.body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
         self.server.requests.append((self.command, path))
-        self.fault = None
+        self.server.received.append(self.body)
         matches = [(name, re.fullmatch(pattern, path)) for name, method, pattern in STEPS if method == self.command]
         matches = [(name, match) for name, match in matches if match]
         if not matches:
@@ -146,6 +157,10 @@ class Handler(BaseHTTPRequestHandler):
         if self.fault == 'hang':
             self.server.hanging.set()
             return self.server.ended.wait()
+        if self.fault == 'login':
+            return self.answer(302, Location=f'{self.server.url}/login')
+        if isinstance(self.fault, (dict, list, bytes)):
+            return self.answer(200, self.fault)
         if isinstance(self.fault, int):
             return self.answer(self.fault, self.refusal(), X_Error_Message='refused on purpose')
         if name not in ('resolve', 'upload') and self.headers.get('Authorization') != f'Bearer {TOKEN}':
@@ -160,6 +175,8 @@ class Handler(BaseHTTPRequestHandler):
         return self.server.repositories[name]
 
     def on_create(self):
+        if self.server.busy:
+            return self.answer(409, self.server.busy)
         asked = json.loads(self.body)
         name = f'{asked["organization"] or "me"}/{asked["name"]}'
         if not name.startswith('me/'):
@@ -196,7 +213,7 @@ class Handler(BaseHTTPRequestHandler):
         objects = json.loads(self.body)['objects']
         for item in objects:
             if item['oid'] not in self.server.objects:
-                item['actions'] = {'upload': {'href': f'{self.server.url}/lfs/{item["oid"]}'}}
+                item['actions'] = {'upload': {'href': f'{self.server.url}/lfs/{item["oid"]}?{SIGNATURE}'}}
         return self.answer(200, {'transfer': 'basic', 'objects': objects})
 
     def on_upload(self, oid):

@@ -154,6 +154,27 @@ def test_figures_agree(write, hub, tmp_path):
     assert figures_of_card(hub.repositories['me/tuned'].files()['README.md'].decode()) == expected
 
 
+@pytest.mark.parametrize('channels, mode, size', [(1, 'L', ()), (4, 'RGBA', ('--img-size', '24'))], ids=['L', 'RGBA'])
+def test_figures_of_any_number_of_channels_agree(channels, mode, size, hub, tmp_path):
+    pictures = draw_pictures('RGBA')
+    pictures = {
+        split: [(picture.convert(mode), label) for picture, label in pairs] for split, pairs in pictures.items()
+    }
+    write_folders(tmp_path / 'data', pictures)
+    flags = ('--in-chans', channels, '--input-img-mode', mode, '--crop-pct', '0.6', '--epochs', '1', *size)
+    base = [word for word in ON_CPU if word not in ('--img-size', '32')]
+    (result,) = results_of(tmp_path / 'data', tmp_path, *flags, base=base)
+    folder = tmp_path / 'run'
+    expected = shown_digits(measure_with_timm(folder, pictures['validation']))
+    assert shown_digits(result['validation']) == expected
+    push_run(folder, 'me/tuned')
+    files = hub.repositories['me/tuned'].files()
+    assert figures_of_card(files['README.md'].decode()) == expected
+    described = json.loads(files['config.json'])['pretrained_cfg']
+    assert [len(described[key]) for key in ('mean', 'std')] == [channels, channels]
+    assert described['input_size'][0] == channels
+
+
 @pytest.mark.slow
 def test_figures_of_two_processes_agree(hub, tmp_path):
     data, shown = own_folders(tmp_path)

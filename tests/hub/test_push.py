@@ -8,18 +8,22 @@ import huggingface_hub
 import pytest
 import timm
 import torch
-from hub_server import TOKEN
+import yaml
+from hub_server import SIGNATURE, TOKEN
 from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
-from runs import train
+from runs import copy_of, train
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_data import write_folders
 
 from timm_coretune import export_model, push_to_hub
-from timm_coretune.hub import HubError, push_run
+from timm_coretune.hub import HubError, connection, push_run
 from timm_coretune.hub.__main__ import run as run_cli
+from timm_coretune.hub.upload import upload
+from timm_coretune.train.cli.settings import OutputSettings
+from timm_coretune.train.run.finish import push
 
 DATA_CONFIG = dict(
     input_size=(3, 48, 48), interpolation='bilinear', mean=(0.4, 0.5, 0.6), std=(0.1, 0.2, 0.3), crop_pct=0.8,
@@ -77,7 +81,11 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     assert set(files) == {'README.md', 'args.yaml', 'config.json', 'curves.png', 'model.safetensors', 'summary.csv'}
     for name, stored in files.items():
         local = run_folder / {'model.safetensors': 'model_best.safetensors'}.get(name, name)
-        assert name == 'README.md' or stored == local.read_bytes()
+        assert name in ('README.md', 'args.yaml') or stored == local.read_bytes()
+    settings, local = (yaml.safe_load(text) for text in (files['args.yaml'], (run_folder / 'args.yaml').read_bytes()))
+    assert {name for name in local if settings[name] != local[name]} == {'data_dir', 'pretrained_path', 'output'}
+    assert settings['data_dir'] == 'fashion_mnist_sample.safetensors'
+    assert settings['pretrained_path'] == 'test_resnet_mocov2.safetensors'
     (_, commit) = hub.repositories['me/run'].branches['main']  # one commit after the initial one
     assert commit[1] == 'Add tuned model'
     config = json.loads(files['config.json'])
@@ -187,7 +195,8 @@ FOR_GOOD = [
     ('commit', 429, r'takes no more requests from you for now \(429\)', 'rate-limit'),
     ('create', 500, r'error of its own \(500\)', 'server-error'),
     ('commit', 503, r'error of its own \(503\)', 'unavailable'),
-    ('validate', 503, 'answered with a page in place of data', 'page-of-a-proxy'),
+    ('validate', 503, r'error of its own \(503\)', 'unavailable-at-once'),
+    ('validate', b'<html>', 'answered with a page in place of data', 'page-of-a-proxy'),
     ('commit', 'cut', 'no connection to the Hub, or it was cut', 'cut'),
     ('upload', 403, r'may not write to me/my-model \(403\)', 'upload-refused'),
     ('validate', 400, r'refused the push \(400\)', 'card-refused'),
@@ -199,7 +208,10 @@ def test_a_failure_publishes_nothing_and_says_what_happened(hub, model, step, fa
     hub.fail(step, *[fault] * 20)
     with pytest.raises(HubError, match=message) as failed:
         push_to_hub(model, 'me/my-model')
-    assert TOKEN not in str(failed.value)
+    error = failed.value
+    while error is not None:
+        assert not any(secret in f'{error} {error!r}' for secret in (TOKEN, SIGNATURE))
+        error = error.__cause__ or error.__context__
     assert all(len(repository.branches['main']) == 1 for repository in hub.repositories.values())
     hub.faults.clear()
     push_to_hub(model, 'me/my-model')
@@ -209,6 +221,7 @@ def test_a_failure_publishes_nothing_and_says_what_happened(hub, model, step, fa
 PASSING = [
     *[('create', fault) for fault in (429, 500, 503, 'cut', 'lost')],
     *[('commit', fault) for fault in (429, 500, 503, 'cut', 'lost')],
+    *[('create', {}), ('commit', {}), ('info', 'login')],
     *[('info', 503), ('validate', 'cut'), ('preupload', 500), ('batch', 429), ('upload', 503), ('upload', 'cut')],
 ]
 
@@ -219,6 +232,86 @@ def test_what_passes_by_is_tried_again_and_committed_once(hub, model, step, faul
     push_to_hub(model, 'me/my-model')
     assert len(hub.repositories['me/my-model'].branches['main']) == 2
     assert hub.waits
+
+
+ODD = [
+    *[('create', answer) for answer in ({}, [], b'null', b'<html>', {'url': 3}, 'login')],
+    *[('info', answer) for answer in ({}, [], {'id': 'me/my-model'}, {'siblings': 7}, 'login')],
+    *[('preupload', answer) for answer in ({}, [], {'files': [{}]}, {'files': None}, 'login')],
+    *[('batch', answer) for answer in ({}, [], {'objects': 3}, {'transfer': 'basic', 'objects': [{}]}, 'login')],
+    *[('commit', answer) for answer in ({}, [], b'null', b'<html>', 'login')],
+    *[('validate', answer) for answer in ([], b'null', 'login')],
+    *[('branch', answer) for answer in (404, 'login')],
+]
+
+
+@pytest.mark.parametrize('step, answer', ODD, ids=[f'{step}-{answer}' for step, answer in ODD])
+def test_an_answer_of_another_kind_is_an_error_of_the_push(hub, model, step, answer):
+    hub.fail(step, *[answer] * 20)
+    revision = 'second' if step == 'branch' else None
+    if (step, answer) == ('branch', 'login'):  # the client takes no content from this answer
+        hub.fail('info', 404)
+    with pytest.raises(HubError, match='me/my-model|the Hub, or something on the way to it'):
+        push_to_hub(model, 'me/my-model', revision=revision)
+    assert sum(hub.waits) <= 15
+
+
+@pytest.mark.parametrize('step', ['create', 'info', 'preupload', 'batch', 'upload', 'commit'])
+def test_a_lasting_error_of_the_server_is_waited_for_as_long_as_the_docs_say(hub, model, step):
+    hub.fail(step, *[503] * 100)
+    with pytest.raises(HubError, match=r'\(503\), also after 4 more attempts'):
+        push_to_hub(model, 'me/my-model')
+    assert hub.waits == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize('step', ['create', 'info', 'upload', 'commit'])
+def test_a_server_that_does_not_answer_is_given_up_in_time(hub, model, step, monkeypatch):
+    monkeypatch.setattr(connection, 'ANSWER_LIMIT', 0.1)
+    factory = huggingface_hub.utils._http.__dict__.get('_GLOBAL_CLIENT_FACTORY')
+    hub.fail(step, *['hang'] * 20)
+    began = time.monotonic()
+    with pytest.raises(HubError, match='no connection to the Hub, or it was cut'):
+        push_to_hub(model, 'me/my-model')
+    assert time.monotonic() - began < 5
+    assert hub.waits == [1]
+    assert huggingface_hub.utils._http.__dict__.get('_GLOBAL_CLIENT_FACTORY') is factory
+
+
+def test_a_repository_that_is_always_being_created_is_given_up(hub, model):
+    hub.busy = {'error': 'Cannot create repo: another conflicting operation is in progress'}
+    with pytest.raises(HubError, match='another operation is in progress'):
+        push_to_hub(model, 'me/my-model')
+    assert hub.waits == [1, 2, 4, 8]
+
+
+def test_what_is_no_name_or_cannot_be_read_is_not_tried_again(hub, model, tmp_path, monkeypatch):
+    with pytest.raises(HubError, match='cannot be the name of a repository'):
+        push_to_hub(model, 'no name')
+    assert hub.waits == []
+    path = tmp_path / 'gone.safetensors'
+    path.write_bytes(b'1234')
+    monkeypatch.setattr(time, 'sleep', lambda _: path.unlink())
+    hub.fail('preupload', 503)
+    with pytest.raises(HubError, match=r'a file of the run cannot be read .*gone\.safetensors'):
+        upload({'model.safetensors': str(path)}, ModelCard('---\n---\n'), 'me/my-model', 'test_resnet')
+
+
+@pytest.mark.parametrize('fault', ['odd', 'no-name', 'damaged'])
+def test_whatever_happens_to_the_push_after_training_is_told_with_how_to_push_later(
+    hub, run_folder, tmp_path, caplog, fault
+):
+    folder = copy_of(run_folder, tmp_path)
+    if fault == 'odd':
+        hub.fail('commit', *[{}] * 20)
+    if fault == 'damaged':
+        (folder / 'args.yaml').write_text('- model')
+    name = 'no name' if fault == 'no-name' else 'me/run'
+    with pytest.raises(SystemExit) as ended:
+        push(OutputSettings(push_to_hub=name), str(folder), is_over=True)
+    assert ended.value.code == 3
+    message = caplog.records[-1].getMessage()
+    assert message.startswith('Trained, but not pushed: ')
+    assert shlex.split(message.split('Try again with:\n')[1])[-2:] == [str(folder), name]
 
 
 def test_a_commit_of_someone_else_in_between_is_not_overwritten(hub, model, monkeypatch):

@@ -11,6 +11,7 @@ from typing import List, Optional
 from timm.models import create_model
 from timm.utils.misc import ParseKwargs
 
+from ..redaction import python_path, redacted_output
 from .load import convert_checkpoint, inspect_checkpoint
 from .report import CheckpointReport
 
@@ -77,11 +78,12 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
     name, *kwargs = report.architecture.split(', ')
     kwargs += [f'{key}={value!r}' for key, value in args.model_kwargs.items()]
     print(report)
-    call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={args.destination!r}'])
+    call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={python_path(args.destination)}'])
     print(f'{"load it":13}timm.create_model({call})')
     return report
 
 
+@redacted_output()
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run one command as a program: an error is printed in one line and the exit status is 1."""
     try:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 
 from ..atomic import write_whole
 from ..listing import clip
+from ..redaction import split_url
 from ..run_folder import CONFIG_NAME, Description
 from ..timm_model import create_target
 from .architectures import build_on_meta, candidates, fitting_models
@@ -190,7 +191,8 @@ def open_checkpoint(source: Union[str, os.PathLike], described: bool = False) ->
     source = os.fspath(source)
     files = resolve_source(source, described)
     config = {**files.config, 'release': source} if source in RELEASES else files.config
-    return read_files(source, files.paths, config)
+    shown = split_url(source)[0] if '://' in source else source
+    return read_files(shown, files.paths, config)
 
 
 def read_npz(model: nn.Module, checkpoint: Checkpoint) -> Checkpoint:

@@ -8,6 +8,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import huggingface_hub
 
 from ..listing import clip
+from ..redaction import redact, redact_error
 from ..run_folder import BEST_STATE_NAME, BEST_WEIGHTS_NAME, CONFIG_NAME, LAST_STATE_NAME, WEIGHTS_NAME
 from .download import download
 from .reading.configs import FOLDER, describe, read_json_file
@@ -136,8 +137,8 @@ def resolve_source(source: str, described: bool = False) -> Files:
         return Files((download(RELEASES[source].url),), {})
     names = ', '.join(difflib.get_close_matches(source, RELEASES, 3) or RELEASES)
     raise ValueError(
-        f'Expected a checkpoint file or folder, found none at {source!r}. Check the path. A model of the Hub is '
-        f'written hf-hub:owner/name, a published file as its URL or its short name ({names}).'
+        f'Expected a checkpoint file or folder, found none at {redact(source)!r}. Check the path. A model of the '
+        f'Hub is written hf-hub:owner/name, a published file as its URL or its short name ({names}).'
     )
 
 
@@ -148,10 +149,11 @@ def hub_id_of(source: str) -> Optional[str]:
 
 def explain_hub_error(hub_id: str, error: Exception) -> str:
     """Error message for an error of the Hub's client or of the HTTP library that it uses."""
+    redact_error(error)
+    message = redact((str(error).strip() or 'no message').splitlines()[0])
     return (
-        f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: '
-        f'{(str(error).strip() or "no message").splitlines()[0]}. Check its name and the connection. A private '
-        'repository needs `hf auth login`.'
+        f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: {message}. Check its '
+        'name and the connection. A private repository needs `hf auth login`.'
     )
 
 

@@ -12,8 +12,9 @@ from typing import List, Optional
 
 from timm.utils import setup_default_logging
 
+from ..redaction import expand_home, redacted_output
+from .connection import NOT_PUSHED, HubError, quiet_requests
 from .push import push_command, push_run
-from .upload import NOT_PUSHED, HubError, quiet_requests
 
 
 def create_parser() -> argparse.ArgumentParser:
@@ -34,18 +35,21 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@redacted_output()
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)
+    args.folder = expand_home(args.folder)
     setup_default_logging(default_level=logging.INFO)
     quiet_requests()
     try:
         url = push_run(args.folder, args.repo_id, args.private, args.revision, license=args.license)
     except ValueError as e:
         parser.error(str(e))
-    except HubError as e:
+    except Exception as e:
+        reason = str(e) if isinstance(e, HubError) else f'{type(e).__name__}: {e}'
         command = push_command(args.folder, args.repo_id, args.private, args.revision, args.license)
-        print(f'Not pushed: {e}\nTry again with:\n{command}', file=sys.stderr)
+        print(f'Not pushed: {reason}\nTry again with:\n{command}', file=sys.stderr)
         sys.exit(NOT_PUSHED)
     print(f'Pushed: {url}')
 

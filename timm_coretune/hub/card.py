@@ -1,5 +1,8 @@
 """The model card: the page of a model on the Hugging Face Hub, with its origin, data, scores, recipe and usage"""
 
+import dataclasses
+import logging
+import math
 from dataclasses import dataclass, field
 from typing import Any, Dict, Mapping, Optional
 
@@ -7,6 +10,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.scores import SCORES, Score
+
+_logger = logging.getLogger(__name__)
 
 TAG = 'coretune'
 CLASSIFICATION, SEGMENTATION = 'image-classification', 'image-segmentation'
@@ -36,7 +41,7 @@ from PIL import Image, ImageOps
 
 model = timm.create_model('hf-hub:REPO_ID', pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
-image = ImageOps.exif_transpose(Image.open('image.png')).convert('RGB')
+image = ImageOps.exif_transpose(Image.open('image.png')).convert('MODE')
 with torch.inference_mode():
     probabilities = model(transform(image)[None]).softmax(dim=-1)[0]
 index = int(probabilities.argmax())
@@ -68,6 +73,8 @@ import timm
 backbone = timm.create_model('hf-hub:REPO_ID', pretrained=True, num_classes=0)
 ```""",
 }
+# PIL mode of images by their number of channels
+_MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 _CHOSEN_ON_THE_SAME_IMAGES = (
     'The epoch of these weights is the best one on the images that the figures are measured on, so these figures are '
     'optimistic. The last epoch was not chosen by its figures.'
@@ -117,6 +124,32 @@ class CardFacts:
         return CLASSIFICATION if self.segmentation is None else SEGMENTATION
 
 
+def _plain(value: Any) -> Any:
+    """Numbers and lists of Python in place of those of numpy and torch, also inside lists and mappings."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.tolist() if hasattr(value, 'tolist') else value
+
+
+def _numbers(scores: Mapping[str, Any]) -> Dict[str, float]:
+    """Scores as finite numbers. The others are left out, and the log says so."""
+    numbers = {}
+    for name, score in _plain(scores).items():
+        while isinstance(score, list) and len(score) == 1:
+            score = score[0]
+        try:
+            number = float(score)
+        except (TypeError, ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            numbers[name] = number
+        else:
+            _logger.warning(f'The card leaves out {name}, since {score!r} is no finite number.')
+    return numbers
+
+
 def is_card_of(text: str, architecture: str) -> bool:
     """Whether the text of a card was written by this package for a model of this architecture."""
     try:
@@ -134,6 +167,13 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
         config: Content of config.json, which describes a classifier or the backbone of a segmentation model.
         facts: Further facts to show on the card.
     """
+    facts = dataclasses.replace(
+        facts,
+        metrics=_numbers(facts.metrics),
+        last_metrics=_numbers(facts.last_metrics),
+        recipe=_plain(facts.recipe),
+        segmentation=_plain(facts.segmentation),
+    )
     architecture = config['architecture']
     results = [
         EvalResult(
@@ -161,12 +201,18 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
     )
     sections = [
         _describe(repo_id, config, facts),
-        f'## How to use\n\n{_USAGE[facts.task].replace("REPO_ID", repo_id)}',
+        f'## How to use\n\n{_usage(repo_id, config, facts)}',
         _figures(facts),
         _recipe(facts),
         f'## Citation\n\n{_CITATION}',
     ]
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(filter(None, sections)) + '\n')
+
+
+def _usage(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
+    mode = _MODES.get(config['pretrained_cfg']['input_size'][0])
+    text = _USAGE[facts.task].replace(".convert('MODE')", f'.convert({mode!r})' if mode else '')
+    return text.replace('REPO_ID', repo_id)
 
 
 def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:

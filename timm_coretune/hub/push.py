@@ -1,15 +1,20 @@
 """Push a model to the Hugging Face Hub: a model in memory, or the best weights in the folder of a run"""
 
+import itertools
+import json
 import os
-import shlex
+import urllib.parse
+from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Dict, Mapping, Optional, Sequence
+from typing import Any, Dict, Mapping, Optional, Sequence, Union
 
 import torch.nn as nn
+import yaml
 from timm.models import get_pretrained_cfg, is_model
 
 from ..checkpoint.source import hub_id_of, split_hub_id
 from ..export import export_backbone, export_model
+from ..redaction import join_command, redact, redact_values, strip_path
 from ..run_folder import (
     ARGS_NAME,
     BEST_WEIGHTS_NAME,
@@ -106,7 +111,7 @@ def push_run(
         config = read_json(files[CONFIG_NAME])
         facts = _read_facts(folder, license)
         card = create_card(repo_id, config, facts)
-        return upload(files, card, repo_id, config['architecture'], private, revision, token)
+        return upload(_publishable(files), card, repo_id, config['architecture'], private, revision, token)
 
 
 def push_command(
@@ -121,7 +126,7 @@ def push_command(
     words += ['--private'] if private else []
     words += ['--revision', revision] if revision else []
     words += ['--license', license] if license else []
-    return shlex.join(words)
+    return join_command(words)
 
 
 def _model_files(folder: str, exported: str) -> Dict[str, str]:
@@ -143,9 +148,37 @@ def _model_files(folder: str, exported: str) -> Dict[str, str]:
     return {**files, SEGMENTATION_WEIGHTS_NAME: weights, SEGMENTATION_CONFIG_NAME: segmentation}
 
 
+def _publishable(files: Mapping[str, str]) -> Dict[str, Union[str, bytes]]:
+    """The content of text files without secrets, of args.yaml also without paths, and the paths of all others."""
+    published: Dict[str, Union[str, bytes]] = dict(files)
+    for name, path in files.items():
+        if name.endswith(('.yaml', '.json', '.csv')):
+            text = Path(path).read_bytes().decode(errors='surrogateescape')  # with its ends of lines
+            if name == ARGS_NAME:
+                text = _strip_yaml(text)
+            elif name.endswith('.csv'):
+                text = redact(text)
+            elif redact_values(json.loads(text)) != json.loads(text):  # of an earlier version
+                text = json.dumps(redact_values(json.loads(text)), indent=2) + '\n'
+            published[name] = text.encode(errors='surrogateescape')
+    return published
+
+
+def _strip_yaml(text: str) -> str:
+    """Settings without secrets and paths. Comments stay, they are not indented."""
+    parts = []
+    for is_comment, lines in itertools.groupby(text.splitlines(keepends=True), lambda line: line.startswith('#')):
+        part = ''.join(lines)
+        values = None if is_comment else yaml.safe_load(part)
+        stripped = redact_values(values, strip_path)
+        same = is_comment or stripped == values
+        parts.append(redact(part) if same else yaml.safe_dump(stripped, default_flow_style=False))
+    return ''.join(parts)
+
+
 def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
     """Read the facts for a model card from the files of a run."""
-    args = read_args(folder)
+    args = redact_values(read_args(folder))
     rows = read_summary(os.path.join(folder, SUMMARY_NAME))
     notes = read_notes(os.path.join(folder, BEST_WEIGHTS_NAME))
     segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
@@ -180,7 +213,8 @@ def _describe_weights(notes: Mapping[str, str], rows: Sequence[Mapping[str, str]
 
 def _dataset_name(args: Mapping[str, Any]) -> Optional[str]:
     if args['dataset']:
-        return args['dataset'].partition('/')[2] or args['dataset']  # hfds/owner/name, torch/cifar10
+        name = strip_path(args['dataset'])
+        return name.partition('/')[2] or name  # hfds/owner/name, torch/cifar10
     # only the last part of the path: the whole path would publish how a machine is organized
     name = os.path.basename(os.path.normpath(args['data_dir'])) if args['data_dir'] else ''
     return name.removesuffix('.safetensors') or None
@@ -204,4 +238,5 @@ def _base_model(args: Mapping[str, Any]) -> Optional[str]:
 
 def _start(args: Mapping[str, Any]) -> str:
     source = args['initial_checkpoint'] or args['pretrained_path']
-    return f'the checkpoint `{os.path.basename(source)}`' if source else 'random weights'
+    path = urllib.parse.urlsplit(source).path if source and '://' in source else source
+    return f'the checkpoint `{os.path.basename(path)}`' if path else 'random weights'

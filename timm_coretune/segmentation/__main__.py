@@ -12,6 +12,7 @@ from typing import List, Optional
 import torch
 from timm.utils import setup_default_logging
 
+from ..redaction import redacted_output
 from .data.scenes import FashionScenes, write_voc
 from .export import load_segmentation_model
 from .outputs import plan_outputs
@@ -40,6 +41,7 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@redacted_output()
 def main(arguments: Optional[List[str]] = None) -> None:
     parser = create_parser()
     args = parser.parse_args(arguments)

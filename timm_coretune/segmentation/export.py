@@ -9,9 +9,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from timm.data import resolve_data_config
+from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 
-from ..export import create_config, save_weights, write_json
+from ..export import create_config, fit_channels, save_weights, write_json
 from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
 from .decoder import create_decoder
 from .description import ModelDescription, read_description
@@ -40,6 +41,7 @@ def write_segmentation_config(
         ValueError: The backbone was built with an argument that JSON cannot hold.
     """
     data_config = data_config or getattr(model, 'data_config', None) or resolve_data_config({}, model=model)
+    data_config = fit_channels(data_config, get_model_input_config(model.backbone)['input_size'][0])
     config = dict(
         head=model.head,
         num_classes=model.num_classes,

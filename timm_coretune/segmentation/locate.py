@@ -8,6 +8,7 @@ import huggingface_hub
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..checkpoint.source import explain_hub_error, hub_id_of
+from ..redaction import expand_home
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
 
 
@@ -23,6 +24,7 @@ def find_model_files(source: str) -> Tuple[str, str]:
     Raises:
         ValueError: The source has no segmentation model, or the Hub cannot be reached.
     """
+    source = expand_home(source)
     if os.path.isdir(source):
         return _from_folder(source)
     hub_id = hub_id_of(source)

@@ -20,7 +20,8 @@ from timm.task import (
 
 from ..data.class_balance import expected_positives
 from ..evaluation.classification import ClassificationEvaluator
-from ..export import create_config, write_json
+from ..export import create_config, fit_channels, write_json
+from ..redaction import python_path, redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
 from ..task import CoreTuningTask
 from .cli.conflicts import split_names
@@ -68,7 +69,8 @@ def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) 
             f'THE NUMBER OF CLASSES IS NOT KNOWN: the model keeps its default of {model.num_classes}. Give '
             '--num-classes, or a data set that knows its classes.'
         )
-    return model, resolve_data_config(vars(settings.data), model=model, verbose=verbose)
+    data_config = resolve_data_config(vars(settings.data), model=model, verbose=verbose)
+    return model, fit_channels(data_config, settings.data.num_channels)
 
 
 def create_loaders(
@@ -208,14 +210,15 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
 def load_hint(settings: ModelSettings, num_classes: int, folder: str) -> str:
     """Lines of Python that load the best weights of a run and the transform of its validation images."""
     if os.path.exists(os.path.join(folder, CONFIG)):
-        name = f'local-dir:{os.path.abspath(folder)}'
+        path = os.path.abspath(folder)
+        name = repr(f'local-dir:{path}') if redact(path) == path else f"'local-dir:' + {python_path(path)}"
         transform = 'timm.data.create_transform(**timm.data.resolve_model_data_config(model))'
-        return f'model = timm.create_model({name!r}, pretrained=True).eval(); transform = {transform}'
+        return f'model = timm.create_model({name}, pretrained=True).eval(); transform = {transform}'
     kwargs = ''.join(f', {k}={v!r}' for k, v in {'num_classes': num_classes, **settings.model_kwargs}.items())
     weights = os.path.join(folder, BEST_WEIGHTS_NAME)
     return (
-        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={weights!r}), for images prepared as in this '
-        f'run: there is no {CONFIG} that says how'
+        f'timm.create_model({settings.model!r}{kwargs}, checkpoint_path={python_path(weights)}), for images prepared '
+        f'as in this run: there is no {CONFIG} that says how'
     )
 
 

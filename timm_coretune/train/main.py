@@ -14,7 +14,8 @@ from filelock import FileLock
 from huggingface_hub import get_token
 from timm.utils import random_seed, setup_default_logging, unwrap_model
 
-from ..hub.upload import quiet_requests
+from ..hub.connection import quiet_requests
+from ..redaction import redact, redact_values, redacted_output
 from ..run_folder import ARGS_NAME
 from . import classification, segmentation
 from .cli.arguments import ParsedArguments, parse_args
@@ -33,7 +34,7 @@ from .run.first_lines import log_average, log_data, log_optimization, log_update
 from .run.folder import default_name, find_newest_state, take_folder
 from .run.place import place_in_epoch
 from .run.record import RunRecord
-from .run.resume import resolve_resume, resume
+from .run.resume import resolve_resume, resume, without_lost_checkpoint
 from .weights import check_model_name, warn_of_random_weights
 
 _logger = logging.getLogger(__name__)
@@ -122,7 +123,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
     state_path = resolve_resume(settings.output, accelerator)
     num_classes = resolve_num_classes(settings.model.num_classes, datasets.num_classes)
-    plain_model, data_config = kind.create_model(settings, num_classes, is_main)
+    creation = without_lost_checkpoint(settings, state_path)
+    plain_model, data_config = kind.create_model(creation, num_classes, is_main)
     if datasets.train is not None:
         check_single_images(settings, plain_model, data_config, num_processes)
     model = place_model(settings.model, plain_model, accelerator, settings.data.aug_splits)
@@ -145,7 +147,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         eval_metric='loss' if datasets.validation is None else settings.loop.eval_metric,
         num_classes=cast(int, model.num_classes),
     )
-    values = {**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric}
+    values = redact_values({**settings.flat(), 'lr': resolved.lr, 'eval_metric': resolved.eval_metric})
     with asked_by('--opt, --opt-kwargs and other flags of the optimizer'):
         optimizer = create_optimizer(optimization, task, resolved.lr)
     continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
@@ -194,7 +196,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
             publish_ema=settings.model.model_ema and not settings.model.model_ema_force_cpu,
         )
         if datasets.validated_on is not None:
-            record.notes['validated_on'] = datasets.validated_on
+            record.notes['validated_on'] = redact(datasets.validated_on)
         continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     trainer = Trainer(
@@ -313,6 +315,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     return results
 
 
+@redacted_output()
 def main(argv: Optional[List[str]] = None) -> None:
     """Entry point of train.py and `python -m timm_coretune.train`. What the user can mend ends in one line.
 

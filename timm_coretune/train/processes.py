@@ -9,6 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from timm.optim import get_optimizer_info, list_optimizers
 
+from ..redaction import redact, redact_values, redacted_command_line
 from .cli.conflicts import split_names
 from .cli.settings import LoopSettings, OutputSettings, Settings
 
@@ -133,15 +134,16 @@ def start_trackers(output: OutputSettings, values: Mapping[str, Any], accelerato
 
     Args:
         output: Project, tags and id of the run in the trackers.
-        values: Settings of the run by name, shown by the trackers.
+        values: Settings of the run by name, without secrets, shown by the trackers.
         accelerator: Accelerator that was created with the trackers.
         folder: Run folder.
     """
     if not accelerator.log_with:
         return
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-    wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=output.wandb_tags)
+    wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=redact_values(output.wandb_tags))
     if output.wandb_resume_id:
         wandb.update(id=output.wandb_resume_id, resume='must')
     accelerator.project_configuration.logging_dir = folder
-    accelerator.init_trackers(output.wandb_project or 'timm_coretune', config, init_kwargs={'wandb': wandb})
+    with redacted_command_line():
+        accelerator.init_trackers(redact(output.wandb_project or 'timm_coretune'), config, init_kwargs={'wandb': wandb})

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, RandomSampler, Samp
 
 from ..data.resumable import make_resumable
 from ..evaluation.segmentation import SegmentationEvaluator
+from ..export import fit_channels
 from ..run_folder import PREDICTIONS_NAME, SEGMENTATION_CONFIG_NAME, describe_weights
 from ..segmentation import (
     SegmentationModel,
@@ -119,9 +120,8 @@ def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) 
         backbone.pretrained_cfg = {**backbone.pretrained_cfg, **description.data_config}
     if settings.model.initial_checkpoint:
         log_preprocessing(settings.data, description and description.data_config, description and description.path)
-    data_config = adapt_data_config(
-        resolve_data_config(vars(settings.data), model=backbone, verbose=verbose)
-    )  # fmt: skip
+    resolved = resolve_data_config(vars(settings.data), model=backbone, verbose=verbose)
+    data_config = adapt_data_config(fit_channels(resolved, settings.data.num_channels))
     img_size = data_config['input_size'][1:]
     model = create_segmentation_model(
         backbone, cast(int, num_classes), head=settings.model.segmentation_head, img_size=img_size

@@ -3,12 +3,14 @@
 import argparse
 import dataclasses
 import os
+import sys
 from importlib import resources
 from typing import Any, Dict, List, NamedTuple, Optional
 
 import timm
 import yaml
 
+from ...redaction import REDACTED, expand_home, map_texts, redact_values, remember
 from ...run_folder import PREPROCESSING, Description, check_model, describe_weights, find_weights
 from .conflicts import find_contradictions
 from .flags import Parser, add_flags, nearest
@@ -22,6 +24,8 @@ _OF_ONE_START = (
     *('push_to_hub', 'hub_private', 'hub_revision', 'resume', 'no_resume_opt', 'wandb_resume_id'),
     *('config', 'data', 'local_rank'),
 )
+# settings that may be URLs: a file that was downloaded is found again without the secrets of its URL
+_CHECKPOINTS = ('pretrained_path', 'initial_checkpoint')
 # arguments of a timm model that have a flag of their own
 _FLAG_OF = {'in_chans': 'in_chans', 'global_pool': 'gp', 'bn_eps': 'bn_eps', 'bn_momentum': 'bn_momentum'}
 
@@ -87,7 +91,7 @@ def _shortened_warmup(preset: str, epochs: int) -> int:
 def _read_config(path: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
     try:
         with open(path) as f:
-            config = yaml.safe_load(f) or {}
+            config = map_texts(yaml.safe_load(f) or {}, expand_home)
     except (OSError, yaml.YAMLError) as e:
         parser.error(f'argument -c/--config: cannot read {path!r}: {e}')
     known = [action.dest for action in parser._actions]
@@ -113,11 +117,20 @@ def _to_yaml(args: argparse.Namespace, given: frozenset) -> str:
     left_out = {*_OF_ONE_START, *(() if 'device' in given else ('device',)), *(('start_epoch',) if args.resume else ())}
     asked = given | ({'data_dir'} if 'data' in given else set())
     text = '# train.py -c FILE repeats the run with the settings in this file.\n'
+    settings = redact_values(vars(args))
     for title, is_asked in (('given', True), ('defaults, or from a preset or recipe', False)):
-        values = {k: v for k, v in vars(args).items() if k not in left_out and (k in asked) is is_asked}
+        values = {k: v for k, v in settings.items() if k not in left_out and (k in asked) is is_asked}
         if values:
             text += f'# {title}:\n{yaml.safe_dump(values, default_flow_style=False)}'
     return text
+
+
+def _check_redacted(given: Dict[str, Any], parser: argparse.ArgumentParser) -> None:
+    """Refuse settings of which a secret was left out when they were written, but for checkpoints."""
+    names = [name for name, value in given.items() if REDACTED in str(value) and name not in _CHECKPOINTS]
+    if names:
+        flags = ', '.join(f'--{name.replace("_", "-")}' for name in names)
+        parser.error(f'argument {flags}: secrets were left out ({REDACTED}) when this was written; give them again')
 
 
 class _Weights(NamedTuple):
@@ -230,10 +243,13 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     bare = create_parser()
     for action in bare._actions:
         action.default = argparse.SUPPRESS
+    argv = map_texts(sys.argv[1:] if argv is None else list(argv), expand_home)
     given = vars(bare.parse_args(argv))
     config = _read_config(given['config'], parser) if 'config' in given else {}
     left_out = _leave_out_one_start(config)
     given = {**config, **given}
+    _check_redacted(given, parser)
+    remember(given)
     weights = _find_weights(given, parser)
     if weights is not None and weights.description.segmentation_head is not None:
         given.setdefault('segmentation', True)

@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-import shlex
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
 from ...evaluation.scores import SCORES, describe_value, for_ranking
+from ...hub.connection import NOT_PUSHED, HubError
 from ...hub.push import push_command, push_run
-from ...hub.upload import NOT_PUSHED, HubError
+from ...redaction import join_command, redact
 from ...report.plots import plot_confusion, plot_curves
 from ...run_folder import (
     BEST_WEIGHTS_NAME,
@@ -57,8 +57,8 @@ def continue_command(argv: List[str], folder: str) -> str:
     words = _with_flags(argv, {'--output': output, '--experiment': name, '--resume': 'auto'})
     # accelerate cannot launch a __main__.py or an installed script by its path with the flags of training alone
     installed = os.path.basename(sys.argv[0]) in ('__main__.py', 'timm-coretune', 'timm-coretune-train')
-    script = '-m timm_coretune.train' if installed else shlex.quote(sys.argv[0])
-    return f'accelerate launch {script} {shlex.join(words)}'
+    script = ['-m', 'timm_coretune.train'] if installed else [sys.argv[0]]
+    return join_command(['accelerate', 'launch', *script, *words])
 
 
 def reason_to_stop(trainer: Trainer, epochs: range) -> str:
@@ -129,8 +129,9 @@ def push(settings: OutputSettings, folder: str, is_over: bool) -> None:
             raise HubError('the run was interrupted. Continue it, or push what there is.')
         _logger.info(f'Pushing to {repo_id}. Should that be cut off, this does it again:\n{command}')
         url = push_run(folder, repo_id, settings.hub_private, settings.hub_revision)
-    except (HubError, ValueError, KeyboardInterrupt) as e:
-        reason = 'interrupted.' if isinstance(e, KeyboardInterrupt) else e
+    except (Exception, KeyboardInterrupt) as e:  # whatever it is: the run is there, and how to push it is said
+        reason = str(e) if isinstance(e, (HubError, ValueError)) else f'{type(e).__name__}: {e}'
+        reason = 'interrupted.' if isinstance(e, KeyboardInterrupt) else redact(reason)
         _logger.error(f'Trained, but not pushed: {reason}\nEverything is in {folder}. Try again with:\n{command}')
         raise SystemExit(NOT_PUSHED) from None
     _logger.info(f'Pushed: {url}')

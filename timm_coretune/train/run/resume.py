@@ -1,5 +1,6 @@
 """Continues a run: loads the training state that --resume names into task and optimizer"""
 
+import dataclasses
 import logging
 import os
 from typing import Any, Dict, List, Mapping, NamedTuple, Optional, Tuple
@@ -10,7 +11,10 @@ from accelerate.utils import gather_object
 from timm.models import clean_state_dict
 from timm.task import TrainingTask, resume_task_checkpoint
 
-from ..cli.settings import OutputSettings, SavedArguments
+from ...checkpoint.download import download
+from ...redaction import REDACTED, redact_values
+from ...run_folder import describe_weights
+from ..cli.settings import OutputSettings, SavedArguments, Settings
 from .folder import find_newest_state, folder_of, progress_of, read_state
 
 _logger = logging.getLogger(__name__)
@@ -92,6 +96,31 @@ def resolve_resume(settings: OutputSettings, accelerator: Accelerator) -> Option
         _logger.info(f'--resume auto: no state in {folder!r}, starting anew.')
         return None
     return found[0]
+
+
+def without_lost_checkpoint(settings: Settings, state_path: Optional[str]) -> Settings:
+    """Settings that create the model of a run that is continued, without a checkpoint that cannot be downloaded again.
+
+    Such is one by a URL whose secrets were left out when the run was written, if the cache does not have it. The state
+    has all weights, and the config beside it says how images are normalized.
+    """
+    chosen = (settings.model.pretrained_path, settings.model.initial_checkpoint)
+    urls = [url for url in chosen if url and REDACTED in url]
+    if state_path is None or not urls:
+        return settings
+    try:
+        for url in urls:
+            download(url)
+    except ValueError as e:
+        description = describe_weights(os.path.dirname(os.path.abspath(state_path)))
+        if description is None:
+            raise
+        _logger.warning(f'The weights and the normalization of images are those of {state_path!r} alone. {e}')
+        model = dataclasses.replace(settings.model, pretrained_path=None, initial_checkpoint='')
+        names = [name for name in ('mean', 'std') if getattr(settings.data, name) is None]
+        found: Dict[str, Any] = {name: list(description.data_config[name]) for name in names}
+        return dataclasses.replace(settings, model=model, data=dataclasses.replace(settings.data, **found))
+    return settings
 
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> List[str]:
@@ -176,7 +205,7 @@ def resume(
     if path is None:
         return Continuation()
     state = read_state(path)
-    before = vars(state['args']) if isinstance(state.get('args'), SavedArguments) else {}
+    before = redact_values(vars(state['args'])) if isinstance(state.get('args'), SavedArguments) else {}
     changes = _changes(before, values)
     if changes:
         _logger.warning(f'Continuing with other arguments than those of the state: {", ".join(changes)}.')
