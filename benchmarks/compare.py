@@ -19,10 +19,16 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List
 
+_NEGATIVES = ['--coretune', '--coretune-smooth', 'negative', '--coretune-smooth-weight', '0.3']
 _ARMS: Dict[str, List[str]] = {
     'cross-entropy': [],
     'Core-tuning, weight 0.1 (the paper)': ['--coretune', '--contrast-weight', '0.1'],
     'Core-tuning, weight 1': ['--coretune', '--contrast-weight', '1'],
+    'clean + 0.3 x semi-hard negatives': [*_NEGATIVES, '--contrast-weight', '0.1'],
+    'control: the same without contrast': [*_NEGATIVES, '--contrast-weight', '0'],
+    'control: the negatives not mixed': [*_NEGATIVES, '--contrast-weight', '0', '--coretune-min-negative-lam', '1'],
+    'hard positive: hardest of 4': ['--coretune', '--coretune-positive-candidates', '4'],
+    'contrast alone': ['--coretune', '--coretune-smooth', 'none', '--coretune-mixtures', 'none'],
 }
 _METRICS = {'top1': 'top-1'}
 _PIXEL_METRICS = {'mpa': 'MPA', 'fwiou': 'FWIoU', 'miou': 'mIoU'}

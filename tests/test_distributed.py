@@ -12,6 +12,7 @@ from distributed_worker import (
     hessian_product,
     make_task,
 )
+from losses import drawn_numbers, settings_of
 from ranks import launch_ranks
 from reference import layer_of, objective
 
@@ -112,20 +113,14 @@ def test_the_mean_loss_of_the_ranks_is_the_loss_of_the_reference_on_the_global_b
     features, criterion, drawn = task.trainable_module.model.forward_features(images), task.criterion, {}
     if scenario.mixup_enabled:
         label = target.argmax(dim=1) if scenario.soft else target
-        drawn = {
-            'random_negative': criterion.mixup.pair(features, label, draws).negative.index.tolist(),
-            'a': draws.positive_lam.double().tolist(),
-            'b': draws.negative_lam.double().tolist(),
-        }
+        drawn = drawn_numbers(criterion, features, label, draws)
     expected = objective(
         features,
         target,
         layers_of(task.trainable_module.model.head),
         criterion.projector and (layer_of(criterion.projector.fc1), layer_of(criterion.projector.fc2)),
         **drawn,
-        contrast_weight=criterion.contrast_weight,
-        temperature=criterion.contrast.temperature,
-        label_smoothing=criterion.label_smoothing,
+        **settings_of(criterion),
     )
     assert mean_losses(found(name)) == pytest.approx(expected, rel=1e-10, abs=1e-12)
 

@@ -188,6 +188,25 @@ def test_random_negatives_are_uniform_over_the_other_classes(label):
             assert chi2.sf(statistic, df=len(row.negatives) - 1) > 1e-4
 
 
+def test_one_candidate_is_a_random_image_of_the_class_and_many_find_the_hardest():
+    features, label = random_features(0, 12, 4), random_label(0, 12, 3, imbalance=1.0)
+    order, rank = torch.randperm(12, generator=generator(1)), torch.rand(12, generator=generator(2))
+    draw = torch.rand(12, 3000, generator=generator(3))
+    chosen = torch.stack(
+        [select_hard_pairs(features, label, rank, positive_draw=draw[:, i : i + 1]).hard_positive for i in range(3000)]
+    )
+    hardest = select_hard_pairs(features, label, rank, order=order, positive_draw=draw).hard_positive
+    assert torch.equal(hardest, mine_hard_pairs(features, label).hard_positive)
+    for i in range(12):
+        positives = [j for j in range(12) if j != i and label[j] == label[i]] or [i]
+        counts = torch.bincount(chosen[:, i], minlength=12)
+        assert counts[positives].sum() == 3000
+        expected = 3000 / len(positives)
+        statistic = ((counts[positives] - expected) ** 2 / expected).sum().item()
+        if len(positives) > 1:
+            assert chi2.sf(statistic, df=len(positives) - 1) > 1e-4
+
+
 @pytest.mark.parametrize('batch_size', [2, 7, 64], ids=lambda size: f'batch of {size}')
 def test_the_extreme_draws_stay_inside_the_other_classes(batch_size):
     features, label = random_features(0, batch_size, 4), torch.arange(batch_size) % 3

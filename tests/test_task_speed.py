@@ -68,9 +68,17 @@ def test_a_compiled_step_runs_the_head_once(fresh_dynamo):
 
 @pytest.mark.parametrize('autocast', [False, True], ids=['float32', 'bfloat16 autocast'])
 @pytest.mark.parametrize('soft', [False, True], ids=['class indices', 'soft targets'])
-@pytest.mark.parametrize('name', ['test_resnet', 'test_vit'])
-def test_the_training_step_is_one_graph(name, soft, autocast, fresh_dynamo):
-    module = create_task(create_model(name)).get_trainable_module()
+@pytest.mark.parametrize(
+    'name, kwargs',
+    [
+        ('test_resnet', {}),
+        ('test_resnet', {'smooth': 'negative', 'smooth_weight': 0.3, 'positive_candidates': 4}),
+        ('test_vit', {}),
+    ],
+    ids=['test_resnet', 'other mixtures', 'test_vit'],
+)
+def test_the_training_step_is_one_graph(name, kwargs, soft, autocast, fresh_dynamo):
+    module = create_task(create_model(name), **kwargs).get_trainable_module()
     target = torch.nn.functional.one_hot(TARGET, NUM_CLASSES).float() if soft else TARGET
     batch, draws = module.criterion.prepare(BATCH_SIZE, TARGET.device)
     with torch.autocast('cpu', torch.bfloat16) if autocast else nullcontext():

@@ -169,13 +169,14 @@ class GlobalBatch:
         An image therefore gets the same numbers on any number of processes.
 
         Args:
-            draws: Random numbers for the rows of all processes, the same on each process (>= N,).
+            draws: Random numbers for the rows of all processes, the same on each process (>= N, ...).
 
         Returns:
-            One number for each row of this process (B,).
+            The numbers for each row of this process (B, ...).
         """
         rank, num_processes = process_index_and_count()
-        own = draws.view(-1, num_processes, self.rows_per_image)[:, rank].flatten()
+        num_images = draws.shape[0] // (num_processes * self.rows_per_image)
+        own = draws.view(num_images, num_processes, self.rows_per_image, *draws.shape[1:])[:, rank].flatten(0, 1)
         return own[: self.sizes[self.rank]]
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:

@@ -58,6 +58,7 @@ def select_hard_pairs(
     draw: torch.Tensor,
     anchor: Optional[torch.Tensor] = None,
     order: Optional[torch.Tensor] = None,
+    positive_draw: Optional[torch.Tensor] = None,
 ) -> HardPairs:
     """Find the hard pairs for given random draws, deterministically, with static shapes and no wait for the device.
 
@@ -67,6 +68,9 @@ def select_hard_pairs(
         draw: Uniform numbers in [0, 1), one for each anchor (B,). They choose the random negatives.
         anchor: Row of each anchor among the candidates (B,) int64. When None every candidate is an anchor.
         order: Order of the candidates (N,) int64 in which draws count them. When None that of the rows.
+        positive_draw: Uniform numbers in [0, 1), K for each anchor (B, K). They choose K random candidates of its
+            class, with repetition, and the hard positive is the least similar of these. When None, or with K = 0, it is
+            the least similar of the whole class.
 
     Returns:
         HardPairs with B rows that index the N candidates. Rows of anchors that take no part are meaningless, but valid
@@ -86,8 +90,6 @@ def select_hard_pairs(
     # an anchor is a candidate itself, so either all have a negative or none has
     highest = label.max()
     has_negative = (torch.where(takes_part, label, highest).min() < highest).expand(anchor.shape)
-    # without a positive the argmin is 0, which is a wrong candidate; take the anchor itself
-    hard_positive = torch.where(has_positive, similarity.masked_fill(~positive, float('inf')).argmin(dim=-1), anchor)
     negative_similarity = similarity.masked_fill(same | ~takes_part, float('-inf'))
     hard_negative = torch.where(has_negative, negative_similarity.argmax(dim=-1), anchor)
 
@@ -103,6 +105,19 @@ def select_hard_pairs(
     k = torch.minimum((draw * num_negative).long(), num_negative - 1).clamp(min=0) + num_left_out
     position = torch.where(k < start, k, k + num_same).clamp(max=num_candidates - 1)
     random_negative = torch.where(has_negative, by_label[position], anchor)
+
+    if positive_draw is None or positive_draw.shape[1] == 0:
+        hard_positive = similarity.masked_fill(~positive, float('inf')).argmin(dim=-1)
+    else:
+        # the run of the anchor's class without the anchor: the k-th remaining row is the k-th positive
+        place = torch.empty_like(candidate).index_copy(0, by_label, candidate)[anchor] - start
+        num_positive = (num_same - 1)[:, None]
+        k = torch.minimum((positive_draw * num_positive).long(), num_positive - 1).clamp(min=0)
+        position = start[:, None] + torch.where(k < place[:, None], k, k + 1)
+        chosen = by_label[position.clamp(max=num_candidates - 1)]
+        hard_positive = chosen.gather(1, similarity.gather(1, chosen).argmin(dim=-1, keepdim=True))[:, 0]
+    # an anchor that is alone in its class has only itself
+    hard_positive = torch.where(has_positive, hard_positive, anchor)
     return HardPairs(hard_positive, hard_negative, random_negative, has_negative)
 
 

@@ -43,7 +43,7 @@ class Mixture(NamedTuple):
 
 
 class MixupDraws(NamedTuple):
-    """The random numbers of one batch, each (B,) float32.
+    """The random numbers of one batch, each (B,) float32 unless stated.
 
     They are drawn outside a compiled region and passed into it, as torch.compile cannot trace ops with `generator=`.
 
@@ -51,11 +51,14 @@ class MixupDraws(NamedTuple):
         positive_lam: Share of the hardest positive in the hard positive.
         negative_lam: Share of the random negative in the semi-hard negative.
         random_negative: Uniform in [0, 1); selects the random negative.
+        positive_candidates: Uniform in [0, 1); selects the K candidates of the hardest positive (B, K). K is 0 if the
+            whole class is searched.
     """
 
     positive_lam: torch.Tensor
     negative_lam: torch.Tensor
     random_negative: torch.Tensor
+    positive_candidates: torch.Tensor
 
     def as_bits(self) -> 'MixupDraws':
         """The same bits as int32. Wrappers such as Lightning Fabric and FSDP round floats that a module is given."""
@@ -108,20 +111,20 @@ _numbers = itertools.count()
 _mixups: 'WeakValueDictionary[int, HardPairMixup]' = WeakValueDictionary()
 library.define(
     'timm_coretune::draw_mixtures',
-    '(int number, SymInt size, str device) -> (Tensor, Tensor, Tensor)',
+    '(int number, SymInt size, int positive_candidates, str device) -> (Tensor, Tensor, Tensor, Tensor)',
     tags=(torch.Tag.nondeterministic_seeded,),
 )
 
 
 @library.impl('timm_coretune::draw_mixtures', 'default')
-def _draw_mixtures(number: int, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _mixups[number].draw_on_own_device(size)
+def _draw_mixtures(number: int, size: int, positive_candidates: int, device: str) -> Tuple[torch.Tensor, ...]:
+    return tuple(_mixups[number].draw_on_own_device(size))
 
 
 @library.register_fake('timm_coretune::draw_mixtures')
-def _draw_nothing(number: int, size: int, device: str) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    first, second, third = (torch.empty(size, device=device) for _ in range(3))
-    return first, second, third
+def _draw_nothing(number: int, size: int, positive_candidates: int, device: str) -> Tuple[torch.Tensor, ...]:
+    shapes = ((size,), (size,), (size,), (size, positive_candidates))
+    return tuple(torch.empty(shape, device=device) for shape in shapes)
 
 
 class HardPairMixup:
@@ -138,6 +141,9 @@ class HardPairMixup:
         min_positive_lam: Least share of the hardest positive, in [0, 1]. With the least share m, a draw a becomes
             m + (1 - m) * a.
         min_negative_lam: Least share of the random negative, in [0, 1]. Smaller draws are raised to it.
+        positive_candidates: Number K of random images of the class among which the hardest positive is searched, >= 0.
+            0 searches all of the class, as in the paper. 1 takes a random positive. A large class has a few outliers
+            that are the least similar image of most others; a small K spreads the choice.
         generator: Source of all random numbers. None creates one, seeded from torch's global seed.
         num_classes: Number of classes. Needed only to call the object with class indices, which become one-hot.
 
@@ -159,6 +165,7 @@ class HardPairMixup:
         min_negative_lam: float = 0.8,
         generator: Optional[torch.Generator] = None,
         num_classes: Optional[int] = None,
+        positive_candidates: int = 0,
     ):
         if not mixup_alpha > 0.0:
             raise ValueError(
@@ -168,11 +175,16 @@ class HardPairMixup:
         for name, lam in (('min_positive_lam', min_positive_lam), ('min_negative_lam', min_negative_lam)):
             if not 0.0 <= lam <= 1.0:
                 raise ValueError(f'Expected {name} in [0, 1], the least share of a mixture, got {lam}.')
+        if positive_candidates < 0:
+            raise ValueError(
+                f'Expected positive_candidates >= 0, got {positive_candidates}. 0 searches all images of the class.'
+            )
         self.mixup_alpha = mixup_alpha
         self.min_positive_lam = min_positive_lam
         self.min_negative_lam = min_negative_lam
         self.generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
         self.num_classes = num_classes
+        self.positive_candidates = positive_candidates
         self.mixup_enabled = True
         self._register()
 
@@ -187,7 +199,7 @@ class HardPairMixup:
     def __repr__(self) -> str:
         return (
             f'{type(self).__name__}(mixup_alpha={self.mixup_alpha}, min_positive_lam={self.min_positive_lam}, '
-            f'min_negative_lam={self.min_negative_lam})'
+            f'min_negative_lam={self.min_negative_lam}, positive_candidates={self.positive_candidates})'
         )
 
     def draw(self, batch_size: int, device: Optional[torch.device] = None) -> MixupDraws:
@@ -197,19 +209,24 @@ class HardPairMixup:
             RuntimeError: A backward pass is running, see `checks.check_not_recomputed`.
         """
         if torch.compiler.is_compiling():
-            draws = torch.ops.timm_coretune.draw_mixtures(self.number, batch_size, str(self.generator.device))
+            device_of_draws = str(self.generator.device)
+            draws = torch.ops.timm_coretune.draw_mixtures(
+                self.number, batch_size, self.positive_candidates, device_of_draws
+            )
         else:
             draws = self.draw_on_own_device(batch_size)
         return MixupDraws(*(draw.to(device, non_blocking=True) for draw in draws))
 
-    def draw_on_own_device(self, batch_size: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def draw_on_own_device(self, batch_size: int) -> MixupDraws:
         """Draw the random numbers of one batch, on the device of the generator."""
         check_not_recomputed()
         positive_lam = sample_beta(self.mixup_alpha, batch_size, self.generator)
         positive_lam = self.min_positive_lam + (1.0 - self.min_positive_lam) * positive_lam
         negative_lam = sample_beta(self.mixup_alpha, batch_size, self.generator).clamp(min=self.min_negative_lam)
-        random_negative = torch.rand(batch_size, generator=self.generator, device=self.generator.device)
-        return positive_lam, negative_lam, random_negative
+        device = self.generator.device
+        random_negative = torch.rand(batch_size, generator=self.generator, device=device)
+        candidates = torch.rand(batch_size, self.positive_candidates, generator=self.generator, device=device)
+        return MixupDraws(positive_lam, negative_lam, random_negative, candidates)
 
     def pair(
         self,
@@ -229,7 +246,12 @@ class HardPairMixup:
             order: As for `mining.select_hard_pairs`.
         """
         hard_positive, hard_negative, random_negative, has_negative = select_hard_pairs(
-            features, label, draws.random_negative, anchor=anchor, order=order
+            features,
+            label,
+            draws.random_negative,
+            anchor=anchor,
+            order=order,
+            positive_draw=draws.positive_candidates,
         )
         own = torch.arange(features.shape[0], device=features.device) if anchor is None else anchor
         positive_lam = draws.positive_lam.masked_fill(~has_negative, 1.0)

@@ -8,8 +8,10 @@ from reference import generator, layer_of, objective
 
 from timm_coretune import CoreTuningLoss
 from timm_coretune.mining import hard_label
+from timm_coretune.mixup import MixupDraws
 
 WIDTH = 6
+NAMES = {'both': ('positive', 'negative'), 'positive': ('positive',), 'negative': ('negative',), 'none': ()}
 
 DEGENERATE_LABELS = {
     'one image': [0],
@@ -36,6 +38,31 @@ def make_classifier(num_classes: int, seed: int = 0, width: int = WIDTH) -> torc
     return classifier
 
 
+def drawn_numbers(criterion: CoreTuningLoss, features: torch.Tensor, label: torch.Tensor, draws: MixupDraws) -> dict:
+    """The draws of a batch as the reference takes them."""
+    drawn = {
+        'random_negative': criterion.mixup.pair(features, label, draws).negative.index.tolist(),
+        'a': draws.positive_lam.double().tolist(),
+        'b': draws.negative_lam.double().tolist(),
+    }
+    if criterion.mixup.positive_candidates:
+        drawn['candidates'] = draws.positive_candidates.tolist()
+    return drawn
+
+
+def settings_of(criterion: CoreTuningLoss) -> dict:
+    """The settings of a loss as the reference takes them."""
+    return {
+        'contrast_weight': criterion.contrast_weight,
+        'temperature': criterion.contrast.temperature,
+        'focal': criterion.contrast.focal,
+        'label_smoothing': criterion.label_smoothing,
+        'smooth': NAMES[criterion.smooth],
+        'smooth_weight': criterion.smooth_weight,
+        'contrasted': NAMES[criterion.mixtures],
+    }
+
+
 def losses_and_reference(
     criterion: CoreTuningLoss, features: torch.Tensor, classifier: torch.nn.Linear, target: torch.Tensor
 ) -> tuple[dict, dict]:
@@ -43,24 +70,9 @@ def losses_and_reference(
     drawn = {}
     if criterion.mixup.mixup_enabled:
         draws = copy.deepcopy(criterion.mixup).draw(len(features))
-        pairs = criterion.mixup.pair(features, hard_label(target), draws)
-        drawn = {
-            'random_negative': pairs.negative.index.tolist(),
-            'a': draws.positive_lam.double().tolist(),
-            'b': draws.negative_lam.double().tolist(),
-        }
+        drawn = drawn_numbers(criterion, features, hard_label(target), draws)
     projector = criterion.projector and (layer_of(criterion.projector.fc1), layer_of(criterion.projector.fc2))
-    expected = objective(
-        features,
-        target,
-        layer_of(classifier),
-        projector,
-        **drawn,
-        contrast_weight=criterion.contrast_weight,
-        temperature=criterion.contrast.temperature,
-        focal=criterion.contrast.focal,
-        label_smoothing=criterion.label_smoothing,
-    )
+    expected = objective(features, target, layer_of(classifier), projector, **drawn, **settings_of(criterion))
     return criterion.losses(features, classifier(features), target), expected
 
 

@@ -53,11 +53,17 @@ def similarity(features: torch.Tensor) -> np.ndarray:
     return cosine_similarity(array(features))
 
 
-def mine(features: torch.Tensor, target: torch.Tensor) -> List[Mined]:
+def mine(
+    features: torch.Tensor, target: torch.Tensor, candidates: Optional[Sequence[Sequence[float]]] = None
+) -> List[Mined]:
+    """With candidates, numbers in [0, 1) of each anchor, the hardest positive is that of the positives they choose."""
     s, y = similarity(features), classes(target)
     mined = []
     for i in range(len(y)):
         positives = [j for j in range(len(y)) if j != i and y[j] == y[i]]
+        if candidates is not None and positives:
+            # the product of two numbers in float32, as drawn
+            positives = [positives[int(np.float32(u) * np.float32(len(positives)))] for u in candidates[i]]
         negatives = [j for j in range(len(y)) if y[j] != y[i]]
         mined.append(
             Mined(
@@ -162,19 +168,32 @@ def objective(
     temperature: float = 0.07,
     focal: bool = True,
     label_smoothing: float = 0.0,
+    candidates: Optional[Sequence[Sequence[float]]] = None,
+    smooth: Sequence[str] = ('positive', 'negative'),
+    smooth_weight: Optional[float] = None,
+    contrasted: Sequence[str] = ('positive', 'negative'),
 ) -> Dict[str, float]:
-    """The losses of a batch. Without random_negative, a and b there are no mixtures, without projector no contrast."""
+    """The losses of a batch. Without random_negative, a and b there are no mixtures, without projector no contrast.
+
+    smooth names the mixtures of the cross-entropy, contrasted those of the contrast.
+    """
     f, y = list(array(features)), classes(target)
     output = classifier[1] if isinstance(classifier[0], tuple) else classifier
     t = soft_target(target, len(output[1]), label_smoothing)
-    rows, targets, mixed = list(f), list(t), Mixtures(None, None)
+    rows, targets, mixed = [], [], Mixtures(None, None)
     if a is not None:
-        mined = mine(features, target)
+        mined = mine(features, target, candidates)
         mixed = mixtures(f, mined, random_negative, a, b)
         mixed_target = mixtures(t, mined, random_negative, a, b)
-        rows += mixed.positive + (mixed.negative or [])
-        targets += mixed_target.positive + (mixed_target.negative or [])
-    task_loss = cross_entropy(classify(rows, classifier), targets)
+        for name in smooth:
+            rows += getattr(mixed, name) or []
+            targets += getattr(mixed_target, name) or []
+        mixed = Mixtures(*(part if name in contrasted else None for name, part in mixed._asdict().items()))
+    if smooth_weight is None:
+        task_loss = cross_entropy(classify(f + rows, classifier), t + targets)
+    else:
+        task_loss = cross_entropy(classify(f, classifier), t)
+        task_loss += smooth_weight * cross_entropy(classify(rows, classifier), targets) if rows else 0.0
     if projector is None:
         return {'loss': task_loss, 'task_loss': task_loss}
 

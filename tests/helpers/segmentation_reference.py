@@ -89,6 +89,7 @@ class Draws(NamedTuple):
     positive_lam: torch.Tensor
     negative_lam: torch.Tensor
     random_negative: torch.Tensor
+    positive_candidates: torch.Tensor
 
 
 def pixel_objective(

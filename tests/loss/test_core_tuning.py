@@ -28,6 +28,10 @@ from timm_coretune import CoreTuningLoss, FocalSupConLoss
     contrast_weight=st.sampled_from([0.0, 0.1, 1.0]),
     focal=st.booleans(),
     mixup_enabled=st.sampled_from([True, True, True, False]),
+    smooth=st.sampled_from(['both', 'both', 'positive', 'negative', 'none']),
+    smooth_weight=st.sampled_from([None, None, 0.3, 2.0]),
+    mixtures=st.sampled_from(['both', 'both', 'positive', 'negative', 'none']),
+    positive_candidates=st.sampled_from([0, 0, 1, 4]),
 )
 def test_all_losses_of_any_batch_are_those_of_the_reference(
     seed,
@@ -42,6 +46,10 @@ def test_all_losses_of_any_batch_are_those_of_the_reference(
     contrast_weight,
     focal,
     mixup_enabled,
+    smooth,
+    smooth_weight,
+    mixtures,
+    positive_candidates,
 ):
     criterion = make_criterion(
         seed,
@@ -52,8 +60,12 @@ def test_all_losses_of_any_batch_are_those_of_the_reference(
         min_positive_lam=minima[0],
         min_negative_lam=minima[1],
         focal=focal,
+        smooth=smooth,
+        smooth_weight=smooth_weight,
+        mixtures=mixtures,
+        positive_candidates=positive_candidates,
     )
-    criterion.mixup.mixup_enabled = mixup_enabled
+    criterion.mixup.mixup_enabled &= mixup_enabled
     target = (
         random_soft_target(seed, batch_size, num_classes)
         if soft
@@ -75,6 +87,10 @@ def test_all_losses_of_any_batch_are_those_of_the_reference(
         {'min_positive_lam': 0.8},
         {'min_negative_lam': 0.0},
         {'mixup_alpha': 0.2},
+        {'smooth': 'negative', 'smooth_weight': 0.3},
+        {'smooth': 'none', 'mixtures': 'positive'},
+        {'smooth': 'none', 'mixtures': 'none'},
+        {'positive_candidates': 4},
     ],
     ids=lambda kwargs: ' '.join(f'{name} {value}' for name, value in kwargs.items()) or 'defaults',
 )

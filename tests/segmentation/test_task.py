@@ -59,7 +59,7 @@ def draw(task, batch_size):
     generator = task.criterion.mixup.generator
     state = generator.get_state()
     size = batch_size * task.anchors_per_image
-    draws = task.criterion.mixup.draw(size) if task.criterion.mixup.mixup_enabled else [torch.zeros(size)] * 3
+    draws = task.criterion.mixup.draw(size) if task.criterion.mixup.mixup_enabled else [torch.zeros(size)] * 4
     seed = torch.randint(2**32, (batch_size,), generator=generator)
     generator.set_state(state)
     return Draws(seed, *draws)

@@ -25,7 +25,8 @@ _RECIPE = {
     ),
     'coretune': (
         *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
-        *('projection_dim', 'no_coretune_gather'),
+        *('coretune_min_negative_lam', 'coretune_smooth', 'coretune_smooth_weight', 'coretune_mixtures'),
+        *('coretune_positive_candidates', 'projection_dim', 'no_coretune_gather'),
     ),
     'segmentation': ('segmentation', 'segmentation_head', 'anchors_per_image', 'reduce_zero_label'),
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),

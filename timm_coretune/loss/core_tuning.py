@@ -15,13 +15,14 @@ import torch.nn as nn
 from ..checks import check_features, check_target
 from ..distributed import GlobalBatch, process_index_and_count
 from ..mining import at_least_float32, hard_label
-from ..mixup import HardMixtures, HardPairMixup, Mixture, MixupDraws
+from ..mixup import HardMixtures, HardPairMixup, MixupDraws
 from ..timm_model import is_classifier_affine
 from .base import TaskLoss
 from .focal_supcon import FocalSupConLoss
 from .projection import ProjectionHead
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]
+PARTS = {'both': ('positive', 'negative'), 'positive': ('positive',), 'negative': ('negative',), 'none': ()}
 
 
 class CoreTuningLoss(TaskLoss):
@@ -51,6 +52,13 @@ class CoreTuningLoss(TaskLoss):
         gather: Mine and contrast over the rows of all processes. Otherwise each process uses only its own rows.
         min_positive_lam: Least share of the hardest positive in its mixture, in [0, 1]. The paper uses 0.
         min_negative_lam: Least share of the random negative in its mixture, in [0, 1]. The paper uses 0.8.
+        positive_candidates: Number of random images of the class among which the hardest positive is searched, >= 0.
+            0 searches all of them, as in the paper. 1 takes a random one.
+        smooth: Which mixtures the classifier learns: 'both' as in the paper, 'positive', 'negative' or 'none'.
+        smooth_weight: Weight of the mean cross-entropy of the mixtures beside that of the clean batch, > 0. When None,
+            the loss is the mean over all clean rows and mixtures, as in the paper.
+        mixtures: Which mixtures enter the contrast: 'both' as in the paper, 'positive', 'negative' or 'none'. With
+            'none', smooth 'none' and focal False the loss is cross-entropy + SupCon.
         focal: Weight each positive by 1 minus its predicted probability.
         uneven_batches: Processes may hold batches of different sizes. These are exchanged in every step, which waits
             for the device. When False, sizes must be equal, as they are when the loader drops the last batch.
@@ -84,6 +92,10 @@ class CoreTuningLoss(TaskLoss):
         focal: bool = True,
         uneven_batches: bool = False,
         generator: Optional[torch.Generator] = None,
+        positive_candidates: int = 0,
+        smooth: str = 'both',
+        smooth_weight: Optional[float] = None,
+        mixtures: str = 'both',
     ):
         super().__init__(gather, uneven_batches, label_smoothing, generator)
         if num_features < 1 or projection_dim < 1:
@@ -93,9 +105,24 @@ class CoreTuningLoss(TaskLoss):
             )
         if not contrast_weight >= 0.0:
             raise ValueError(f'Expected contrast_weight >= 0, got {contrast_weight}. 0 switches the contrast off.')
+        for name, parts in (('smooth', smooth), ('mixtures', mixtures)):
+            if parts not in PARTS:
+                raise ValueError(f'Expected {name} to be one of {", ".join(PARTS)}, got {parts!r}.')
+        if smooth_weight is not None and not smooth_weight > 0.0:
+            raise ValueError(f"Expected smooth_weight > 0, got {smooth_weight}. smooth='none' learns no mixtures.")
         self.num_features = num_features
         self.contrast_weight = contrast_weight
-        self.mixup = HardPairMixup(mixup_alpha, min_positive_lam, min_negative_lam, generator=self.generator)
+        self.smooth = smooth
+        self.smooth_weight = smooth_weight
+        self.mixtures = mixtures
+        self.mixup = HardPairMixup(
+            mixup_alpha,
+            min_positive_lam,
+            min_negative_lam,
+            generator=self.generator,
+            positive_candidates=positive_candidates,
+        )
+        self.mixup.mixup_enabled = bool(PARTS[smooth] or (contrast_weight and PARTS[mixtures]))
         self.contrast = FocalSupConLoss(temperature, focal=focal)
         # a parameter that gets no gradient stalls DistributedDataParallel
         self.projector = ProjectionHead(num_features, projection_dim) if contrast_weight else None
@@ -169,9 +196,9 @@ class CoreTuningLoss(TaskLoss):
             order = batch.reading_order(features.device)
             all_features = batch.gather(features.detach() if classifier is None else features)
             mixtures = self.mixup.pair(all_features, label, draws.as_numbers(), anchor=own, order=order)
-            if classifier is not None:
-                mixed = torch.cat([mixtures.positive.mix(all_features), mixtures.negative.mix(all_features)])
-                mixed_logits = classifier(mixed).tensor_split(2)
+            if classifier is not None and PARTS[self.smooth]:
+                mixed = [getattr(mixtures, part).mix(all_features) for part in PARTS[self.smooth]]
+                mixed_logits = classifier(torch.cat(mixed)).tensor_split(len(mixed))
         task_loss = self._task_loss(logits, target, label, batch, mixtures, mixed_logits, clean_loss)
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
@@ -260,12 +287,13 @@ class CoreTuningLoss(TaskLoss):
         if clean_loss is None:
             clean = _infinite_again(self._nll(at_least_float32(logits).log_softmax(dim=-1), target))
             clean_loss = batch.mean(clean.masked_fill(left_out, 0.0).sum(), label)
-        if mixtures is None:
+        if mixtures is None or not PARTS[self.smooth]:
             return clean_loss
         all_logits = _finite(batch.gather(logits)) if mixed_logits is None else logits
         all_target = batch.gather(target)
-
-        def mixed(mixture: Mixture, part: int) -> torch.Tensor:
+        total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
+        for part, name in enumerate(PARTS[self.smooth]):
+            mixture = getattr(mixtures, name)
             mixed_rows = mixture.mix(all_logits) if mixed_logits is None else _finite(mixed_logits[part])
             log_p = mixed_rows.log_softmax(dim=-1)
             # cross-entropy is linear in the target
@@ -274,13 +302,14 @@ class CoreTuningLoss(TaskLoss):
                 self._nll(log_p, all_target.index_select(0, mixture.index)),
                 mixture.lam.to(log_p.dtype),
             )
-            return _infinite_again(nll)
-
-        positive = mixed(mixtures.positive, 0).masked_fill(left_out, 0.0)
-        negative = mixed(mixtures.negative, 1).masked_fill(left_out | ~mixtures.has_negative, 0.0)
-        # without rows that take part there are no mixtures; a batch of one class has no semi-hard negatives
-        num_parts = 1 + (label >= 0).any().long() + mixtures.has_negative.any()
-        return (clean_loss + batch.mean(positive.sum() + negative.sum(), label)) / num_parts
+            # rows that take no part have no mixtures; a batch of one class has no semi-hard negatives
+            missing = left_out if name == 'positive' else left_out | ~mixtures.has_negative
+            total = total + _infinite_again(nll).masked_fill(missing, 0.0).sum()
+            num_parts = num_parts + ((label >= 0).any() if name == 'positive' else mixtures.has_negative.any())
+        mixed_loss = batch.mean(total, label)
+        if self.smooth_weight is None:
+            return (clean_loss + mixed_loss) / (1 + num_parts)
+        return clean_loss + self.smooth_weight * mixed_loss / num_parts.clamp(min=1)
 
     def _nll(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Cross-entropy of each row (B,) from log-probabilities (B, C) and class indices or soft targets."""
@@ -301,12 +330,15 @@ class CoreTuningLoss(TaskLoss):
         own: torch.Tensor,
         mixtures: Optional[HardMixtures],
     ) -> torch.Tensor:
-        unit, *extra = projector(features, mixtures, batch).split(features.shape[0])
+        parts = PARTS[self.mixtures] if mixtures is not None else ()
+        embedding = projector(features, [getattr(mixtures, part) for part in parts], batch)
+        unit, *extra = embedding.tensor_split(1 + len(parts))
+        extras = dict(zip(parts, extra, strict=True))
         per_anchor = self.contrast.per_anchor(
             batch.gather(unit),
             label,
-            unit_positive=extra[0] if extra else None,
-            unit_negative=extra[1] if extra else None,
+            unit_positive=extras.get('positive'),
+            unit_negative=extras.get('negative'),
             has_negative=None if mixtures is None else mixtures.has_negative,
             anchor=own,
         )

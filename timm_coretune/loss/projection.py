@@ -1,13 +1,13 @@
 """Projection head: maps features to the embedding that the contrastive loss compares"""
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 import torch.nn as nn
 
 from ..distributed import GlobalBatch
 from ..mining import normalize
-from ..mixup import HardMixtures
+from ..mixup import Mixture
 
 
 class ProjectionHead(nn.Module):
@@ -27,16 +27,16 @@ class ProjectionHead(nn.Module):
     def forward(
         self,
         features: torch.Tensor,
-        mixtures: Optional[HardMixtures] = None,
+        mixtures: Sequence[Mixture] = (),
         batch: Optional[GlobalBatch] = None,
     ) -> torch.Tensor:
-        """Embed features (B, D), and their mixtures if given, as unit vectors (B or 3B, P) in float32 or float64.
+        """Embed features (B, D), and M mixtures of them, as unit vectors ((1 + M) * B, P) in float32 or float64.
 
         The first layer is affine, so its output for a mixture is the mixture of its outputs. It is therefore computed
         for B rows only. Indices in mixtures refer to rows of the global batch.
         """
         hidden = self.fc1(features.to(self.fc1.weight.dtype))
-        if mixtures is not None:
+        if mixtures:
             all_hidden = hidden if batch is None else batch.gather(hidden)
-            hidden = torch.cat([hidden, mixtures.positive.mix(all_hidden), mixtures.negative.mix(all_hidden)])
+            hidden = torch.cat([hidden, *[mixture.mix(all_hidden) for mixture in mixtures]])
         return normalize(self.fc2(self.act(hidden)))

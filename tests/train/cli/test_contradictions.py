@@ -15,6 +15,7 @@ CONTRADICTIONS = [
     ('--coretune --jsd-loss --aug-splits 2', '--jsd-loss, --bce-loss: with --coretune'),
     ('--coretune --bce-loss', '--jsd-loss, --bce-loss: with --coretune'),
     ('--coretune --kd-model-name resnet18', '--kd-model-name: distillation and --coretune'),
+    ('--coretune --coretune-smooth none --coretune-smooth-weight 1', '--coretune-smooth-weight: not with'),
     ('--drop-connect 0.1', "--drop-connect: timm's own script reads it nowhere; use --drop-path"),
     ('--local_rank 1', '--local_rank: processes are started by accelerate launch'),
     ('--local-rank 1', '--local_rank: processes are started by accelerate launch'),

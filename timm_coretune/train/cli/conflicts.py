@@ -32,6 +32,9 @@ def _of_losses(settings: Settings) -> Conditions:
         ),
         '--kd-model-name: distillation and --coretune are two tasks; choose one': loss.coretune and loss.kd_model_name,
         '--jsd-loss needs --aug-splits of 2 or more': loss.jsd_loss and data.aug_splits < 2,
+        '--coretune-smooth-weight: not with --coretune-smooth none, which learns no mixtures': (
+            loss.coretune_smooth_weight is not None and loss.coretune_smooth == 'none'
+        ),
     }
 
 

@@ -95,9 +95,9 @@ RANGES: Dict[str, Range] = {
     **_all(_AT_LEAST_0, 'bn_eps'),
     'drop_connect': _CONFLICTS,
     # losses
-    **_all(_AT_LEAST_0, 'contrast_weight'),
-    **_all(_ABOVE_0, 'coretune_alpha contrast_temperature kd_temperature'),
-    **_all(_SHARE, 'coretune_min_positive_lam bce_target_thresh'),
+    **_all(_AT_LEAST_0, 'contrast_weight coretune_positive_candidates'),
+    **_all(_ABOVE_0, 'coretune_alpha coretune_smooth_weight contrast_temperature kd_temperature'),
+    **_all(_SHARE, 'coretune_min_positive_lam coretune_min_negative_lam bce_target_thresh'),
     **_all(_AT_LEAST_1, 'projection_dim anchors_per_image kd_student_feature_dim kd_teacher_feature_dim'),
     **_all(_BELOW_1, 'smoothing'),
     **_all(_AT_LEAST_0, 'bce_pos_weight distill_loss_weight task_loss_weight'),

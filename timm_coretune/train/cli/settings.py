@@ -23,6 +23,7 @@ OWN_SECTIONS = (CORE_TUNING, TUNING, SEGMENTATION, PUBLISHING)
 
 Scaling = Literal['none', 'sqrt', 'linear']
 Dtype = Literal['float32', 'float16', 'bfloat16']
+Mixtures = Literal['both', 'positive', 'negative', 'none']
 Check = Literal['files', 'pixels', 'none']
 
 
@@ -207,6 +208,11 @@ class LossSettings:
     contrast_weight: float = flag(0.1, 'weight of the contrastive loss, 0 for none')
     coretune_alpha: float = flag(1.0, 'A of Beta(A, A), from which Core-tuning draws mixing shares, > 0')
     coretune_min_positive_lam: float = flag(0.0, 'least share of the hardest positive in its mixture, 0 to 1')
+    coretune_min_negative_lam: float = flag(0.8, 'least share of the random negative in its mixture, 0 to 1')
+    coretune_smooth: Mixtures = flag('both', 'mixtures that the classifier learns')
+    coretune_smooth_weight: Optional[float] = flag(None, 'weight of these mixtures beside the clean cross-entropy, > 0')
+    coretune_mixtures: Mixtures = flag('both', 'mixtures that enter the contrastive loss')
+    coretune_positive_candidates: int = flag(0, 'random images of the class, the hardest of which is mixed; 0 for all')
     contrast_temperature: float = flag(0.07, 'temperature of the contrastive loss: divides cosines, > 0')
     projection_dim: int = flag(256, 'width of the embedding that the contrastive loss compares')
     no_coretune_gather: bool = flag(False, 'mine and contrast within each process, not over all processes')
@@ -235,6 +241,11 @@ class LossSettings:
             contrast_weight=self.contrast_weight,
             mixup_alpha=self.coretune_alpha,
             min_positive_lam=self.coretune_min_positive_lam,
+            min_negative_lam=self.coretune_min_negative_lam,
+            smooth=self.coretune_smooth,
+            smooth_weight=self.coretune_smooth_weight,
+            mixtures=self.coretune_mixtures,
+            positive_candidates=self.coretune_positive_candidates,
             temperature=self.contrast_temperature,
             projection_dim=self.projection_dim,
             label_smoothing=self.smoothing,
