@@ -142,11 +142,13 @@ def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[s
     """
     found: List[str] = []
     resampling: List[str] = []  # these fit too, but have patches of another size
-    elements = [sum(tensor.numel() for tensor in tensors.values()) for _, tensors in state_dicts(checkpoint.tree)]
+    dicts = [tensors.values() for _, tensors in state_dicts(checkpoint.tree)]
+    elements = max((sum(tensor.numel() for tensor in tensors) for tensors in dicts), default=0)
     for description in candidates(checkpoint):
         target = _target(description)
-        # what is resized, such as position embeddings, is a small part of a network
-        if max(elements) < MIN_SHARE * sum(target.shapes[name].numel() for name in target.backbone):
+        # what is resized, such as position embeddings, is a small part of a network, and no file has 20 copies of one
+        is_small = elements < MIN_SHARE * sum(target.shapes[name].numel() for name in target.backbone)
+        if is_small or not any(len(tensors) <= 20 * len(target.backbone) for tensors in dicts):
             continue
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
