@@ -74,11 +74,8 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
         print(report)
         return report
     report = convert_checkpoint(args.source, args.destination, model, args.checkpoint_key, args.allow_differences)
-    name, *kwargs = report.architecture.split(', ')
-    kwargs += [f'{key}={value!r}' for key, value in args.model_kwargs.items()]
     print(report)
-    call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={args.destination!r}'])
-    print(f'{"load it":13}timm.create_model({call})')
+    print(f'{"load it":13}{report.call(args.destination, num_classes=0)}')
     return report
 
 

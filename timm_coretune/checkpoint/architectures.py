@@ -1,6 +1,7 @@
 """Find the timm models that a checkpoint fits, by the names and shapes of its tensors"""
 
 import re
+import shlex
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
@@ -9,11 +10,64 @@ from timm.models import create_model, is_model
 
 from ..timm_model import create_target
 from .differences import contradictions
-from .mapping import search, state_dicts, strip
+from .mapping import search, state_dicts, tensors_under
 from .pretraining import resampled_patches
 from .read import Checkpoint
+from .report import create_call
 
-Architecture = Tuple[str, Dict[str, Any]]
+# Arguments that change no tensor and no output, and those of the classifier: a call that is advised does without them
+_LEFT_OUT = re.compile(
+    r'num_classes|.*drop.*|weight_init|device|dtype|scriptable|exportable|no_jit|pretrained.*|cache_dir|checkpoint_path'
+)
+# Flags of train.py for arguments of a model. All others are given as --model-kwargs
+_FLAGS = {'in_chans': '--in-chans', 'global_pool': '--gp'}
+# What timm raises for arguments that it cannot build a model with, depending on the class
+BUILD_ERRORS = (
+    TypeError, ValueError, RuntimeError, AssertionError, LookupError, AttributeError, ArithmeticError,
+    NotImplementedError,
+)  # fmt: skip
+
+
+class Architecture(NamedTuple):
+    """A timm model and its arguments.
+
+    Attributes:
+        name: Name of the timm model.
+        arguments: Arguments beside the number of classes.
+        assumed: What the arguments assume that the checkpoint does not tell, '' if they assume nothing.
+    """
+
+    name: str
+    arguments: Dict[str, Any]
+    assumed: str = ''
+
+    def __str__(self) -> str:
+        return ', '.join([self.name, *(f'{key}={value!r}' for key, value in self.arguments.items())])
+
+    @property
+    def call(self) -> str:
+        """The Python call that creates the model."""
+        return create_call(self.name, self.arguments)
+
+    @property
+    def flags(self) -> str:
+        """Flags of train.py that create the model."""
+        words = ['--model', self.name]
+        for key in sorted(self.arguments.keys() & _FLAGS.keys()):
+            words += [_FLAGS[key], str(self.arguments[key])]
+        rest = [f'{key}={value}' for key, value in self.arguments.items() if key not in _FLAGS]
+        if 'img_size' in self.arguments and isinstance(self.arguments['img_size'], int):
+            words += ['--img-size', str(self.arguments['img_size'])]
+        return shlex.join([*words, *(['--model-kwargs', *rest] if rest else [])])
+
+
+def architecture_of(model: nn.Module) -> Optional[Architecture]:
+    """Name and arguments that a model was created with, None if it is no model of timm."""
+    name = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture')
+    arguments = getattr(model, '_model_args', None)
+    if not isinstance(name, str) or not is_model(name) or not isinstance(arguments, dict):
+        return None
+    return Architecture(name, {key: value for key, value in arguments.items() if not _LEFT_OUT.fullmatch(key)})
 
 
 class Family(NamedTuple):
@@ -49,6 +103,9 @@ FAMILIES = (
         'vit_large_patch14_clip_quickgelu_224', 'vit_base_patch32_clip_224', 'vit_base_patch16_clip_224',
         'vit_large_patch14_clip_224',
     ), skip_init=True),
+    Family(r'(.*\.)?(dist_token|distillation_token)$', (
+        'deit_small_distilled_patch16_224', 'deit_base_distilled_patch16_224', 'deit_tiny_distilled_patch16_224',
+    ), skip_init=True),
     Family(r'.*((blocks|layers?)\.(\d+\.)?0\.(attn|attention|ln1|norm1|norm_before)|encoder\.layer\.0\.attention)', (
         'vit_small_patch16_224', 'vit_small_patch16_224, num_heads=12', 'vit_base_patch16_224',
         'vit_large_patch16_224', 'vit_tiny_patch16_224', 'vit_small_patch8_224', 'vit_base_patch8_224',
@@ -58,7 +115,7 @@ FAMILIES = (
     ), skip_init=True),
     Family(r'.*(layer1\.0|(^|\.)4\.0|stages\.0\.layers\.0\.layer\.0)\.(conv1|convolution)', (
         'resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152', 'wide_resnet50_2', 'resnext50_32x4d',
-        'resnet26', 'resnet50d', 'test_resnet',
+        'resnext101_32x8d', 'resnet26', 'resnet50d', 'test_resnet',
     )),
 )  # fmt: skip
 
@@ -66,26 +123,26 @@ FAMILIES = (
 def parse(description: str) -> Architecture:
     """Split 'name, key=value' into the name of a timm model and its arguments, which are integers."""
     name, *arguments = description.split(', ')
-    return name, {key: int(value) for key, value in (argument.split('=') for argument in arguments)}
+    return Architecture(name, {key: int(value) for key, value in (argument.split('=') for argument in arguments)})
 
 
-def candidates(checkpoint: Checkpoint) -> List[str]:
-    """timm models to try for a checkpoint, as 'name, key=value': those of the family that its keys look like."""
+def candidates(checkpoint: Checkpoint) -> List[Architecture]:
+    """timm models to try for a checkpoint: those of the family that its keys look like."""
     keys = {key for _, tensors in state_dicts(checkpoint.tree) for key in tensors}
     family = next((f for f in FAMILIES if any(re.match(f.marker, key) for key in keys)), None)
-    return [name for name in family.names if is_model(parse(name)[0])] if family else []
+    return [parse(name) for name in family.names if is_model(parse(name).name)] if family else []
 
 
-def build_on_meta(description: str) -> nn.Module:
-    """Create a model from 'name, key=value', without a classifier and without memory for its weights."""
-    name, kwargs = parse(description)
-    if any(family.skip_init and description in family.names for family in FAMILIES):
+def build_on_meta(architecture: Architecture) -> nn.Module:
+    """Create a model without a classifier and without memory for its weights."""
+    kwargs = dict(architecture.arguments)
+    if any(family.skip_init and architecture.name in family.names for family in FAMILIES):
         kwargs['weight_init'] = 'skip'
     with torch.device('meta'):
-        return create_model(name, num_classes=0, **kwargs)
+        return create_model(architecture.name, num_classes=0, **kwargs)
 
 
-def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None) -> List[str]:
+def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None) -> List[Architecture]:
     """Find timm models whose backbone a checkpoint fills completely.
 
     Args:
@@ -94,17 +151,17 @@ def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[s
         checkpoint_key: As for `load_checkpoint`.
 
     Returns:
-        Models as 'name, key=value', the most common first.
+        Models, the most common first. Those with patches of another size than in the checkpoint only if there are no
+        others.
     """
-    found: List[str] = []
-    resampling: List[str] = []  # these fit too, but have patches of another size
-    for description in candidates(checkpoint):
-        target = create_target(build_on_meta(description))
+    found: List[Architecture] = []
+    resampling: List[Architecture] = []  # these fit too, but have patches of another size
+    for architecture in candidates(checkpoint):
+        target = create_target(build_on_meta(architecture))
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
-            containers = dict(state_dicts(checkpoint.tree))
-            source = strip(containers.get(mappings[0].container, {}), mappings[0].prefix)
-            (resampling if resampled_patches(target.model, source) else found).append(description)
+            source = tensors_under(mappings[0], checkpoint.tree)
+            (resampling if resampled_patches(target.model, source) else found).append(architecture)
         if len(found) == most:
             break
-    return (found + resampling)[:most]
+    return found or resampling[:most]

@@ -13,7 +13,7 @@ from timm.models import adapt_input_conv
 from ..timm_model import Target
 from .read import walk
 from .renames import apply_rename, renames_for
-from .rules import BLOCKS, RULES, WRAPPERS, Rule
+from .rules import BLOCKS, HEADS, RULES, WRAPPERS, Rule
 
 Tensors = Dict[str, torch.Tensor]
 
@@ -24,6 +24,7 @@ MIN_SHARE = 0.4
 
 _WRAPPER = re.compile(rf'(^|(?<=\.))({"|".join(WRAPPERS)})\.')
 _BLOCK = re.compile(BLOCKS)
+_HEAD = re.compile(HEADS)
 
 
 class Mapping(NamedTuple):
@@ -38,6 +39,8 @@ class Mapping(NamedTuple):
         missing: Names of the backbone's tensors that the file does not fill.
         wrong_shape: Shape in the file of each missing tensor that the file has in another shape.
         left_over: Names under the prefix that the model does not have.
+        named: All tensors under the prefix by their new names, in the shapes of the file.
+        unread: Names of tensors on which timm's filter fails. A file with such a tensor is never complete.
     """
 
     container: str
@@ -48,6 +51,8 @@ class Mapping(NamedTuple):
     missing: Tuple[str, ...]
     wrong_shape: Dict[str, Tuple[int, ...]]
     left_over: Tuple[str, ...]
+    named: Tensors
+    unread: Tuple[str, ...] = ()
 
     @property
     def blocks(self) -> Tuple[str, ...]:
@@ -57,7 +62,13 @@ class Mapping(NamedTuple):
     @property
     def complete(self) -> bool:
         """Whether the file fills the whole backbone, and the model has all blocks of the file."""
-        return not self.missing and not self.blocks
+        return not self.missing and not self.blocks and not self.unread
+
+    @property
+    def surplus(self) -> Tuple[str, ...]:
+        """Names left over that belong to no known head: blocks, tokens, norms and whatever else the model lacks."""
+        blocks = set(self.blocks)
+        return tuple(name for name in self.left_over if name in blocks or not _HEAD.match(name))
 
     @property
     def label(self) -> str:
@@ -97,6 +108,11 @@ def strip(tensors: Tensors, prefix: str) -> Tensors:
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
+def tensors_under(mapping: Mapping, tree: Dict[str, Any]) -> Tensors:
+    """Tensors of a backbone by their names in the file, without the prefix."""
+    return strip(dict(state_dicts(tree)).get(mapping.container, {}), mapping.prefix)
+
+
 def _fit(target: Target, tensors: Tensors) -> Tuple[Tensors, Dict[str, Tuple[int, ...]]]:
     """Tensors that fit the model, in its shapes, and the shapes of those of the backbone that do not fit."""
     fitting, wrong_shape = {}, {}
@@ -122,7 +138,7 @@ def _in_shape(tensor: torch.Tensor, shape: torch.Size, sees_input: bool) -> Opti
     return None
 
 
-def _filtered(target: Target, tensors: Tensors) -> Optional[Tensors]:
+def apply_filter(target: Target, tensors: Tensors) -> Optional[Tensors]:
     """Apply timm's `checkpoint_filter_fn` of this architecture. None if there is no filter or it fails."""
     if target.filter_fn is None:
         return None
@@ -138,37 +154,55 @@ def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
         renamed = apply_rename(rename, tensors) if rename else tensors
         names = rename.name if rename else ''
         yield names, renamed
-        filtered = _filtered(target, renamed)
+        filtered = apply_filter(target, renamed)
         if filtered is not None:
             yield ', '.join(filter(None, (names, "timm's filter"))), filtered
 
 
+def fit_names(
+    target: Target, container: str, prefix: str, rule: Rule, names: str, tensors: Tensors, unread: Tuple[str, ...] = ()
+) -> Mapping:
+    """Compare the tensors of a file with those of a model that have the same names.
+
+    Args:
+        target: The tensors of the model.
+        container: As in Mapping.
+        prefix: As in Mapping.
+        rule: As in Mapping.
+        names: As in Mapping.
+        tensors: Tensors under the prefix by their new names.
+        unread: As in Mapping.
+    """
+    fitting, wrong_shape = _fit(target, tensors)
+    return Mapping(
+        container,
+        prefix,
+        rule,
+        names,
+        fitting,
+        tuple(sorted(target.backbone - fitting.keys())),
+        wrong_shape,
+        tuple(sorted(tensors.keys() - target.shapes.keys())),
+        tensors,
+        unread,
+    )
+
+
 def read_names(target: Target, container: str, prefix: str, tensors: Tensors, rule: Rule) -> Mapping:
     """Name the tensors under a prefix in the way that fills most of the model."""
-
-    def mapping(names: str, candidate: Tensors) -> Mapping:
-        fitting, wrong_shape = _fit(target, candidate)
-        return Mapping(
-            container,
-            prefix,
-            rule,
-            names,
-            fitting,
-            tuple(sorted(target.backbone - fitting.keys())),
-            wrong_shape,
-            tuple(sorted(candidate.keys() - target.shapes.keys())),
-        )
-
     namings = _namings(target, strip(tensors, prefix))
-    best = mapping(*next(namings))
+    best = fit_names(target, container, prefix, rule, *next(namings))
     while not best.complete and (naming := next(namings, None)) is not None:
-        best = max(best, mapping(*naming), key=rank)
+        best = max(best, fit_names(target, container, prefix, rule, *naming), key=rank)
     return best
 
 
 def rank(mapping: Mapping) -> Tuple[int, int]:
-    """Key to sort mappings by: more of the model filled is better, then fewer blocks left over."""
-    return -len(mapping.missing), -len(mapping.blocks)
+    """Key to sort mappings by: more tensors with a name of the model are better, then fewer blocks left over.
+
+    A tensor that has the right shape too counts twice.
+    """
+    return len(mapping.wrong_shape) - 2 * len(mapping.missing), -len(mapping.blocks)
 
 
 def prefixes(target: Target, tensors: Tensors) -> List[str]:

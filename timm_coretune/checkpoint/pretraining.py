@@ -79,7 +79,7 @@ def trained_size(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> int
     return side * patch_size[0] if patch_size and side else 0
 
 
-def _tokens(file_tensors: Dict[str, torch.Tensor]) -> int:
+def position_count(file_tensors: Dict[str, torch.Tensor]) -> int:
     """Number of position embeddings in the file, 0 if it has none."""
     found = (t.shape[-2] for key, t in file_tensors.items() if key.endswith(_POSITIONS) and t.ndim in (2, 3))
     return next(found, 0)
@@ -91,7 +91,7 @@ def _is_square(number: float) -> bool:
 
 def trained_grid(file_tensors: Dict[str, torch.Tensor]) -> int:
     """Number of patches along a side of the pretraining images, 0 if the file does not tell."""
-    tokens = _tokens(file_tensors)
+    tokens = position_count(file_tensors)
     for extra in (1, 0, 2):  # tokens beside the patches: class token; none; class and distillation token
         side = round((tokens - extra) ** 0.5) if tokens > extra else 0
         if side and side * side == tokens - extra:
@@ -124,7 +124,7 @@ def several_frames(model: nn.Module, file_tensors: Dict[str, torch.Tensor], conf
     if projection is None or projection.ndim != 5 or not grid:
         return []
     num_frames = _num_frames(config.get(CONFIG_NAME))
-    tokens = _tokens(file_tensors)
+    tokens = position_count(file_tensors)
     is_one = tokens - grid[0] * grid[1] in (0, 1, 2) or not tokens  # beside the patches: class, distillation token
     if projection.shape[2] == 1 and (num_frames == 1 or (num_frames is None and is_one)):
         return []

@@ -18,6 +18,14 @@ def by_head(names: Iterable[str]) -> str:
     return ', '.join(f'{head} ({n})' for head, n in sorted(counts.items())) or 'none'
 
 
+def create_call(name: str, arguments: Dict[str, Any], checkpoint_path: str = '') -> str:
+    """The Python call that creates a timm model, and loads a file if there is one."""
+    words = [repr(name), *(f'{key}={value!r}' for key, value in arguments.items())]
+    if checkpoint_path:
+        words.append(f'checkpoint_path={checkpoint_path!r}')
+    return f'timm.create_model({", ".join(words)})'
+
+
 @dataclass(frozen=True)
 class CheckpointReport:
     """What a checkpoint gave to a model.
@@ -46,6 +54,7 @@ class CheckpointReport:
         described_by: This config.json, '' if there is none.
         notes: Notes for the user.
         architecture: timm model and its arguments, '' if the report is of `load_checkpoint`.
+        model_args: Arguments of the timm model, empty if the report is of `load_checkpoint`.
     """
 
     source: str
@@ -69,11 +78,22 @@ class CheckpointReport:
     notes: Tuple[str, ...] = ()
     architecture: str = ''
     described_by: str = ''
+    model_args: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:
         """Number of tensors of the backbone that the file fills."""
         return self.total - len([name for name in self.missing if not name.startswith('fc_norm.')])
+
+    def call(self, checkpoint_path: str = '', **more: Any) -> str:
+        """The Python call that creates the timm model, '' if the report is of `load_checkpoint`.
+
+        Args:
+            checkpoint_path: File that the call loads, '' for none.
+            more: Further arguments, which are written first.
+        """
+        name = self.architecture.partition(',')[0]
+        return create_call(name, {**more, **self.model_args}, checkpoint_path) if name else ''
 
     @property
     def place(self) -> str:
@@ -96,6 +116,7 @@ class CheckpointReport:
             ('method', self.method),
             ('copy', f'{self.copy} at {self.place}: {self.why}'),
             ('architecture', self.architecture),
+            ('create it', self.call()),
             ('coverage', f'{self.matched} of {self.total} backbone tensors'),
             ('classifier', 'in the file' if self.classifier else ''),
             ('names', self.names),

@@ -1,0 +1,142 @@
+"""Find the timm model that a checkpoint fits, with the arguments that the shapes in it show
+
+Every model that is named was built without memory, and the checkpoint was mapped onto it.
+"""
+
+import fnmatch
+import re
+from typing import List, NamedTuple, Optional, Tuple
+
+from timm.models import list_models
+
+from ...timm_model import Target, create_target
+from ..architectures import BUILD_ERRORS, Architecture, build_on_meta, candidates, fitting_models
+from ..differences import contradictions, trained_num_heads
+from ..mapping import Mapping, search, tensors_under
+from ..read import Checkpoint
+from .arguments import RESIZABLE, Change, Reading, shown_arguments
+from .closest import closest
+
+ROUNDS = 5  # times that a model is built again, as some arguments show only once others are right
+_SIZES = frozenset({'depth', 'depths', 'layers', 'embed_dim', 'dims'})
+MOST_SIBLINGS = 12  # models of similar names that are tried, such as the sizes of an EfficientNet
+
+
+class _Attempt(NamedTuple):
+    """A model, how the checkpoint reads for it, and what would have to change."""
+
+    architecture: Architecture
+    target: Target
+    mapping: Mapping
+    change: Change
+
+    @property
+    def new(self) -> List[str]:
+        """Names of the arguments that would have to change."""
+        given = self.architecture.arguments
+        return [key for key, value in self.change.arguments.items() if key not in given or given[key] != value]
+
+
+def fitting_architectures(
+    checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None, own: Optional[Architecture] = None
+) -> List[Architecture]:
+    """Find timm models that a checkpoint fits, with arguments if it fits none as it is.
+
+    Args:
+        checkpoint: The checkpoint.
+        most: Largest number of models to find.
+        checkpoint_key: As for `load_checkpoint`.
+        own: The model of the user, which is tried with other arguments before other models are.
+
+    Returns:
+        Several models only if the checkpoint fits all of them without further arguments than the size of image and
+        patches.
+    """
+    exact = fitting_models(checkpoint, most, checkpoint_key)
+    if exact:
+        return [adapt(architecture, checkpoint, checkpoint_key) or architecture for architecture in exact]
+    given = own.arguments if own else {}
+    starts = [own] if own else []
+    starts += [Architecture(a.name, {**given, **a.arguments}) for a in candidates(checkpoint)]
+    best = _best(starts, checkpoint, checkpoint_key, own)
+    if best is None and own is not None:
+        best = _best([Architecture(name, given) for name in _siblings(own.name)], checkpoint, checkpoint_key)
+    return [best] if best else []
+
+
+def adapt(architecture: Architecture, checkpoint: Checkpoint, checkpoint_key: Optional[str]) -> Optional[Architecture]:
+    """Give a model the arguments that a checkpoint shows, until the checkpoint fits. None if it never does."""
+    return _finish(_attempt(architecture, checkpoint, checkpoint_key), checkpoint, checkpoint_key)
+
+
+def _best(
+    starts: List[Architecture],
+    checkpoint: Checkpoint,
+    checkpoint_key: Optional[str],
+    own: Optional[Architecture] = None,
+) -> Optional[Architecture]:
+    """The model that fits with the fewest changes, and without assumptions if there is one.
+
+    A change of depth or width counts as much as three others, and so does another model than that of the user.
+    """
+
+    def cost(attempt: _Attempt) -> Tuple[bool, int]:
+        extra = 2 * bool(_SIZES & set(attempt.new)) + 2 * (attempt.architecture is not own)
+        return bool(attempt.change.assumed), len(attempt.new) + extra
+
+    attempts = [a for start in starts if (a := _attempt(start, checkpoint, checkpoint_key)) is not None]
+    for attempt in sorted(attempts, key=cost):
+        found = _finish(attempt, checkpoint, checkpoint_key)
+        if found is not None:
+            return found
+    return None
+
+
+def _attempt(architecture: Architecture, checkpoint: Checkpoint, checkpoint_key: Optional[str]) -> Optional[_Attempt]:
+    """Build a model and compare it with a checkpoint. None if it cannot be built, or shares few names with it."""
+    try:
+        target = create_target(build_on_meta(architecture))
+    except BUILD_ERRORS:
+        return None
+    mappings = search(target, checkpoint.tree, checkpoint_key)
+    if not mappings or not mappings[0].complete:
+        mappings = closest(target, checkpoint.tree, checkpoint_key, mappings)
+    if not mappings or not is_related(mappings[0], target):
+        return None
+    mapping = mappings[0]
+    width = mapping.named.get('blocks.0.norm1.weight')
+    heads = trained_num_heads(mapping, 0 if width is None else width.numel(), checkpoint.config)
+    fixed = frozenset(RESIZABLE) & architecture.arguments.keys()
+    reading = Reading(mapping, tensors_under(mapping, checkpoint.tree), target, heads, fixed)
+    return _Attempt(architecture, target, mapping, shown_arguments(reading))
+
+
+def _finish(
+    attempt: Optional[_Attempt], checkpoint: Checkpoint, checkpoint_key: Optional[str]
+) -> Optional[Architecture]:
+    """Change arguments until nothing is left to change. None if the checkpoint does not fit then."""
+    assumed = ''
+    for _ in range(ROUNDS):
+        if attempt is None:
+            return None
+        if not attempt.new:
+            wrong = contradictions(attempt.mapping, attempt.target.model, checkpoint.config)
+            fits = attempt.mapping.complete and not wrong
+            return attempt.architecture._replace(assumed=assumed) if fits else None
+        assumed = attempt.change.assumed or assumed
+        arguments = {**attempt.architecture.arguments, **attempt.change.arguments}
+        attempt = _attempt(attempt.architecture._replace(arguments=arguments), checkpoint, checkpoint_key)
+    return None
+
+
+def is_related(mapping: Mapping, target: Target) -> bool:
+    """Whether at least half of the names of the file or of the model are common to both."""
+    shared = len(target.backbone) - len(mapping.missing) + len(mapping.wrong_shape)
+    return 2 * shared >= min(len(target.backbone), len(mapping.named))
+
+
+def _siblings(name: str) -> List[str]:
+    """timm models whose names differ from this one in their digits only, as the sizes of an EfficientNet do."""
+    pattern = re.sub(r'\d', '?', name)
+    names = fnmatch.filter(list_models(), pattern) if '?' in pattern else []
+    return [n for n in names if n != name and re.sub(r'\d', '?', n) == pattern][:MOST_SIBLINGS]
