@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
+from timm.layers import to_2tuple
 
 from ..run_folder import CONFIG_NAME, PREPROCESSING
 from .mapping import Mapping
@@ -73,8 +74,7 @@ def trained_size(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> int
 
     Returns 0 if the file has none, or if the embeddings do not form a square.
     """
-    built = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
-    patch_size = trained_patch_size(file_tensors) or built
+    patch_size = trained_patch_size(file_tensors) or built_patch_size(model)
     side = trained_grid(file_tensors)
     return side * patch_size[0] if patch_size and side else 0
 
@@ -108,6 +108,12 @@ def trained_patch_size(file_tensors: Dict[str, torch.Tensor]) -> Optional[Tuple[
     """Height and width of a patch of the pretrained ViT, None if the file does not tell."""
     projection = patch_projection(file_tensors)
     return None if projection is None else (projection.shape[-2], projection.shape[-1])
+
+
+def built_patch_size(model: nn.Module) -> Optional[Tuple[int, int]]:
+    """Height and width of a patch of a model, None if it has no patches."""
+    size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    return to_2tuple(size) if size else None
 
 
 def _num_frames(config: Any) -> Optional[int]:
@@ -191,15 +197,14 @@ def average_frames(tree: Dict[str, Any], frames: int) -> Dict[str, Any]:
 
 def resampled_patches(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> List[str]:
     """Note about patches of another size than those of the model: the projection computes other values then."""
-    patch_embed = getattr(model, 'patch_embed', None)
-    built, trained = getattr(patch_embed, 'patch_size', None), trained_patch_size(file_tensors)
-    if not built or trained is None or tuple(built) == trained:
+    built, trained = built_patch_size(model), trained_patch_size(file_tensors)
+    if not built or trained is None or built == trained:
         return []
     note = (
         f'pretrained with patches of {trained[0]} px, the model has patches of {built[0]} px: the patch projection is '
         'resampled'
     )
-    side, grid = trained_grid(file_tensors), getattr(patch_embed, 'grid_size', None)
+    side, grid = trained_grid(file_tensors), getattr(model.patch_embed, 'grid_size', None)
     if side and grid and tuple(grid) != (side, side):
         note += f', and position embeddings are resized from {side} x {side} to {grid[0]} x {grid[1]}'
     return [f'{note}. --model-kwargs patch_size={trained[0]} avoids that']

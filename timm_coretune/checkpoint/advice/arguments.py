@@ -5,11 +5,13 @@ from typing import Any, Dict, FrozenSet, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn as nn
+from timm.layers import to_2tuple
 
 from ...timm_model import Target
 from ..differences import first_num_heads
 from ..mapping import Mapping
-from ..pretraining import position_count, trained_patch_size
+from ..pretraining import built_patch_size, position_count, trained_patch_size
+from ..renames import apply_rename, renames_for
 from .facts import Facts, Shapes, grid, read_facts, swin_image
 
 Arguments = Dict[str, Any]
@@ -51,8 +53,14 @@ class Reading(NamedTuple):
 
     @property
     def shapes(self) -> Shapes:
-        """Shapes in the file by the names of the file and by those that timm gives."""
-        return {name: tuple(tensor.shape) for name, tensor in {**self.source, **self.mapping.named}.items()}
+        """Shapes in the file by the names of the file and by those that timm gives.
+
+        timm's filter resizes some tensors. Of these it is the shape in the file that counts.
+        """
+        rename = next((r for r in renames_for(self.source) if self.mapping.names.startswith(r.name)), None)
+        renamed = apply_rename(rename, self.source) if rename else self.source
+        tensors = {**self.source, **self.mapping.named, **renamed}
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 class Change(NamedTuple):
@@ -114,8 +122,12 @@ def _total(depth: Any) -> int:
 
 def _channels(reading: Reading) -> Arguments:
     """Number of channels of the images of the file, unless its first convolution can be adapted to the model."""
+
+    def first(shapes: Shapes, name: str) -> Tuple[int, ...]:
+        return tuple(shapes.get(f'{name}.weight', shapes.get(f'{name}.0.weight', ())))  # a deep stem has several
+
     for name in reading.target.first_conv:
-        shape, own = reading.shapes.get(f'{name}.weight', ()), reading.target.shapes.get(f'{name}.weight', ())
+        shape, own = first(reading.shapes, name), first(reading.target.shapes, name)
         if len(shape) == len(own) == 4 and shape[1] not in (3, own[1]):
             return {'in_chans': shape[1]}
     return {}
@@ -147,14 +159,14 @@ def _windows(model: Any, file: Facts, built: Facts) -> Arguments:
     windows = file['windows']
     if windows == built.get('windows') or not all(windows):
         return {}
-    size = swin_image(windows, model.patch_embed.patch_size[0])
+    size = swin_image(windows, file.get('patch_size', (built_patch_size(model) or (4,))[0]))
     return {'window_size': windows[0], **_image(model, size)}
 
 
 def _image(model: Any, size: int) -> Arguments:
     """Size of the image, if the model is built for another."""
     built = getattr(getattr(model, 'patch_embed', None), 'img_size', None)
-    return {'img_size': size} if built and tuple(built) != (size, size) else {}
+    return {'img_size': size} if built and to_2tuple(built) != (size, size) else {}
 
 
 def _tokens(reading: Reading, facts: Facts) -> Arguments:
@@ -176,8 +188,8 @@ def _tokens(reading: Reading, facts: Facts) -> Arguments:
         found.update({'global_pool': 'avg'} if by_token else {'fc_norm': True})
     if not has_fc_norm and not has_norm and {'norm.weight', 'fc_norm.weight'} & target.shapes.keys():
         found['final_norm'] = False
-    patch, own_patch = trained_patch_size(reading.source), getattr(model.patch_embed, 'patch_size', None)
-    if patch and own_patch and patch != tuple(own_patch):
+    patch, own_patch = trained_patch_size(reading.source), built_patch_size(model)
+    if patch and own_patch and patch != own_patch:
         found['patch_size'] = patch[0] if patch[0] == patch[1] else patch
     keeps_patch = 'patch_size' in reading.fixed and patch != own_patch
     found.update(_positions(reading, facts, 0 if keeps_patch or not patch or patch[0] != patch[1] else patch[0]))

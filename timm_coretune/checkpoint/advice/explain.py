@@ -62,7 +62,7 @@ def _compare(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
         f'{len(names)} {what} ({few(names)})'
         for names, what in (
             (absent, 'are missing'),
-            (shapes, 'have another shape'),
+            (shapes, 'have another shape' if absent else 'are missing because they have another shape'),
             (mapping.surplus, 'of the file have no place in the model'),
         )
         if names

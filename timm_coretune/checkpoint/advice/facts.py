@@ -99,7 +99,14 @@ def of_swin(shapes: Shapes) -> Facts:
         'depths': depths,
         'num_heads': tuple(table[1] for table in tables),
         'windows': tuple(_window(table[0]) for table in tables),
+        **_patch_of(shapes, 'patch_embed.proj.weight'),
     }
+
+
+def _patch_of(shapes: Shapes, *names: str) -> Facts:
+    """Side of the patches that a convolution without overlap cuts an image into."""
+    shape = next((shapes[name] for name in names if name in shapes), ())
+    return {'patch_size': shape[-1]} if len(shape) == 4 and shape[-1] == shape[-2] else {}
 
 
 def of_convnext(shapes: Shapes) -> Facts:
@@ -123,10 +130,7 @@ def of_convnext(shapes: Shapes) -> Facts:
         'use_grn': bool(first('mlp.grn.weight', 'grn.gamma')),
         'head_norm_first': 'norm_pre.weight' in shapes,
     }
-    stem = shapes.get('stem.0.weight', shapes.get('downsample_layers.0.0.weight', ()))
-    if len(stem) == 4:
-        facts['patch_size'] = stem[-1]
-    return facts
+    return {**facts, **_patch_of(shapes, 'stem.0.weight', 'downsample_layers.0.0.weight')}
 
 
 def of_resnet(shapes: Shapes) -> Facts:
@@ -150,8 +154,7 @@ def of_resnet(shapes: Shapes) -> Facts:
     shortcut = next((s for n, s in sorted(shapes.items()) if re.match(r'layer\d\.0\.downsample\.\d\.weight', n)), None)
     if shortcut is not None:
         facts['avg_down'] = not any(re.match(r'layer\d\.0\.downsample\.0\.weight', name) for name in shapes)
-    if any('.se.fc1.' in name for name in shapes):
-        facts['block_args'] = {'attn_layer': 'se'}
+    facts['block_args'] = {'attn_layer': 'se'} if any('.se.fc1.' in name for name in shapes) else {}
     return facts
 
 
@@ -177,10 +180,8 @@ def grid(positions: int, extra: Tuple[int, ...]) -> Tuple[int, int]:
 
 
 def swin_image(windows: Tuple[int, ...], patch_size: int) -> int:
-    """Side of the images of a Swin in pixels.
+    """Side of the smallest images in pixels for which a Swin has windows of these sizes.
 
-    timm makes the window of a stage as small as its feature map. A smaller window in a late stage shows the size of
-    this map, and so that of the image. If all windows are equal, this is the smallest image for which they are.
+    timm makes the window of a stage as small as its feature map.
     """
-    stage = next((i for i, window in enumerate(windows) if window < windows[0]), len(windows) - 1)
-    return windows[stage] * patch_size * 2**stage
+    return max(window * patch_size * 2**stage for stage, window in enumerate(windows))

@@ -18,6 +18,8 @@ from .arguments import RESIZABLE, Change, Reading, shown_arguments
 from .closest import closest
 
 ROUNDS = 5  # times that a model is built again, as some arguments show only once others are right
+# What counts as much as so many arguments: another depth or width, and another model than that of the user
+OTHER_SIZE, OTHER_MODEL = 2, 2
 _SIZES = frozenset({'depth', 'depths', 'layers', 'embed_dim', 'dims'})
 MOST_SIBLINGS = 12  # models of similar names that are tried, such as the sizes of an EfficientNet
 
@@ -56,11 +58,14 @@ def fitting_architectures(
     if exact:
         return [adapt(architecture, checkpoint, checkpoint_key) or architecture for architecture in exact]
     given = own.arguments if own else {}
-    starts = [own] if own else []
-    starts += [Architecture(a.name, {**given, **a.arguments}) for a in candidates(checkpoint)]
-    best = _best(starts, checkpoint, checkpoint_key, own)
+    mine = _attempt(own, checkpoint, checkpoint_key) if own else None
+    best = _finish(mine, checkpoint, checkpoint_key) if mine and _cost(mine) < (False, OTHER_MODEL + 2) else None
+    if best is None:
+        others = [Architecture(a.name, {**given, **a.arguments}) for a in candidates(checkpoint)]
+        best = _best(mine, others, checkpoint, checkpoint_key)
     if best is None and own is not None:
-        best = _best([Architecture(name, given) for name in _siblings(own.name)], checkpoint, checkpoint_key)
+        siblings = [Architecture(name, given) for name in _siblings(own.name)]
+        best = _best(None, siblings, checkpoint, checkpoint_key)
     return [best] if best else []
 
 
@@ -69,23 +74,21 @@ def adapt(architecture: Architecture, checkpoint: Checkpoint, checkpoint_key: Op
     return _finish(_attempt(architecture, checkpoint, checkpoint_key), checkpoint, checkpoint_key)
 
 
+def _cost(attempt: _Attempt) -> Tuple[bool, int]:
+    """Key to sort attempts by: those without assumptions first, then those with few changes."""
+    return bool(attempt.change.assumed), len(attempt.new) + OTHER_SIZE * bool(_SIZES & set(attempt.new))
+
+
 def _best(
-    starts: List[Architecture],
-    checkpoint: Checkpoint,
-    checkpoint_key: Optional[str],
-    own: Optional[Architecture] = None,
+    mine: Optional[_Attempt], others: List[Architecture], checkpoint: Checkpoint, checkpoint_key: Optional[str]
 ) -> Optional[Architecture]:
-    """The model that fits with the fewest changes, and without assumptions if there is one.
-
-    A change of depth or width counts as much as three others, and so does another model than that of the user.
-    """
-
-    def cost(attempt: _Attempt) -> Tuple[bool, int]:
-        extra = 2 * bool(_SIZES & set(attempt.new)) + 2 * (attempt.architecture is not own)
-        return bool(attempt.change.assumed), len(attempt.new) + extra
-
-    attempts = [a for start in starts if (a := _attempt(start, checkpoint, checkpoint_key)) is not None]
-    for attempt in sorted(attempts, key=cost):
+    """The model that fits at the least cost: that of the user, or one of the others."""
+    attempts = [a for other in others if (a := _attempt(other, checkpoint, checkpoint_key)) is not None]
+    ranked = [(_cost(attempt), 1, attempt) for attempt in attempts]
+    if mine is not None:
+        assumes, cost = _cost(mine)
+        ranked.append(((assumes, cost - OTHER_MODEL), 0, mine))
+    for _, _, attempt in sorted(ranked, key=lambda row: row[:2]):
         found = _finish(attempt, checkpoint, checkpoint_key)
         if found is not None:
             return found
