@@ -117,6 +117,18 @@ def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Optional[bool
     return mapping.rule.quick_gelu
 
 
+def other_activation(mapping: Mapping, model: nn.Module, config: Configs) -> Optional[str]:
+    """timm's name of the activation that the network was trained with, None if the model has it or nothing tells."""
+    quick_gelu = _trained_with_quick_gelu(mapping, config)
+    if quick_gelu is not None and quick_gelu != _is_quick_gelu(model):
+        return 'quick_gelu' if quick_gelu else 'gelu'
+    vision = _vision(config)
+    if not isinstance(vision.get('hidden_act'), str) or vision.get('use_swiglu_ffn'):
+        return None
+    timm_name, activation = _ACTIVATIONS.get(vision['hidden_act'], (None, None))
+    return timm_name if activation is not None and _differs(activation, model) else None
+
+
 def unknowns(mapping: Mapping, model: nn.Module, config: Configs) -> List[str]:
     """Notes about facts that neither the format of the file nor a config tells, so the user has to check them."""
     if 'CLIP' in mapping.rule.method and _trained_with_quick_gelu(mapping, config) is None:

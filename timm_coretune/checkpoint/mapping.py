@@ -4,6 +4,8 @@ The known formats of `rules.py` are tried first, then all prefixes of the keys. 
 the file under the names that they have in the model. The model is not changed.
 """
 
+import contextlib
+import io
 import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -143,7 +145,8 @@ def apply_filter(target: Target, tensors: Tensors) -> Optional[Tensors]:
     if target.filter_fn is None:
         return None
     try:
-        return dict(target.filter_fn(dict(tensors), target.model))
+        with contextlib.redirect_stdout(io.StringIO()):  # that of EVA prints which parameters a model lacks
+            return dict(target.filter_fn(dict(tensors), target.model))
     except (LookupError, AttributeError, TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError):
         return None  # a filter expects a file of its architecture, and fails in many ways on other files
 

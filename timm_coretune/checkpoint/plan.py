@@ -66,7 +66,9 @@ def make_plan(
     if refused:
         # a file with less than half of the network has another network
         partial_allowed = allow_partial and is_most(target, mapping)
-        if frames or (missing and not partial_allowed) or not (allow_partial or allow_differences):
+        if missing and not partial_allowed:
+            raise ValueError(' '.join([*frames, *missing]))  # the advice in it covers what differs
+        if frames or not (allow_partial or allow_differences):
             raise ValueError(' '.join(refused))
         notes = (' '.join(refused), *notes)
     has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())

@@ -14,8 +14,10 @@ from .rules import IMAGENET
 
 Configs = Dict[str, Any]
 _POSITIONS = ('pos_embed', 'positional_embedding', 'position_embeddings', 'position_embedding.weight')
+# a convolution inside a numbered block embeds no patches
 _PATCHES = re.compile(
-    r'(^|\.)(patch_embed\.proj|patch_embed\.projection|patch_embeddings\.projection|patch_embedding|conv1)\.weight$'
+    r'(^|\.)(patch_embed\.proj|patch_embed\.projection|patch_embeddings\.projection|patch_embedding)\.weight$'
+    r'|^(?!.*\.\d+\.)(.*\.)?conv1\.weight$'
 )
 
 

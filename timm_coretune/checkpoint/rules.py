@@ -156,8 +156,11 @@ HEADS = (
     r'|(mask_token|masked_embed|logit_scale|logit_bias|norms\.|local_cls_norm|embeddings\.mask_token)'
     r'|.*(num_batches_tracked|relative_position_index|attn_mask|position_ids|rope_embed\.periods|bias_mask)$'
 )
-# Names that must not be left over: blocks of the network that the model does not have
-BLOCKS = r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages)\.'
+# Names that must not be left over: blocks and tokens of the network that the model does not have
+BLOCKS = (
+    r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages|norm_pre)\.'
+    r'|(cls|dist|reg)_token$|pos_embed$'
+)
 
 
 class Refusal(NamedTuple):

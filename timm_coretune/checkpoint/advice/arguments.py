@@ -42,6 +42,7 @@ class Reading(NamedTuple):
         source: Tensors of the backbone by their names in the file, without the prefix.
         target: The model.
         num_heads: Number of attention heads that a config or the format tells, None if neither does.
+        activation: timm's name of the activation that they tell, if the model has another one, else None.
         fixed: Names of arguments that stay as they are.
     """
 
@@ -49,6 +50,7 @@ class Reading(NamedTuple):
     source: Dict[str, torch.Tensor]
     target: Target
     num_heads: Optional[int] = None
+    activation: Optional[str] = None
     fixed: FrozenSet[str] = frozenset()
 
     @property
@@ -92,6 +94,8 @@ def shown_arguments(reading: Reading) -> Change:
     model = reading.target.model
     file, built = read_facts(reading.shapes), read_facts(reading.target.shapes)
     found: Arguments = _channels(reading)
+    if reading.activation:
+        found['act_layer'] = reading.activation
     assumed = ''
     if file and built and file.keys() & built.keys():
         for fact in file.keys() & built.keys():
@@ -206,7 +210,7 @@ def _positions(reading: Reading, facts: Facts, patch: int) -> Arguments:
     prefix = int(facts['class_token']) + facts['reg_tokens'] + int('dist_token' in shapes)
     embeds_none = bool(getattr(model, 'no_embed_class', False))
     # the authors of DINOv2 add a position to the class token, which timm's filter folds into it, but none to registers
-    folded = 'register_tokens' in reading.source
+    folded = 'register_tokens' in shapes
     side, others = grid(positions, (1,) if folded else (0, prefix) if embeds_none else (prefix, 0))
     if side and prefix and (folded or not others) != embeds_none:
         found['no_embed_class'] = folded or not others

@@ -6,7 +6,7 @@ import torch.nn as nn
 
 from ...timm_model import Target
 from ..architectures import BUILD_ERRORS, Architecture, architecture_of, build_on_meta
-from ..differences import differences
+from ..differences import contradictions, differences
 from ..mapping import Mapping, tensors_under
 from ..read import Checkpoint
 from ..report import few
@@ -42,10 +42,11 @@ def explain(target: Target, checkpoint: Checkpoint, mapping: Mapping, checkpoint
     if own is None:
         return _explain_foreign(target, checkpoint, mapping, checkpoint_key)
     found = fitting_architectures(checkpoint, 3, checkpoint_key, own)
+    wrong = '' if found else ''.join(f' {text}' for text in contradictions(mapping, target.model, checkpoint.config))
     partial = ' allow_partial (--allow-partial) loads what fits.' if is_most(target, mapping) else ''
     return (
         f'{_compare(target, checkpoint, mapping)} The model must be the architecture that was pretrained. '
-        f'{advise(found, checkpoint)}{partial}'
+        f'{advise(found, checkpoint)}{wrong}{partial}'
     )
 
 

@@ -114,8 +114,12 @@ def of_convnext(shapes: Shapes) -> Facts:
     depths = _counts(shapes, r'stages\.(\d+)\.(?:blocks\.)?(\d+)\.(?:conv_dw|dwconv)\.weight')
 
     def first(*names: str) -> List[Tuple[int, ...]]:
-        starts = [f'stages.{stage}.{part}0.' for stage in range(len(depths)) for part in ('blocks.', '')]
-        return [shapes[start + name] for start in starts for name in names if start + name in shapes]
+        """Shapes in the first block of each stage, of the tensor that has one of these names."""
+        found = []
+        for stage in range(len(depths)):
+            keys = [f'stages.{stage}.{part}0.{name}' for part in ('blocks.', '') for name in names]
+            found += [shapes[key] for key in keys if key in shapes][:1]
+        return found
 
     convolutions = first('conv_dw.weight', 'dwconv.weight')
     if not depths or len(convolutions) != len(depths) or any(len(shape) != 4 for shape in convolutions):

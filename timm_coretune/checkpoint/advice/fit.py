@@ -11,7 +11,7 @@ from timm.models import list_models
 
 from ...timm_model import Target, create_target
 from ..architectures import BUILD_ERRORS, Architecture, build_on_meta, candidates, fitting_models
-from ..differences import contradictions, trained_num_heads
+from ..differences import contradictions, other_activation, trained_num_heads
 from ..mapping import Mapping, search, tensors_under
 from ..read import Checkpoint
 from .arguments import RESIZABLE, Change, Reading, shown_arguments
@@ -110,7 +110,8 @@ def _attempt(architecture: Architecture, checkpoint: Checkpoint, checkpoint_key:
     width = mapping.named.get('blocks.0.norm1.weight')
     heads = trained_num_heads(mapping, 0 if width is None else width.numel(), checkpoint.config)
     fixed = frozenset(RESIZABLE) & architecture.arguments.keys()
-    reading = Reading(mapping, tensors_under(mapping, checkpoint.tree), target, heads, fixed)
+    activation = other_activation(mapping, target.model, checkpoint.config)
+    reading = Reading(mapping, tensors_under(mapping, checkpoint.tree), target, heads, activation, fixed)
     return _Attempt(architecture, target, mapping, shown_arguments(reading))
 
 
