@@ -11,7 +11,7 @@ from ..renames import apply_rename, renames_for
 from ..rules import BLOCKS, RULES, Rule
 
 MOST_PREFIXES = 3  # prefixes in front of blocks that are tried, those with most tensors first
-MOST_TENSORS = 4096  # with more of them, timm's filter is not asked about each on its own
+MOST_TENSORS = 1024  # with more of them, timm's filter is not asked about each on its own
 
 _BEFORE_BLOCKS = re.compile(rf'(^|.*?\.)({BLOCKS})')
 
@@ -40,8 +40,15 @@ def closest(target: Target, tree: Dict[str, Any], checkpoint_key: Optional[str],
                 continue
             if prefix not in tried:
                 readings.append(read_names(target, path, prefix, tensors, rule))
-            readings.extend(_in_parts(target, path, prefix, tensors, rule))
+            if not any(is_related(mapping, target) for mapping in readings):
+                readings.extend(_in_parts(target, path, prefix, tensors, rule))
     return sorted(readings, key=rank, reverse=True)[:1]
+
+
+def is_related(mapping: Mapping, target: Target) -> bool:
+    """Whether at least half of the names of the file or of the model are common to both."""
+    shared = len(target.backbone) - len(mapping.missing) + len(mapping.wrong_shape)
+    return 2 * shared >= min(len(target.backbone), len(mapping.named))
 
 
 def _before_blocks(tensors: Tensors) -> List[str]:

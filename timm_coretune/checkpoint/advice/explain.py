@@ -10,7 +10,8 @@ from ..differences import contradictions, differences
 from ..mapping import Mapping, tensors_under
 from ..read import Checkpoint
 from ..report import few
-from .fit import fitting_architectures, is_related
+from .closest import is_related
+from .fit import fitting_architectures
 
 MOST_TOKENS = 16  # a larger difference of position embeddings comes from the size of the image
 

@@ -6,22 +6,21 @@ thing.
 """
 
 import re
+from collections import Counter
 from typing import Any, Callable, Dict, List, Mapping, Tuple
 
 Shapes = Mapping[str, Tuple[int, ...]]
 Facts = Dict[str, Any]
 
 
-def numbers(shapes: Shapes, pattern: str) -> List[int]:
-    """The different numbers that the group of a pattern matches at the start of the names, in order."""
-    return sorted({int(found[1]) for name in shapes if (found := re.match(pattern, name))})
-
-
 def _counts(shapes: Shapes, pattern: str) -> Tuple[int, ...]:
-    """Number of blocks of each stage. The groups of the pattern are the number of the stage and of the block."""
-    found = {(int(m[1]), int(m[2])) for name in shapes if (m := re.match(pattern, name))}
-    stages = sorted({stage for stage, _ in found})
-    return tuple(len([1 for stage, _ in found if stage == wanted]) for wanted in stages)
+    """Number of blocks of each stage. The groups of the pattern are the number of the stage and of the block.
+
+    Names of more than a few digits are no numbers of blocks: a file that is not trusted can have any.
+    """
+    found = {m.groups() for name in shapes if (m := re.match(pattern, name)) and max(map(len, m.groups())) < 5}
+    counts = Counter(int(stage) for stage, _ in found)
+    return tuple(counts[stage] for stage in sorted(counts))
 
 
 def _side(size: float) -> int:
@@ -56,24 +55,24 @@ def _of_block(shapes: Shapes, block: str) -> Facts:
         'init_values': has('ls1.gamma', 'gamma_1'),
         'use_rel_pos_bias': has('attn.relative_position_bias_table'),
     }
-    width, hidden = shapes.get(f'{block}norm1.weight'), shapes.get(f'{block}mlp.fc1.weight')
-    if width:
+    width, hidden = shapes.get(f'{block}norm1.weight', ()), shapes.get(f'{block}mlp.fc1.weight', ())
+    if len(width) == 1 and width[0]:
         facts['embed_dim'] = width[0]
-    if width and hidden and width[0]:
-        facts['mlp_ratio'] = _mlp_ratio(hidden[0], width[0])
+        if hidden:
+            facts['mlp_ratio'] = _mlp_ratio(hidden[0], width[0])
     return facts
 
 
 def of_vit(shapes: Shapes) -> Facts:
     """Facts of a ViT, and of BEiT, EVA and DINOv3, whose blocks have the same names."""
-    blocks = numbers(shapes, r'blocks\.(\d+)\.')
-    if not blocks or 'blocks.0.norm1.weight' not in shapes:
+    depth = len({m[1] for name in shapes if (m := re.match(r'blocks\.(\d{1,4})\.', name))})
+    if not depth or 'blocks.0.norm1.weight' not in shapes:
         return {}
     registers = next((shapes[k] for k in ('reg_token', 'register_tokens', 'storage_tokens') if k in shapes), ())
     table = shapes.get('blocks.0.attn.relative_position_bias_table', ())
     facts = {
         **_of_block(shapes, 'blocks.0.'),
-        'depth': len(blocks),
+        'depth': depth,
         'class_token': 'cls_token' in shapes,
         'reg_tokens': registers[-2] if len(registers) > 1 else 0,
         'pre_norm': 'norm_pre.weight' in shapes,

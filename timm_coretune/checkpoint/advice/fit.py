@@ -15,7 +15,7 @@ from ..differences import contradictions, other_activation, trained_num_heads
 from ..mapping import Mapping, search, tensors_under
 from ..read import Checkpoint
 from .arguments import RESIZABLE, Change, Reading, shown_arguments
-from .closest import closest
+from .closest import closest, is_related
 
 ROUNDS = 5  # times that a model is built again, as some arguments show only once others are right
 # What counts as much as so many arguments: another depth or width, and another model than that of the user
@@ -131,12 +131,6 @@ def _finish(
         arguments = {**attempt.architecture.arguments, **attempt.change.arguments}
         attempt = _attempt(attempt.architecture._replace(arguments=arguments), checkpoint, checkpoint_key)
     return None
-
-
-def is_related(mapping: Mapping, target: Target) -> bool:
-    """Whether at least half of the names of the file or of the model are common to both."""
-    shared = len(target.backbone) - len(mapping.missing) + len(mapping.wrong_shape)
-    return 2 * shared >= min(len(target.backbone), len(mapping.named))
 
 
 def _siblings(name: str) -> List[str]:
