@@ -7,6 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.models import create_model, is_model
+from torch.overrides import TorchFunctionMode
 
 from ..timm_model import create_target
 from .differences import contradictions
@@ -133,12 +134,27 @@ def candidates(checkpoint: Checkpoint) -> List[Architecture]:
     return [parse(name) for name in family.names if is_model(parse(name).name)] if family else []
 
 
+class _WithoutValues(TorchFunctionMode):
+    """Operations that fill tensors are left out: on the meta device they have no effect, but take time."""
+
+    filling = frozenset(
+        getattr(torch.Tensor, name) for name in ('uniform_', 'normal_', 'erfinv_', 'mul_', 'add_', 'clamp_', 'fill_')
+    )
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Tuple[Any, ...] = (), kwargs: Optional[Dict[str, Any]] = None
+    ) -> Any:
+        if func in self.filling and args[0].is_meta:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 def build_on_meta(architecture: Architecture) -> nn.Module:
     """Create a model without a classifier and without memory for its weights."""
     kwargs = dict(architecture.arguments)
     if any(family.skip_init and architecture.name in family.names for family in FAMILIES):
         kwargs['weight_init'] = 'skip'
-    with torch.device('meta'):
+    with torch.device('meta'), _WithoutValues():
         return create_model(architecture.name, num_classes=0, **kwargs)
 
 

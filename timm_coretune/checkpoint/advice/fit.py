@@ -12,7 +12,7 @@ from timm.models import list_models
 from ...timm_model import Target, create_target
 from ..architectures import BUILD_ERRORS, Architecture, build_on_meta, candidates, fitting_models
 from ..differences import contradictions, other_activation, trained_num_heads
-from ..mapping import Mapping, search, tensors_under
+from ..mapping import Mapping, search, state_dicts, tensors_under
 from ..read import Checkpoint
 from .arguments import RESIZABLE, Change, Reading, shown_arguments
 from .closest import closest, is_related
@@ -21,6 +21,7 @@ ROUNDS = 5  # times that a model is built again, as some arguments show only onc
 # What counts as much as so many arguments: another depth or width, and another model than that of the user
 OTHER_SIZE, OTHER_MODEL = 2, 2
 _SIZES = frozenset({'depth', 'depths', 'layers', 'embed_dim', 'dims'})
+MOST_TENSORS = 10_000  # no network has more of them, and the search takes time for each
 MOST_SIBLINGS = 12  # models of similar names that are tried, such as the sizes of an EfficientNet
 
 
@@ -54,6 +55,8 @@ def fitting_architectures(
         Several models only if the checkpoint fits all of them without further arguments than the size of image and
         patches.
     """
+    if any(len(tensors) > MOST_TENSORS for _, tensors in state_dicts(checkpoint.tree)):
+        return []
     exact = fitting_models(checkpoint, most, checkpoint_key)
     if exact:
         return [adapt(architecture, checkpoint, checkpoint_key) or architecture for architecture in exact]
