@@ -1,5 +1,6 @@
 """Find the timm models that a checkpoint fits, by the names and shapes of its tensors"""
 
+import functools
 import re
 import shlex
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
@@ -9,7 +10,7 @@ import torch.nn as nn
 from timm.models import create_model, is_model
 from torch.overrides import TorchFunctionMode
 
-from ..timm_model import create_target
+from ..timm_model import Target, create_target
 from .differences import contradictions
 from .mapping import search, state_dicts, tensors_under
 from .pretraining import resampled_patches
@@ -54,7 +55,7 @@ class Architecture(NamedTuple):
     def flags(self) -> str:
         """Flags of train.py that create the model."""
         words = ['--model', self.name]
-        for key in sorted(self.arguments.keys() & _FLAGS.keys()):
+        for key in (key for key in _FLAGS if key in self.arguments):
             words += [_FLAGS[key], str(self.arguments[key])]
         rest = [f'{key}={value}' for key, value in self.arguments.items() if key not in _FLAGS]
         if 'img_size' in self.arguments and isinstance(self.arguments['img_size'], int):
@@ -158,6 +159,20 @@ def build_on_meta(architecture: Architecture) -> nn.Module:
         return create_model(architecture.name, num_classes=0, **kwargs)
 
 
+_LISTED = frozenset(name for family in FAMILIES for name in family.names)
+
+
+@functools.lru_cache(maxsize=len(_LISTED))
+def _listed_target(description: str) -> Target:
+    return create_target(build_on_meta(parse(description)))
+
+
+def target_of(architecture: Architecture) -> Target:
+    """Build a model without memory and describe its tensors. Those of FAMILIES are built once in a process."""
+    description = str(architecture)
+    return _listed_target(description) if description in _LISTED else create_target(build_on_meta(architecture))
+
+
 def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[str] = None) -> List[Architecture]:
     """Find timm models whose backbone a checkpoint fills completely.
 
@@ -173,7 +188,7 @@ def fitting_models(checkpoint: Checkpoint, most: int, checkpoint_key: Optional[s
     found: List[Architecture] = []
     resampling: List[Architecture] = []  # these fit too, but have patches of another size
     for architecture in candidates(checkpoint):
-        target = create_target(build_on_meta(architecture))
+        target = target_of(architecture)
         mappings = search(target, checkpoint.tree, checkpoint_key)
         if mappings and all(m.complete and not contradictions(m, target.model, checkpoint.config) for m in mappings):
             source = tensors_under(mappings[0], checkpoint.tree)

@@ -8,7 +8,7 @@ import torch
 
 from ..timm_model import Target
 from .advice.closest import closest
-from .advice.explain import explain, is_most
+from .advice.explain import explain, is_most, other_form
 from .differences import contradictions, differences, unknowns
 from .mapping import Mapping, search, state_dicts, tensors_under
 from .pretraining import data_config, resampled_patches, several_frames
@@ -93,7 +93,8 @@ def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str
                 f'{dicts or "no state dict"} and no such prefix with enough tensors.'
             )
         raise ValueError(
-            f'Expected tensors by name in {checkpoint.source!r}, enough for a {type(target.model).__name__}, found '
+            other_form(checkpoint, target)
+            or f'Expected tensors by name in {checkpoint.source!r}, enough for a {type(target.model).__name__}, found '
             f'{dicts or f"only {few(map(str, checkpoint.tree))}"}.'
         )
     if len(mappings) > 1:

@@ -7,7 +7,7 @@ import torch.nn as nn
 from ...timm_model import Target
 from ..architectures import BUILD_ERRORS, Architecture, architecture_of, build_on_meta
 from ..differences import contradictions, differences
-from ..mapping import Mapping, tensors_under
+from ..mapping import Mapping, state_dicts
 from ..read import Checkpoint
 from ..report import few
 from .closest import is_related
@@ -16,7 +16,7 @@ from .fit import fitting_architectures
 MOST_TOKENS = 16  # a larger difference of position embeddings comes from the size of the image
 
 # Keys that tell what a file is, if it holds no weights as timm has them: part of a key, what the file is, what to do
-_OTHER_FILES: Tuple[Tuple[str, str, str], ...] = (
+_OTHER_FORMS: Tuple[Tuple[str, str, str], ...] = (
     ('_flat_param', 'sharded weights of FSDP',
      'Save it again with a full state dict (StateDictType.FULL_STATE_DICT), or merge its parts with '
      '`accelerate merge-weights`.'),
@@ -36,7 +36,7 @@ def explain(target: Target, checkpoint: Checkpoint, mapping: Mapping, checkpoint
         mapping: The reading of the file that shares most names with the model.
         checkpoint_key: As for `load_checkpoint`.
     """
-    other = _other_file(checkpoint, target, mapping)
+    other = _divided(checkpoint, target, mapping) or other_form(checkpoint, target)
     if other:
         return other
     own = architecture_of(target.model)
@@ -111,22 +111,29 @@ def _beyond(architecture: Architecture, checkpoint: Checkpoint) -> str:
     return ''.join(f' {text}' for text in found)
 
 
-def _other_file(checkpoint: Checkpoint, target: Target, mapping: Mapping) -> str:
-    """Error for a file whose weights are elsewhere or in another form, '' if it is no such file."""
-    empty = [name for name, shape in mapping.wrong_shape.items() if 0 in shape]
-    start = f'Expected the weights of {type(target.model).__name__} in {checkpoint.source!r}'
-    if 2 * len(empty) > len(target.backbone):
-        return (
-            f'{start}, its tensors at {mapping.label} are empty ({len(empty)} of {len(target.backbone)}): the weights '
-            'are divided among the files of several processes, as by ZeRO stage 3 of DeepSpeed. Join them with the '
-            'script that DeepSpeed writes beside them (python zero_to_fp32.py . OUTPUT) and load what it writes.'
-        )
-    source = tensors_under(mapping, checkpoint.tree)
-    for part, what, fix in _OTHER_FILES:
-        names = [name for name in source if part in name]
+def other_form(checkpoint: Checkpoint, target: Target) -> str:
+    """Error for a file whose weights have another form than in a network, '' if it is no such file."""
+    for part, what, fix in _OTHER_FORMS:
+        names = [name for _, tensors in state_dicts(checkpoint.tree) for name in tensors if part in name]
         if names:
-            return f'{start}, got {what} ({few(names)}). {fix}'
+            return (
+                f'Expected the weights of {type(target.model).__name__} in {checkpoint.source!r}, got {what} '
+                f'({few(names)}). {fix}'
+            )
     return ''
+
+
+def _divided(checkpoint: Checkpoint, target: Target, mapping: Mapping) -> str:
+    """Error for a file whose tensors are empty, since other files have their values. '' if it is no such file."""
+    empty = [name for name, shape in mapping.wrong_shape.items() if 0 in shape]
+    if 2 * len(empty) <= len(target.backbone):
+        return ''
+    return (
+        f'Expected the weights of {type(target.model).__name__} in {checkpoint.source!r}, its tensors at '
+        f'{mapping.label} are empty ({len(empty)} of {len(target.backbone)}): the weights are divided among the files '
+        'of several processes, as by ZeRO stage 3 of DeepSpeed. Join them with the script that DeepSpeed writes beside '
+        'them (python zero_to_fp32.py . OUTPUT) and load what it writes.'
+    )
 
 
 def _explain_foreign(target: Target, checkpoint: Checkpoint, mapping: Mapping, checkpoint_key: Optional[str]) -> str:

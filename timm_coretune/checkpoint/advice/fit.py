@@ -9,8 +9,8 @@ from typing import List, NamedTuple, Optional, Tuple
 
 from timm.models import list_models
 
-from ...timm_model import Target, create_target
-from ..architectures import BUILD_ERRORS, Architecture, build_on_meta, candidates, fitting_models
+from ...timm_model import Target
+from ..architectures import BUILD_ERRORS, Architecture, candidates, fitting_models, target_of
 from ..differences import contradictions, other_activation, trained_num_heads
 from ..mapping import Mapping, search, state_dicts, tensors_under
 from ..read import Checkpoint
@@ -101,7 +101,7 @@ def _best(
 def _attempt(architecture: Architecture, checkpoint: Checkpoint, checkpoint_key: Optional[str]) -> Optional[_Attempt]:
     """Build a model and compare it with a checkpoint. None if it cannot be built, or shares few names with it."""
     try:
-        target = create_target(build_on_meta(architecture))
+        target = target_of(architecture)
     except BUILD_ERRORS:
         return None
     mappings = search(target, checkpoint.tree, checkpoint_key)
