@@ -188,7 +188,7 @@ CALLS = [
     (CONVNEXT, dict(in_chans=13, kernel_sizes=5, patch_size=2)),
     (CONVNEXT, dict(depths=(2, 2, 3, 2), dims=(16, 24, 32, 40), use_grn=True)),
     ('convnextv2_atto', dict(ls_init_value=1e-6, use_grn=False, conv_bias=False)),
-    ('resnet18', dict(in_chans=13)),
+    ('test_resnet', dict(in_chans=13)),
     ('resnet18', dict(stem_type='deep_tiered', stem_width=32, avg_down=True, in_chans=5)),
     ('resnet18', dict(block_args=dict(attn_layer='se'))),
     ('resnet50', dict(layers=(1, 1, 2, 1), cardinality=32, base_width=8)),
@@ -231,6 +231,12 @@ def test_another_size_of_a_family_is_found_by_its_digits(save):
     load_checkpoint(eval(call), file)
 
 
+def test_the_heads_of_another_size_are_those_of_that_size(save):
+    file = save(timm.create_model('vit_small_patch16_224', num_classes=0, in_chans=13, weight_init='skip').state_dict())
+    call, _ = advised(refusal(timm.create_model('vit_tiny_patch16_224', num_classes=0, num_heads=3), file))
+    assert call == "timm.create_model('vit_small_patch16_224', in_chans=13)"
+
+
 def test_the_number_of_heads_is_said_to_be_assumed(save):
     file = save(create(embed_dim=96, num_heads=6, in_chans=4).state_dict())
     message = refusal(create(), file)
@@ -238,6 +244,22 @@ def test_the_number_of_heads_is_said_to_be_assumed(save):
     assert 'no shape shows the number of attention heads' in message
     with pytest.raises(ValueError, match='no shape shows the number of attention heads.*--model'):
         inspect_checkpoint(file)
+
+
+def test_what_a_config_tells_is_in_the_call(tmp_path):
+    transformers = pytest.importorskip('transformers', reason="needs the 'test-formats' extra")
+    size = dict(hidden_size=48, num_hidden_layers=3, num_attention_heads=2, intermediate_size=96, image_size=32)
+    config = transformers.ViTConfig(**size, layer_norm_eps=1e-6, hidden_act='relu', num_channels=4)
+    trained = randomized(transformers.ViTModel(config).eval())
+    trained.save_pretrained(tmp_path)
+    call, _ = advised(refusal(create(), str(tmp_path)))
+    assert 'num_heads=2' in call
+    assert "act_layer='relu'" in call
+    model = eval(call)
+    load_checkpoint(model, tmp_path)
+    image = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (model.eval().forward_features(image) - trained(image).last_hidden_state).abs().max() < 1e-5
 
 
 def test_the_flags_of_the_answer_create_the_model_in_training(save):

@@ -90,7 +90,7 @@ def parameters_of(model: nn.Module) -> FrozenSet[str]:
 
 
 def shown_arguments(reading: Reading) -> Change:
-    """Arguments of the model that differ from what the file shows. None if there is no difference, or none is shown."""
+    """Arguments of the model that differ from what the file shows, none if nothing differs or nothing is shown."""
     model = reading.target.model
     file, built = read_facts(reading.shapes), read_facts(reading.target.shapes)
     found: Arguments = _channels(reading)

@@ -14,7 +14,7 @@ from ..architectures import BUILD_ERRORS, Architecture, candidates, fitting_mode
 from ..differences import contradictions, other_activation, trained_num_heads
 from ..mapping import Mapping, search, state_dicts, tensors_under
 from ..read import Checkpoint
-from .arguments import RESIZABLE, Change, Reading, shown_arguments
+from .arguments import RESIZABLE, Arguments, Change, Reading, shown_arguments
 from .closest import closest, is_related
 
 ROUNDS = 5  # times that a model is built again, as some arguments show only once others are right
@@ -64,12 +64,20 @@ def fitting_architectures(
     mine = _attempt(own, checkpoint, checkpoint_key) if own else None
     best = _finish(mine, checkpoint, checkpoint_key) if mine and _cost(mine) < (False, OTHER_MODEL + 2) else None
     if best is None:
-        others = [Architecture(a.name, {**given, **a.arguments}) for a in candidates(checkpoint)]
+        listed = candidates(checkpoint)
+        others = [Architecture(a.name, {**_of_any_size(given), **a.arguments}) for a in listed]
+        if 'embed_dim' in given:  # a network of its own size, which another architecture can have too
+            others += [Architecture(a.name, {**given, **a.arguments}) for a in listed]
         best = _best(mine, others, checkpoint, checkpoint_key)
     if best is None and own is not None:
-        siblings = [Architecture(name, given) for name in _siblings(own.name)]
+        siblings = [Architecture(name, _of_any_size(given)) for name in _siblings(own.name)]
         best = _best(None, siblings, checkpoint, checkpoint_key)
     return [best] if best else []
+
+
+def _of_any_size(arguments: Arguments) -> Arguments:
+    """Arguments without those that belong to the size of one network, such as its number of heads."""
+    return {key: value for key, value in arguments.items() if key not in (*_SIZES, 'num_heads', 'mlp_ratio')}
 
 
 def adapt(architecture: Architecture, checkpoint: Checkpoint, checkpoint_key: Optional[str]) -> Optional[Architecture]:
