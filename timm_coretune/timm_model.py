@@ -38,8 +38,8 @@ def get_classifiers(model: nn.Module) -> List[nn.Module]:
 
     Most timm models have one classifier, some have several. The list is empty for a model without one.
     """
-    if not getattr(model, 'num_classes', 0):
-        return []
+    if not getattr(model, 'num_classes', 0) or not hasattr(model, 'get_classifier'):
+        return []  # networks of other libraries have num_classes too
     found = cast(_HasClassifier, model).get_classifier()
     classifiers = found if isinstance(found, (tuple, list, nn.ModuleList)) else [found]
     return [classifier for classifier in classifiers if isinstance(classifier, nn.Module)]

@@ -11,7 +11,7 @@ from typing import List, Optional
 from timm.models import create_model
 from timm.utils.misc import ParseKwargs
 
-from ..redaction import python_path, redacted_output
+from ..redaction import redacted_output
 from .load import convert_checkpoint, inspect_checkpoint
 from .report import CheckpointReport
 
@@ -75,11 +75,8 @@ def run(arguments: Optional[List[str]] = None) -> CheckpointReport:
         print(report)
         return report
     report = convert_checkpoint(args.source, args.destination, model, args.checkpoint_key, args.allow_differences)
-    name, *kwargs = report.architecture.split(', ')
-    kwargs += [f'{key}={value!r}' for key, value in args.model_kwargs.items()]
     print(report)
-    call = ', '.join([repr(name), 'num_classes=0', *kwargs, f'checkpoint_path={python_path(args.destination)}'])
-    print(f'{"load it":13}timm.create_model({call})')
+    print(f'{"load it":13}{report.call(args.destination, num_classes=0)}')
     return report
 
 

@@ -57,10 +57,22 @@ def _vision(config: Configs) -> Dict[str, Any]:
     return _section(config, 'config.json', 'vision_config') or _section(config, 'config.json')
 
 
-def _num_heads(model: nn.Module) -> int:
-    """Number of attention heads of a ViT, 0 for other models."""
+def first_num_heads(model: nn.Module) -> int:
+    """Number of attention heads of the first block of a ViT, 0 for other models."""
     block = next(iter(getattr(model, 'blocks', ())), None)
     return getattr(getattr(block, 'attn', None), 'num_heads', 0)
+
+
+def trained_num_heads(mapping: Mapping, width: int, config: Configs) -> Optional[int]:
+    """Number of attention heads that a config or the format of the file tells, None if neither does.
+
+    Args:
+        mapping: The file.
+        width: Width of the ViT.
+        config: Contents of the JSON files beside the weights, by file name.
+    """
+    heads = _vision(config).get('num_attention_heads') or dict(mapping.rule.heads).get(width)
+    return heads if isinstance(heads, int) else None
 
 
 def _is_quick_gelu(model: nn.Module) -> bool:
@@ -74,10 +86,9 @@ def contradictions(mapping: Mapping, model: nn.Module, config: Configs) -> List[
     Such a model would load without complaint, but compute something else than the pretrained network.
     """
     found = []
-    heads = _num_heads(model)
-    width = getattr(model, 'embed_dim', 0)
-    trained_heads = _vision(config).get('num_attention_heads') or dict(mapping.rule.heads).get(width)
-    if heads and isinstance(trained_heads, int) and trained_heads != heads:
+    heads = first_num_heads(model)
+    trained_heads = trained_num_heads(mapping, getattr(model, 'embed_dim', 0), config)
+    if heads and trained_heads and trained_heads != heads:
         found.append(
             f'The network was trained with {trained_heads} attention heads, this model has {heads}: create it with '
             f'num_heads={trained_heads} (train.py: --model-kwargs num_heads={trained_heads}).'
@@ -106,6 +117,18 @@ def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Optional[bool
     if open_clip:
         return bool(open_clip.get('quick_gelu'))
     return mapping.rule.quick_gelu
+
+
+def other_activation(mapping: Mapping, model: nn.Module, config: Configs) -> Optional[str]:
+    """timm's name of the activation that the network was trained with, None if the model has it or nothing tells."""
+    quick_gelu = _trained_with_quick_gelu(mapping, config)
+    if quick_gelu is not None and quick_gelu != _is_quick_gelu(model):
+        return 'quick_gelu' if quick_gelu else 'gelu'
+    vision = _vision(config)
+    if not isinstance(vision.get('hidden_act'), str) or vision.get('use_swiglu_ffn'):
+        return None
+    timm_name, activation = _ACTIVATIONS.get(vision['hidden_act'], (None, None))
+    return timm_name if activation is not None and _differs(activation, model) else None
 
 
 @reads_configs

@@ -19,7 +19,8 @@ from ..listing import clip
 from ..redaction import split_url
 from ..run_folder import CONFIG_NAME, Description
 from ..timm_model import create_target
-from .architectures import build_on_meta, candidates, fitting_models
+from .advice.fit import fitting_architectures
+from .architectures import Architecture, architecture_of, build_on_meta, candidates
 from .plan import Plan, make_plan
 from .pretraining import average_frames, write_data_config
 from .read import Checkpoint, read_files
@@ -235,19 +236,27 @@ def _plan(
                 f'Expected a model to read the JAX archive {checkpoint.source!r} for, got none. '
                 'Give the timm model (--model NAME).'
             )
-        found = fitting_models(checkpoint, 1, checkpoint_key)
+        found = fitting_architectures(checkpoint, 1, checkpoint_key)
         if not found:
-            tried = '; '.join(candidates(checkpoint)) or 'its keys look like no known family'
+            tried = '; '.join(map(str, candidates(checkpoint))) or 'its keys look like no known family'
             raise ValueError(
-                f'Expected a network that timm has in {checkpoint.source!r}, none of those tried fits ({tried}). '
+                f'Expected a network that timm has in {checkpoint.source!r}, none of those tried fits ({tried}), nor '
+                'does any of them with the arguments that the shapes show. '
                 'Give the model (--model NAME --model-kwargs KEY=VALUE ...) to see what is missing.'
             )
-        architecture, model = found[0], build_on_meta(found[0])
+        architecture = found[0]
+        if architecture.assumed:
+            raise ValueError(
+                f'Expected a network that timm has in {checkpoint.source!r}. It may be {architecture.call}, but '
+                f'{architecture.assumed}. Give the model with the right number: {architecture.flags}.'
+            )
+        model = build_on_meta(architecture)
     else:
-        architecture = (getattr(model, 'pretrained_cfg', None) or {}).get('architecture', type(model).__name__)
+        architecture = architecture_of(model) or Architecture(type(model).__name__, {})
         if checkpoint.kind == 'npz':
             checkpoint = read_npz(model, checkpoint)
     plan = make_plan(
         create_target(model), checkpoint, checkpoint_key=checkpoint_key, allow_differences=allow_differences
     )
-    return plan._replace(report=dataclasses.replace(plan.report, architecture=architecture)), model
+    report = dataclasses.replace(plan.report, architecture=str(architecture), model_args=dict(architecture.arguments))
+    return plan._replace(report=report), model

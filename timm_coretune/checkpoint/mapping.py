@@ -4,6 +4,8 @@ The known formats of `rules.py` are tried first, then all prefixes of the keys. 
 the file under the names that they have in the model. The model is not changed.
 """
 
+import contextlib
+import io
 import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -14,7 +16,7 @@ from ..timm_model import Target
 from .names.copies import choose_copy
 from .read import walk
 from .renames import apply_rename, renames_for
-from .rules import BLOCKS, RULES, WRAPPERS, Rule
+from .rules import BLOCKS, HEADS, RULES, WRAPPERS, Rule
 
 Tensors = Dict[str, torch.Tensor]
 
@@ -28,6 +30,7 @@ _PROJECTIONS = ('proj.weight', 'projection.weight', 'conv1.weight', 'patch_embed
 
 _WRAPPER = re.compile(rf'(^|(?<=\.))({"|".join(WRAPPERS)})\.')
 _BLOCK = re.compile(BLOCKS)
+_HEAD = re.compile(HEADS)
 
 
 class Mapping(NamedTuple):
@@ -43,6 +46,8 @@ class Mapping(NamedTuple):
         wrong_shape: Shape in the file of each missing tensor that the file has in another shape.
         left_over: Names under the prefix that the model does not have.
         blocks: Names left over that belong to blocks of the network, not to a head: the file has another network.
+        named: All tensors under the prefix by their new names, in the shapes of the file.
+        unread: Names of tensors on which timm's filter fails. A file with such a tensor is never complete.
     """
 
     container: str
@@ -54,11 +59,19 @@ class Mapping(NamedTuple):
     wrong_shape: Dict[str, Tuple[int, ...]]
     left_over: Tuple[str, ...]
     blocks: Tuple[str, ...]
+    named: Tensors
+    unread: Tuple[str, ...] = ()
 
     @property
     def complete(self) -> bool:
         """Whether the file fills the whole backbone, and the model has all blocks of the file."""
-        return not self.missing and not self.blocks
+        return not self.missing and not self.blocks and not self.unread
+
+    @property
+    def surplus(self) -> Tuple[str, ...]:
+        """Names left over that belong to no known head: blocks, tokens, norms and whatever else the model lacks."""
+        blocks = set(self.blocks)
+        return tuple(name for name in self.left_over if name in blocks or not _HEAD.match(name))
 
     @property
     def label(self) -> str:
@@ -101,6 +114,11 @@ def strip(tensors: Tensors, prefix: str) -> Tensors:
     return {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
+def tensors_under(mapping: Mapping, tree: Dict[str, Any]) -> Tensors:
+    """Tensors of a backbone by their names in the file, without the prefix."""
+    return strip(dict(state_dicts(tree)).get(mapping.container, {}), mapping.prefix)
+
+
 def _fit(target: Target, tensors: Tensors) -> Tuple[Tensors, Dict[str, Tuple[int, ...]]]:
     """Tensors that fit the model, in its shapes, and the shapes of those of the backbone that do not fit."""
     fitting, wrong_shape = {}, {}
@@ -132,12 +150,13 @@ def _is_huge_patch(name: str, tensor: torch.Tensor) -> bool:
     return is_projection and tensor.shape[-2] * tensor.shape[-1] > MAX_PATCH**2
 
 
-def _filtered(target: Target, tensors: Tensors) -> Optional[Tensors]:
+def apply_filter(target: Target, tensors: Tensors) -> Optional[Tensors]:
     """Apply timm's `checkpoint_filter_fn` of this architecture. None if there is no filter or it fails."""
     if target.filter_fn is None or any(_is_huge_patch(name, tensor) for name, tensor in tensors.items()):
         return None
     try:
-        return dict(target.filter_fn(dict(tensors), target.model))
+        with contextlib.redirect_stdout(io.StringIO()):  # that of EVA prints which parameters a model lacks
+            return dict(target.filter_fn(dict(tensors), target.model))
     except Exception:  # a filter expects a file of its architecture, and fails in many ways on other files
         return None
 
@@ -148,39 +167,57 @@ def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
         renamed = apply_rename(rename, tensors) if rename else tensors
         names = rename.name if rename else ''
         yield names, renamed
-        filtered = _filtered(target, renamed)
+        filtered = apply_filter(target, renamed)
         if filtered is not None:
             yield ', '.join(filter(None, (names, "timm's filter"))), filtered
 
 
+def fit_names(
+    target: Target, container: str, prefix: str, rule: Rule, names: str, tensors: Tensors, unread: Tuple[str, ...] = ()
+) -> Mapping:
+    """Compare the tensors of a file with those of a model that have the same names.
+
+    Args:
+        target: The tensors of the model.
+        container: As in Mapping.
+        prefix: As in Mapping.
+        rule: As in Mapping.
+        names: As in Mapping.
+        tensors: Tensors under the prefix by their new names.
+        unread: As in Mapping.
+    """
+    fitting, wrong_shape = _fit(target, tensors)
+    left_over = sorted(tensors.keys() - target.shapes.keys())
+    return Mapping(
+        container,
+        prefix,
+        rule,
+        names,
+        fitting,
+        tuple(sorted(target.backbone - fitting.keys())),
+        wrong_shape,
+        tuple(left_over),
+        tuple(name for name in left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked')),
+        tensors,
+        unread,
+    )
+
+
 def read_names(target: Target, container: str, prefix: str, tensors: Tensors, rule: Rule) -> Mapping:
     """Name the tensors under a prefix in the way that fills most of the model."""
-
-    def mapping(names: str, candidate: Tensors) -> Mapping:
-        fitting, wrong_shape = _fit(target, candidate)
-        left_over = sorted(candidate.keys() - target.shapes.keys())
-        return Mapping(
-            container,
-            prefix,
-            rule,
-            names,
-            fitting,
-            tuple(sorted(target.backbone - fitting.keys())),
-            wrong_shape,
-            tuple(left_over),
-            tuple(name for name in left_over if _BLOCK.match(name) and not name.endswith('num_batches_tracked')),
-        )
-
     namings = _namings(target, strip(tensors, prefix))
-    best = mapping(*next(namings))
+    best = fit_names(target, container, prefix, rule, *next(namings))
     while not best.complete and (naming := next(namings, None)) is not None:
-        best = max(best, mapping(*naming), key=rank)
+        best = max(best, fit_names(target, container, prefix, rule, *naming), key=rank)
     return best
 
 
 def rank(mapping: Mapping) -> Tuple[int, int]:
-    """Key to sort mappings by: more of the model filled is better, then fewer blocks left over."""
-    return -len(mapping.missing), -len(mapping.blocks)
+    """Key to sort mappings by: more tensors with a name of the model are better, then fewer blocks left over.
+
+    A tensor that has the right shape too counts twice.
+    """
+    return len(mapping.wrong_shape) - 2 * len(mapping.missing), -len(mapping.blocks)
 
 
 def prefixes(target: Target, tensors: Tensors) -> List[str]:

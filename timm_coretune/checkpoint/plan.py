@@ -8,9 +8,10 @@ import torch
 
 from ..listing import clip
 from ..timm_model import Target
-from .architectures import fitting_models
+from .advice.closest import closest
+from .advice.explain import explain, is_most, other_form
 from .differences import contradictions, differences, unknowns
-from .mapping import Mapping, search, state_dicts, strip
+from .mapping import Mapping, search, state_dicts, tensors_under
 from .pretraining import data_config, other_windows, resampled_patches, several_frames
 from .read import Checkpoint
 from .report import CheckpointReport, few
@@ -52,10 +53,10 @@ def make_plan(
             finite.
     """
     mapping = _choose(target, checkpoint, checkpoint_key)
-    source = _source(checkpoint, mapping)
+    source = tensors_under(mapping, checkpoint.tree)
     notes = (*unknowns(mapping, target.model, checkpoint.config), *resampled_patches(target.model, source))
     frames = several_frames(target.model, source, checkpoint.config)
-    missing = [] if mapping.complete else [_explain(target, checkpoint, mapping)]
+    missing = [] if mapping.complete else [explain(target, checkpoint, mapping, checkpoint_key)]
     different = contradictions(mapping, target.model, checkpoint.config)
     if mapping.complete:
         compared = differences(target.model, checkpoint.config)
@@ -66,8 +67,10 @@ def make_plan(
     refused = [*frames, *missing, *different]
     if refused:
         # a file with less than half of the network has another network
-        partial_allowed = allow_partial and 2 * len(mapping.missing) <= len(target.backbone)
-        if frames or (missing and not partial_allowed) or not (allow_partial or allow_differences):
+        partial_allowed = allow_partial and is_most(target, mapping)
+        if missing and not partial_allowed:
+            raise ValueError(' '.join([*frames, *missing]))  # the advice in it covers what differs
+        if frames or not (allow_partial or allow_differences):
             raise ValueError(' '.join(refused if missing else [*refused, f'This is about {checkpoint.source!r}.']))
         notes = (' '.join(refused), *notes)
     has_classifier = bool(load_classifier and target.classifier and target.classifier <= mapping.tensors.keys())
@@ -82,6 +85,8 @@ def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str
     """Map a file onto a model, and refuse a file that could be read in no way or in several ways."""
     _refuse_known(checkpoint, target)
     mappings = search(target, checkpoint.tree, checkpoint_key)
+    if not mappings or not mappings[0].complete:
+        mappings = closest(target, checkpoint.tree, checkpoint_key, mappings)
     if not mappings:
         dicts = [f'{path or "top"} ({len(tensors)} tensors)' for path, tensors in state_dicts(checkpoint.tree)]
         if checkpoint_key:
@@ -90,8 +95,9 @@ def _choose(target: Target, checkpoint: Checkpoint, checkpoint_key: Optional[str
                 f'{few(dicts) if dicts else "no state dict"} and no such prefix with enough tensors.'
             )
         raise ValueError(
-            f'Expected tensors by name in {checkpoint.source!r}, enough for a {type(target.model).__name__}, found '
-            f'{few(dicts) if dicts else f"only {few(checkpoint.tree)}"}.'
+            other_form(checkpoint, target)
+            or f'Expected tensors by name in {checkpoint.source!r}, enough for a {type(target.model).__name__}, found '
+            f'{few(dicts) if dicts else f"only {few(map(str, checkpoint.tree))}"}.'
         )
     if len(mappings) > 1:
         raise ValueError(
@@ -117,31 +123,6 @@ def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
                         f'Expected a network that timm has in {checkpoint.source!r}, got {refusal.what} '
                         f'({clip(key)}). {refusal.why}'
                     )
-
-
-def _source(checkpoint: Checkpoint, mapping: Mapping) -> Dict[str, torch.Tensor]:
-    """Tensors of the backbone by their names in the file, without the prefix."""
-    container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
-    return strip(container, mapping.prefix)
-
-
-def _explain(target: Target, checkpoint: Checkpoint, mapping: Mapping) -> str:
-    """Error message for a file that does not fit: what is missing, and which timm models the file would fit."""
-    shapes = [f'{name} {shape} for {tuple(target.shapes[name])}' for name, shape in mapping.wrong_shape.items()]
-    names = fitting_models(checkpoint, most=3)
-    fix = (
-        f'It fits {" or ".join(names)}: pass that as the model (train.py: --model).'
-        if names
-        else 'None of the timm models tried fits it.'
-    )
-    return (
-        f'Expected all {len(target.backbone)} backbone tensors of {type(target.model).__name__} in '
-        f'{checkpoint.source!r}, read as {mapping.rule.method} at {clip(mapping.label)}: '
-        f'{len(mapping.missing)} are missing ({few(mapping.missing)}), of these {len(shapes)} have another shape '
-        f'({few(shapes)}); {len(mapping.blocks)} of the file have no place in the model ({few(mapping.blocks)}). '
-        f'The model must be the architecture that was pretrained. {fix} '
-        'allow_partial (--allow-partial) loads what fits, if that is most of the backbone.'
-    )
 
 
 def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], target: Target) -> None:
@@ -184,7 +165,7 @@ def _report(
 ) -> CheckpointReport:
     """Report what a mapping takes from the checkpoint and what it leaves there."""
     container = next((t for path, t in state_dicts(checkpoint.tree) if path == mapping.container), {})
-    source = _source(checkpoint, mapping)
+    source = tensors_under(mapping, checkpoint.tree)
     storages = {tensor.untyped_storage().data_ptr() for tensor in source.values()}
     outside = [key for key in container if not key.startswith(mapping.prefix)]
     blocks = set(mapping.blocks)

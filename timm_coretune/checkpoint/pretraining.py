@@ -7,6 +7,7 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
+from timm.layers import to_2tuple
 
 from ..run_folder import CONFIG_NAME, PREPROCESSING, check_normalization
 from .mapping import Mapping
@@ -18,9 +19,10 @@ _POSITIONS = (
     'pos_embed', 'pos_embedding', 'positional_embedding', 'position_embeddings', 'position_embedding',
     'position_embedding.weight',
 )  # fmt: skip
+# a convolution inside a numbered block embeds no patches
 _PATCHES = re.compile(
     r'(^|\.)(patch_embed|patch_embed\.proj|patch_embed\.projection|patch_embeddings|patch_embeddings\.projection|'
-    r'patch_embedding|conv_proj|conv1)\.weight$'
+    r'patch_embedding|conv_proj)\.weight$|^(?!.*\.\d+\.)(.*\.)?conv1\.weight$'
 )
 
 
@@ -80,13 +82,12 @@ def trained_size(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> int
 
     Returns 0 if the file has none, or if the embeddings do not form a square.
     """
-    built = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
-    patch_size = trained_patch_size(file_tensors) or built
+    patch_size = trained_patch_size(file_tensors) or built_patch_size(model)
     side = trained_grid(file_tensors)
     return side * patch_size[0] if patch_size and side else 0
 
 
-def _tokens(file_tensors: Dict[str, torch.Tensor]) -> int:
+def position_count(file_tensors: Dict[str, torch.Tensor]) -> int:
     """Number of position embeddings in the file, 0 if it has none."""
     found = (t.shape[-2] for key, t in file_tensors.items() if key.endswith(_POSITIONS) and t.ndim in (2, 3))
     return next(found, 0)
@@ -98,7 +99,7 @@ def _is_square(number: float) -> bool:
 
 def trained_grid(file_tensors: Dict[str, torch.Tensor]) -> int:
     """Number of patches along a side of the pretraining images, 0 if the file does not tell."""
-    tokens = _tokens(file_tensors)
+    tokens = position_count(file_tensors)
     for extra in (1, 0, 2):  # tokens beside the patches: class token; none; class and distillation token
         side = round((tokens - extra) ** 0.5) if tokens > extra else 0
         if side and side * side == tokens - extra:
@@ -117,6 +118,12 @@ def trained_patch_size(file_tensors: Dict[str, torch.Tensor]) -> Optional[Tuple[
     return None if projection is None else (projection.shape[-2], projection.shape[-1])
 
 
+def built_patch_size(model: nn.Module) -> Optional[Tuple[int, int]]:
+    """Height and width of a patch of a model, None if it has no patches."""
+    size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None)
+    return to_2tuple(size) if size else None
+
+
 def _num_frames(config: Any) -> Optional[int]:
     """Number of frames that a config.json names at its top or in one of its sections, None if it names none."""
     sections = [config, *config.values()] if isinstance(config, dict) else []
@@ -132,7 +139,7 @@ def several_frames(model: nn.Module, file_tensors: Dict[str, torch.Tensor], conf
     if projection is None or projection.ndim != 5 or not grid:
         return []
     num_frames = _num_frames(config.get(CONFIG_NAME))
-    tokens = _tokens(file_tensors)
+    tokens = position_count(file_tensors)
     is_one = tokens - grid[0] * grid[1] in (0, 1, 2) or not tokens  # beside the patches: class, distillation token
     if projection.shape[2] == 1 and (num_frames == 1 or (num_frames is None and is_one)):
         return []
@@ -199,15 +206,14 @@ def average_frames(tree: Dict[str, Any], frames: int) -> Dict[str, Any]:
 
 def resampled_patches(model: nn.Module, file_tensors: Dict[str, torch.Tensor]) -> List[str]:
     """Note about patches of another size than those of the model: the projection computes other values then."""
-    patch_embed = getattr(model, 'patch_embed', None)
-    built, trained = getattr(patch_embed, 'patch_size', None), trained_patch_size(file_tensors)
-    if not built or trained is None or tuple(built) == trained:
+    built, trained = built_patch_size(model), trained_patch_size(file_tensors)
+    if not built or trained is None or built == trained:
         return []
     note = (
         f'pretrained with patches of {trained[0]} px, the model has patches of {built[0]} px: the patch projection is '
         'resampled'
     )
-    side, grid = trained_grid(file_tensors), getattr(patch_embed, 'grid_size', None)
+    side, grid = trained_grid(file_tensors), getattr(model.patch_embed, 'grid_size', None)
     if side and grid and tuple(grid) != (side, side):
         note += f', and position embeddings are resized from {side} x {side} to {grid[0]} x {grid[1]}'
     return [f'{note}. --model-kwargs patch_size={trained[0]} avoids that']

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Mapping, Tuple
 
 from ..listing import shorten
+from ..redaction import python_path
 
 
 def few(names: Iterable[str], most: int = 5) -> str:
@@ -21,6 +22,14 @@ def by_head(names: Iterable[str]) -> str:
     """Count names by their part before the first dot, as text."""
     counts = Counter(name.partition('.')[0] for name in names)
     return few((f'{head} ({n})' for head, n in counts.items()), 20)
+
+
+def create_call(name: str, arguments: Dict[str, Any], checkpoint_path: str = '') -> str:
+    """The Python call that creates a timm model, and loads a file if there is one."""
+    words = [repr(name), *(f'{key}={value!r}' for key, value in arguments.items())]
+    if checkpoint_path:
+        words.append(f'checkpoint_path={python_path(checkpoint_path)}')
+    return f'timm.create_model({", ".join(words)})'
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,7 @@ class CheckpointReport:
         described_by: This config.json, '' if there is none.
         notes: Notes for the user.
         architecture: timm model and its arguments, '' if the report is of `load_checkpoint`.
+        model_args: Arguments of the timm model, empty if the report is of `load_checkpoint`.
     """
 
     source: str
@@ -76,11 +86,22 @@ class CheckpointReport:
     architecture: str = ''
     described_by: str = ''
     left_out: Dict[str, int] = field(default_factory=dict)
+    model_args: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def matched(self) -> int:
         """Number of tensors of the backbone that the file fills."""
         return self.total - len([name for name in self.missing if not name.startswith('fc_norm.')])
+
+    def call(self, checkpoint_path: str = '', **more: Any) -> str:
+        """The Python call that creates the timm model, '' if the report is of `load_checkpoint`.
+
+        Args:
+            checkpoint_path: File that the call loads, '' for none.
+            more: Further arguments, which are written first.
+        """
+        name = self.architecture.partition(',')[0]
+        return create_call(name, {**more, **self.model_args}, checkpoint_path) if name else ''
 
     @property
     def place(self) -> str:
@@ -103,6 +124,7 @@ class CheckpointReport:
             ('method', self.method),
             ('copy', f'{self.copy} at {self.place}: {self.why}'),
             ('architecture', self.architecture),
+            ('create it', self.call()),
             ('coverage', f'{self.matched} of {self.total} backbone tensors'),
             ('classifier', 'in the file' if self.classifier else ''),
             ('names', self.names),

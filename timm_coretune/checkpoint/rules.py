@@ -185,10 +185,10 @@ HEADS = (
     r'|.*(num_batches_tracked|relative_position_index|relative_coords_table|attn_mask)$'
     r'|.*(position_ids|rope_embed\.periods|bias_mask)$'
 )
-# Names that must not be left over: parts of the network that the model does not have
+# Names that must not be left over: blocks, tokens and positions of the network that the model does not have
 BLOCKS = (
-    r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages|s\d+\.b\d+|rel_pos_bias)\.'
-    r'|(dist|reg)_token$'
+    r'(layer\d+|blocks|stages|layers|encoder\.layers?|encoder\.stages|s\d+\.b\d+|rel_pos_bias|norm_pre)\.'
+    r'|(cls|dist|reg)_token$|pos_embed$'
 )
 
 

@@ -68,8 +68,9 @@ def create_backbone(
     if twice:
         raise ValueError(f'--model-kwargs: {", ".join(twice)} has a flag of its own. Use that in its place.')
     with asked_by('--model, --model-kwargs and other flags of the model'):
-        for_size = size_arguments(settings.model, settings.model_kwargs, data, resizes=not whole)
-        model: Any = create_model(settings.model, **by_flags, **{**settings.model_kwargs, **for_size})
+        kwargs = {**by_flags, **settings.model_kwargs}
+        for_size = size_arguments(settings.model, kwargs, data, resizes=not whole)
+        model: Any = create_model(settings.model, **{**kwargs, **for_size})
     if settings.pretrained_path:
         load_checkpoint(
             model,
