@@ -13,7 +13,8 @@ PACKAGE = 'timm_coretune'
 ROOT = Path(timm_coretune.__file__).parent
 # A room or module imports from those above it in this list, or from its own room.
 TIERS = [
-    ('version', 'atomic', 'checks', 'distributed', 'listing', 'redaction'),
+    ('version', 'atomic', 'checks', 'distributed', 'redaction'),
+    ('model_config',),
     ('run_folder', 'timm_model', 'data'),
     ('mining', 'evaluation'),
     ('mixup',),

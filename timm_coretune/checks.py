@@ -1,9 +1,11 @@
-"""Checks of arguments, with error messages that say what was expected, what came, and the likely fix"""
+"""Checks of arguments. Their errors say what was expected, what came, and the likely fix, and cut foreign names"""
 
-from typing import Optional
+from typing import Optional, Sequence
 
 import torch
 from torch._C import _functorch
+
+MAX_NAME = 150  # characters of one name in a message; a foreign file may have keys of any length
 
 
 def wrong_classes(target: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
@@ -106,3 +108,16 @@ def check_not_recomputed() -> None:
             'prepared = criterion.prepare(len(features), features.device) in front of it, and '
             'criterion.compute(features, logits, target, *prepared) inside.'
         )
+
+
+def clip(text: str, count: int = MAX_NAME) -> str:
+    """A text in one line, without control characters, and with its middle left out if it is long."""
+    if len(text) > count:
+        text = f'{text[: count // 2]} ... {text[-(count // 2) :]}'
+    return ''.join(c if c.isprintable() else ' ' if c.isspace() else '?' for c in text)
+
+
+def shorten(names: Sequence[str], count: int = 5) -> str:
+    """The first names of a list, and the number of the others."""
+    shown = ', '.join(clip(str(name)) for name in names[:count])
+    return f'{shown} and {len(names) - count} more' if len(names) > count else shown

@@ -82,8 +82,8 @@ WRONG = {
     'num_classes': [0, -1, 257, 2.0, True, '4', 10**12],
     'class_names': [['a'], 'abcd', [1, 2, 3, 4], ['a', 'b', 'c', 'd' * 2000]],
     'img_size': [64, [64], [64, 0], [64, 10**6], [64.5, 64], ['64', '64'], [True, 64], [64, 64, 64]],
-    'mean': [0.5, [], ['0.5'] * 3, [float('nan')] * 3, None],
-    'std': [[0.0] * 3, [-1] * 3, [0.5], [float('inf')] * 3],
+    'mean': [0.5, [], ['0.5'] * 3, [float('nan')] * 3, [10**400] * 3, None],
+    'std': [[10**400] * 3, [0.0] * 3, [-1] * 3, [0.5], [float('inf')] * 3],
     'interpolation': ['lanczos', 2, None, {}],
     'reductions': [[], [0], ['8'], 8, [8.0], None],
     'backbone': [None, [], 'test_resnet'],
@@ -178,8 +178,9 @@ def test_a_description_that_is_no_description_at_all_is_refused(exported, text):
 def test_a_pipe_in_place_of_a_description_is_not_waited_for(exported):
     (exported / 'segmentation.json').unlink()
     os.mkfifo(exported / 'segmentation.json')
-    with pytest.raises(ValueError, match='no regular file'):
+    with pytest.raises(ValueError, match='no regular file') as error:
         load_segmentation_model(exported)
+    assert str(error.value).count(str(exported)) == 1
 
 
 def test_maps_of_another_size_are_refused(exported):

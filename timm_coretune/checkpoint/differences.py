@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from timm.layers import QuickGELU
 from timm.models import create_model, is_model
 
-from ..run_folder import CONFIG_NAME, describe_config
+from ..model_config import describe_config
+from ..run_folder import CONFIG_NAME
 from .mapping import Mapping
 from .reading.configs import reads_configs
 

@@ -15,9 +15,10 @@ import torch.nn as nn
 from safetensors.torch import save_file
 
 from ..atomic import write_whole
-from ..listing import clip
+from ..checks import clip
+from ..model_config import Description
 from ..redaction import split_url
-from ..run_folder import CONFIG_NAME, Description
+from ..run_folder import CONFIG_NAME
 from ..timm_model import create_target
 from .advice.fit import fitting_architectures
 from .architectures import Architecture, architecture_of, build_on_meta, candidates

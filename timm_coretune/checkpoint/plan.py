@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 
-from ..listing import clip
+from ..checks import clip
 from ..timm_model import Target
 from .advice.closest import closest
 from .advice.explain import explain, is_most, other_form

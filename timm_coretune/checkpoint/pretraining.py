@@ -9,7 +9,8 @@ import torch.nn as nn
 from timm.data.constants import IMAGENET_DEFAULT_MEAN
 from timm.layers import to_2tuple
 
-from ..run_folder import CONFIG_NAME, PREPROCESSING, check_normalization
+from ..model_config import PREPROCESSING, check_normalization
+from ..run_folder import CONFIG_NAME
 from .mapping import Mapping
 from .reading.configs import FILE, FOLDER, reads_configs
 from .rules import IMAGENET

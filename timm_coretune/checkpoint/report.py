@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Dict, Iterable, Mapping, Tuple
 
-from ..listing import shorten
+from ..checks import shorten
 from ..redaction import python_path
 
 

@@ -5,7 +5,7 @@ import stat
 import zipfile
 from typing import List
 
-from ..listing import clip, shorten
+from ..checks import clip, shorten
 from .reading.limits import MAX_UNPACKED, refuse
 from .reading.torch_files import PICKLE_NAME
 

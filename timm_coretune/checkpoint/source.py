@@ -7,7 +7,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
 
-from ..listing import clip
+from ..checks import clip
 from ..redaction import redact, redact_error
 from ..run_folder import BEST_STATE_NAME, BEST_WEIGHTS_NAME, CONFIG_NAME, LAST_STATE_NAME, WEIGHTS_NAME
 from .download import download

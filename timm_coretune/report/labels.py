@@ -4,7 +4,7 @@ import functools
 import logging
 from typing import Any, List, Sequence, Set, Tuple
 
-from ..listing import shorten
+from ..checks import shorten
 
 _logger = logging.getLogger(__name__)
 

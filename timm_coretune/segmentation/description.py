@@ -1,10 +1,10 @@
 """Reads segmentation.json, which may come from anyone: each field is checked before a model is built from it"""
 
-import math
 import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from ..run_folder import check_model, read_json
+from ..model_config import check_model
+from ..run_folder import read_json
 from .data.transforms import INTERPOLATIONS
 from .decoder import HEADS
 
@@ -46,7 +46,7 @@ def _is_list(value: Any, of: Callable[[Any], bool], low: int = 1, high: int = 10
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 10  # False for nan
 
 
 def _is_name(value: Any) -> bool:
@@ -62,8 +62,8 @@ _FIELDS: Dict[str, Tuple[str, Callable[[Any], bool]]] = {
         f'height and width, of 1 to {_LARGEST_SIDE} pixels',
         lambda v: _is_list(v, lambda side: _is_whole(side, 1, _LARGEST_SIDE), 2, 2),
     ),
-    'mean': ('a number for each channel', lambda v: _is_list(v, _is_number)),
-    'std': ('a number above 0 for each channel', lambda v: _is_list(v, lambda x: _is_number(x) and x > 0)),
+    'mean': ('a number from -10 to 10 for each channel', lambda v: _is_list(v, _is_number)),
+    'std': ('a number above 0, up to 10, for each channel', lambda v: _is_list(v, lambda x: _is_number(x) and x > 0)),
     'interpolation': (
         f'one of {", ".join(INTERPOLATIONS)}',
         lambda v: isinstance(v, str) and v in INTERPOLATIONS,
@@ -82,10 +82,7 @@ def read_description(path: str) -> ModelDescription:
     Raises:
         ValueError: It is no JSON, or a field is missing or not what it should be. The message names file and field.
     """
-    try:
-        config: Any = read_json(path)
-    except ValueError as e:
-        raise ValueError(f'Expected the description of a segmentation model in {path!r}: {e}.') from e
+    config = read_json(path, 'the description of a segmentation model')
     if not isinstance(config, dict):
         raise _wrong(path, 'an object', config)
     for name, (words, check) in _FIELDS.items():

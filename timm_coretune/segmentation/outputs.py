@@ -5,8 +5,8 @@ import os
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from ..atomic import create_temporary
+from ..checks import shorten
 from ..data.images import is_hidden, kind_of_file
-from ..listing import shorten
 from .data.pairs import IMAGE_EXTENSIONS
 
 _logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from timm.task import TrainingTask, load_task_ema_checkpoint
 from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
-from ..run_folder import CONFIG_NAME, PREPROCESSING
+from ..model_config import PREPROCESSING
+from ..run_folder import CONFIG_NAME
 from .cli.errors import asked_by
 from .cli.settings import DataSettings, ModelSettings, Settings
 from .image_size import size_arguments

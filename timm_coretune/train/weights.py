@@ -14,7 +14,7 @@ from timm.models import (
     split_model_name_tag,
 )
 
-from ..listing import shorten
+from ..checks import shorten
 from .cli.settings import Settings
 
 _logger = logging.getLogger(__name__)

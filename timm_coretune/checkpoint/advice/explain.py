@@ -4,7 +4,7 @@ from typing import List, Optional, Tuple
 
 import torch.nn as nn
 
-from ...listing import clip
+from ...checks import clip
 from ...timm_model import Target
 from ..architectures import BUILD_ERRORS, Architecture, architecture_of, build_on_meta
 from ..differences import contradictions, differences

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, TypeVar
 
-from ...listing import clip
-from ...run_folder import CONFIG_NAME, Description, describe_config
+from ...checks import clip
+from ...model_config import Description, describe_config
+from ...run_folder import CONFIG_NAME
 from .limits import MAX_JSON, refuse
 
 # keys for the folder that the configs are in, and for the file whose metadata is with them
@@ -44,12 +45,8 @@ def describe(configs: Configs, path: str = '') -> Optional[Description]:
     Raises:
         ValueError: The config.json is of timm, but lacks something or has values that no model has.
     """
-    file = os.path.join(configs.get(FOLDER, ''), CONFIG_NAME)
-    try:
-        return describe_config(configs.get(CONFIG_NAME), path or file)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        what = clip(str(e) if isinstance(e, ValueError) else repr(e))
-        raise ValueError(f'Expected the description of a model in {file!r}, got {what}. Get it again.') from e
+    description = describe_config(configs.get(CONFIG_NAME), os.path.join(configs.get(FOLDER, ''), CONFIG_NAME))
+    return description._replace(path=path) if description is not None and path else description
 
 
 def reads_configs(function: Callable[..., Result]) -> Callable[..., Result]:

@@ -1,6 +1,6 @@
 """What no checkpoint is larger than, and the error for a file that cannot be read"""
 
-from ...listing import clip
+from ...checks import clip
 
 MAX_TENSORS = 50_000  # in one checkpoint, over all its files; those of the known methods have less than 10,000
 MAX_KEY = 1_000  # characters of a key

@@ -6,7 +6,7 @@ from typing import Any, Dict
 
 import torch
 
-from ...listing import clip
+from ...checks import clip
 from .limits import MAX_ALL_DOTS, MAX_DEPTH, MAX_DOTS, MAX_KEY, MAX_TENSORS, refuse
 from .rebuild import Array
 from .unpickle import Placeholder

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...atomic import publish, write_text, write_whole
-from ...listing import shorten
+from ...checks import shorten
 from ..data.dataset import MAX_CLASSES, read_class_names
 from ..data.palette import write_mask
 

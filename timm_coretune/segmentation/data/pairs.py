@@ -6,8 +6,8 @@ import re
 from collections import Counter
 from typing import Dict, Iterable, List, Mapping, Optional, Sequence, Tuple
 
+from ...checks import shorten
 from ...data.images import IMAGE_ENDINGS, is_hidden
-from ...listing import shorten
 
 _logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from typing import Any, Dict, List, NamedTuple, Optional
 import timm
 import yaml
 
+from ...model_config import PREPROCESSING, Description, check_model
 from ...redaction import REDACTED, expand_home, map_texts, redact_values, remember
-from ...run_folder import PREPROCESSING, Description, check_model, describe_weights, find_weights
+from ...run_folder import describe_weights, find_weights
 from .conflicts import find_contradictions
 from .flags import Parser, add_flags, nearest
 from .ranges import find_out_of_range

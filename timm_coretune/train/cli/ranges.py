@@ -68,8 +68,8 @@ RANGES: Dict[str, Range] = {
     # images and batches
     **_all(_AT_LEAST_1, 'img_size in_chans input_size batch_size'),
     **_all(_AT_LEAST_0, 'train_num_samples val_num_samples validation_batch_size epoch_repeats workers crop_pct'),
-    **_all(_ANY, 'mean'),
-    **_all(_ABOVE_0, 'std'),
+    'mean': Range(-10, 10),  # of pixels between 0 and 1, as in timm
+    'std': Range(0, 10, above=True),
     'label_fraction': Range(0, 1, above=True),
     'val_fraction': _CONFLICTS,
     'ignore_index': Range(-(2**31), 2**31 - 1),

@@ -20,8 +20,8 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar, extract_tari
 from timm.utils.misc import natural_key
 from torchvision.datasets import ImageFolder
 
+from ...checks import shorten
 from ...data.images import IMAGE_ENDINGS, is_other_image
-from ...listing import shorten
 
 _logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from timm.data.readers.class_map import load_class_map
 from timm.models import load_model_config_from_hf, parse_model_name
 
 from ...checkpoint.source import hub_id_of, resolve_source
-from ...listing import shorten
+from ...checks import shorten
 from ...run_folder import CONFIG_NAME, read_json
 from ..cli.settings import ModelSettings
 from .class_folders import in_natural_order

@@ -5,7 +5,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple, cast
 
 from torch.utils.data import Dataset
 
-from ...listing import shorten
+from ...checks import shorten
 from ..cli.settings import DataSettings
 from .classes import (
     ModelClasses,

@@ -18,10 +18,10 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from torch.utils.data import Dataset, IterableDataset
 from tqdm import tqdm
 
+from ...checks import shorten
 from ...data.images import UnreadableImageError, check_regular, find_fault, name_of, open_in_reader, reason_of
 from ...data.safetensors_reader import ReaderSafetensors
 from ...distributed import process_index_and_count
-from ...listing import shorten
 from ..cli.settings import DataSettings
 
 _logger = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ from typing import Any, Dict, Hashable, Iterable, Iterator, List, NamedTuple, Op
 
 from torch.utils.data import Dataset, IterableDataset
 
-from ...listing import shorten
+from ...checks import shorten
 from ..cli.settings import DataSettings
 from .class_folders import ReaderClassTar, subfolders
 
