@@ -259,8 +259,8 @@ def test_a_copy_continues_the_same_draws_on_a_generator_of_its_own(duplicate):
 
 
 def test_repr_tells_the_arguments():
-    assert repr(HardPairMixup(0.5, 0.25, 0.75)) == (
-        'HardPairMixup(mixup_alpha=0.5, min_positive_lam=0.25, min_negative_lam=0.75)'
+    assert repr(HardPairMixup(0.5, 0.25, 0.75, positive_candidates=2)) == (
+        'HardPairMixup(mixup_alpha=0.5, min_positive_lam=0.25, min_negative_lam=0.75, positive_candidates=2)'
     )
 
 

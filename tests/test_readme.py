@@ -19,11 +19,11 @@ def test_commands_are_those_that_are_run_here_or_by_ci():
         "pip install -e '.[seg,vis]'",
         'accelerate launch train.py --segmentation --coretune',
         "pip install -e '.[test]'",
-        'pytest',
+        'pytest -n 2',
     ]
     ci = (ROOT / '.ci' / 'run').read_text()
     assert "-e '.[test]'" in ci
-    assert '\npytest\n' in ci
+    assert '\npytest -n 2\n' in ci
 
 
 @pytest.mark.slow

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_coretune import CoreTuningLoss
+from timm_coretune import CoreTuningLoss, HardPairMixup
 from timm_coretune.task import CoreTuningModule
 
 # compilation
@@ -204,6 +204,23 @@ def test_only_the_draws_travel_to_the_accelerator_and_none_waits_for_them():
     copies = blocking_copies(CoreTuningLoss)
     assert copies.found == []
     assert copies.num_asynchronous == 3
+
+
+@pytest.mark.parametrize('positive_candidates, num_copies', [(0, 3), (2, 4)])
+def test_a_compiled_draw_copies_what_an_eager_one_does(positive_candidates, num_copies, fresh_dynamo):
+    mixup = HardPairMixup(positive_candidates=positive_candidates)
+    counted = []
+
+    def count(graph, _):
+        counted.append(sum(node.op == 'call_method' and node.target == 'to' for node in graph.graph.nodes))
+        return graph
+
+    compiled = torch.compile(mixup.draw, backend=count, fullgraph=True)(4, torch.device('meta'))
+    with BlockingCopies() as copies:
+        eager = mixup.draw(4, torch.device('meta'))
+    assert counted == [copies.num_asynchronous] == [num_copies]
+    assert [draw.shape for draw in compiled] == [draw.shape for draw in eager]
+    assert {draw.device.type for draw in (*compiled, *eager)} == {'meta'}
 
 
 @pytest.mark.parametrize('criterion, direction', [(DownloadLoss, 'cuda to cpu'), (UploadLoss, 'cpu to cuda')])

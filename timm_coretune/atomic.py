@@ -10,11 +10,12 @@ process, or by a symbolic link that somebody left there so that another file is 
 
 import contextlib
 import os
+import re
 import secrets
 import stat
 from typing import Iterator, List, Sequence, Union
 
-TEMPORARY_SUFFIX = '.tmp'
+_SUFFIX = '.tmp'
 _LONGEST_START = 100  # bytes of the name that the temporary name begins with: file systems take 255 at most
 
 
@@ -44,11 +45,16 @@ def create_temporary(path: Union[str, os.PathLike]) -> str:
     folder, name = os.path.split(os.fspath(path))
     start = os.fsencode(name)[:_LONGEST_START].decode(errors='ignore')
     while True:
-        temporary = os.path.join(folder, f'{start}.{secrets.token_hex(8)}{TEMPORARY_SUFFIX}')
+        temporary = os.path.join(folder, f'{start}.{secrets.token_hex(8)}{_SUFFIX}')
         with contextlib.suppress(FileExistsError):
             # O_EXCL follows no link; unlike those of tempfile the file gets the rights that the user's files have
             os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
             return temporary
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file has a name as `create_temporary` gives it. If nobody writes it any more, a kill left it behind."""
+    return re.fullmatch(rf'.*\.[0-9a-f]{{16}}{re.escape(_SUFFIX)}', name, re.DOTALL) is not None
 
 
 @contextlib.contextmanager

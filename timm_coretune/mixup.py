@@ -134,7 +134,8 @@ class HardPairMixup:
     the share of the hardest positive in a hard positive, and of the random negative in a semi-hard negative.
 
     Numbers are drawn on the generator's device, the CPU by default, so a run draws the same numbers on any device.
-    Three floats per image are copied to the device of the features, without synchronisation.
+    Three floats per image, and one for each positive candidate, are copied to the device of the features, without
+    synchronisation.
 
     Args:
         mixup_alpha: Parameter alpha of Beta(alpha, alpha), from which both shares are drawn, > 0.
@@ -215,7 +216,10 @@ class HardPairMixup:
             )
         else:
             draws = self.draw_on_own_device(batch_size)
-        return MixupDraws(*(draw.to(device, non_blocking=True) for draw in draws))
+        copied = [draw.to(device, non_blocking=True) for draw in draws[: 4 if self.positive_candidates else 3]]
+        if not self.positive_candidates:  # nothing to copy
+            copied.append(copied[0].new_empty(batch_size, 0))
+        return MixupDraws(*copied)
 
     def draw_on_own_device(self, batch_size: int) -> MixupDraws:
         """Draw the random numbers of one batch, on the device of the generator."""

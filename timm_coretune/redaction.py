@@ -239,6 +239,9 @@ def _excepthook(kind: Any, error: BaseException, where: Any) -> None:
 def redacted_output() -> Iterator[None]:
     """Redact what a program prints and logs, and the errors that leave it, with their tracebacks."""
     remember({name: value for name, value in os.environ.items() if len(value) > 7 and os.sep not in value})
+    for handler in list(logging.root.handlers):  # of a program before in this process, which would say all again
+        if isinstance(getattr(handler, 'stream', None), _RedactingStream):
+            logging.root.removeHandler(handler)
     streams, create_record = (sys.stdout, sys.stderr), logging.getLogRecordFactory()
     sys.stdout, sys.stderr = (cast(TextIO, _RedactingStream(stream)) for stream in streams)
     logging.setLogRecordFactory(lambda *args, **kwargs: _redact_record(create_record(*args, **kwargs)))

@@ -1,6 +1,7 @@
 """Nothing that a run writes, prints or sends holds a password, a token, a signature or a home folder"""
 
 import base64
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,6 +20,7 @@ import yaml
 from hub_server import TOKEN, connect_client
 from runs import SMALL, copy_of, stop_at
 from safetensors.torch import load_file
+from timm.utils import setup_default_logging
 from tiny_data import write_folders
 
 from timm_coretune import load_checkpoint
@@ -350,6 +352,23 @@ def test_an_error_without_secrets_says_what_it_said(error):
     with pytest.raises(type(error)), redacted_output():
         raise error
     assert (str(error), repr(error), error.args) == said
+
+
+def test_a_second_program_of_a_process_logs_every_line_once(monkeypatch):
+    monkeypatch.setattr(logging.root, 'handlers', list(logging.root.handlers))
+
+    @redacted_output()
+    def program():
+        setup_default_logging()
+        logging.getLogger('any').warning('said once')
+
+    written = []
+    for _ in range(3):
+        with io.StringIO() as stream, contextlib.redirect_stderr(stream):  # closed at the end
+            program()
+            logging.getLogger('any').warning('and after it')
+            written.append(stream.getvalue())
+    assert written == ['WARNING: said once\nWARNING: and after it\n'] * 3
 
 
 def test_a_tracker_sees_a_command_line_without_secrets(home, url, monkeypatch):

@@ -48,7 +48,7 @@ def test_the_defaults_of_timm_are_in_range():
 def test_a_number_below_its_range_is_refused_with_the_range(capsys, name):
     allowed, number = RANGES[name], NUMBERS[name]
     value = allowed.low if allowed.above else allowed.low - 1
-    value = f'{value:g}' if number.type is int else str(float(value))
+    value = str(number.type(value))
     count = allowed.num_values or (3 if name == 'input_size' else 1)
     said = refused([f'--{name.replace("_", "-")}', *[value] * count], capsys)
     assert said == f'--{name.replace("_", "-")}: {allowed}, got {" ".join([value] * count)}'

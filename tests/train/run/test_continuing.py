@@ -16,9 +16,10 @@ from runs import ON_CPU, SMALL, copy_of, outcome, stop_at
 from safetensors import safe_open
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, RandomSampler, TensorDataset
 
+from timm_coretune.atomic import create_temporary
 from timm_coretune.data.resumable import SeededDataset, make_resumable
 from timm_coretune.train.data.batches import batches_from
-from timm_coretune.train.run.folder import read_state, take_folder
+from timm_coretune.train.run.folder import read_state, remove_unfinished, take_folder
 from timm_coretune.train.run.place import _ORDER, place_in_epoch
 from timm_coretune.train.run.resume import Continuation
 
@@ -213,14 +214,28 @@ def test_what_a_kill_left_half_written_is_removed(tmp_path, data, straight, mess
     folder = copy_of(straight(), tmp_path)
     for name in ('summary.csv.tmp', 'tmp.pth.tar', 'recovery_tmp.pth.tar', 'confusion.csv.tmp'):
         (folder / name).write_text('epoch,train_loss\n0,')
+    random = os.path.basename(create_temporary(folder / 'summary.csv'))
     train(data, tmp_path, '--resume', folder / 'checkpoint-0.pth.tar')
     assert not [path.name for path in folder.iterdir() if 'tmp' in path.name]
     assert outcome(folder) == outcome(straight())
     removed = [message for message in messages() if 'half written' in message]
     assert removed == [
-        'Removed what a stopped run left half written: confusion.csv.tmp, recovery_tmp.pth.tar, summary.csv.tmp, '
-        'tmp.pth.tar.'
+        f'Removed what a stopped run left half written: confusion.csv.tmp, recovery_tmp.pth.tar, {random}, '
+        'summary.csv.tmp, tmp.pth.tar.'
     ]
+
+
+def test_only_what_a_run_left_half_written_is_removed(tmp_path):
+    left = [create_temporary(tmp_path / name) for name in ('args.yaml', 'checkpoint-3.pth.tar', 'x' * 255)]
+    left += [tmp_path / name for name in ('tmp.pth.tar', 'recovery_tmp.pth.tar', 'checkpoint-3.pth.tar.tmp')]
+    own = {'mine.tmp', 'mine.0123.tmp', 'mine.0123456789abcdef.tmp.txt', '0123456789abcdef.tmp', 'summary.csv'}
+    for name in (*own, *left):
+        (tmp_path / name).write_text('text')
+    folders = {'folder.tmp', 'folder.0123456789abcdef.tmp'}
+    for name in folders:
+        (tmp_path / name).mkdir()
+    assert remove_unfinished(str(tmp_path)) == sorted(os.path.basename(path) for path in left)
+    assert set(os.listdir(tmp_path)) == own | folders
 
 
 # going back

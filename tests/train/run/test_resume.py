@@ -56,8 +56,8 @@ FULL_DISK = """
         AcceleratorState._reset_state(reset_partial_state=True)
         try:
             main([*sys.argv[1:], '--experiment', name])
-        except OSError as e:
-            print(f'{name}: {e}')
+        except SystemExit as e:
+            print(f'{name}: {e.code}')
 """
 
 
@@ -67,11 +67,11 @@ def test_a_full_disk_leaves_the_state_before_and_says_where_it_is(tmp_path, data
     flags = [*FLAGS, '--data-dir', str(data), '--output', str(tmp_path), '--eval-metric', 'loss', '--lr', '0.001']
     command = [sys.executable, '-c', textwrap.dedent(FULL_DISK), *flags]
     finished = run_command(command, environment_with(PYTHONPATH=str(ROOT)), check=False)
-    said = dict(
-        line.split(': ', 1) for line in finished.stdout.splitlines() if line[:7] in ('weights', 'state: ', 'summary')
-    )
-    assert set(said) == {'weights', 'state', 'summary'}, finished.stderr
-    for name, message in said.items():
+    ended = [line for line in finished.stdout.splitlines() if line[:7] in ('weights', 'state: ', 'summary')]
+    assert ended == ['weights: 2', 'state: 2', 'summary: 2'], finished.stderr
+    error = 'train.py: error: '
+    said = [line.removeprefix(error) for line in finished.stderr.splitlines() if line.startswith(error)]
+    for name, message in zip(('weights', 'state', 'summary'), said, strict=True):
         folder = tmp_path / name
         state = folder / 'last.pth.tar'
         assert message.startswith(f'Could not write to {str(folder)!r}: ')

@@ -1,5 +1,6 @@
 """The run folder: created, locked by one run at a time, and searched for training states"""
 
+import fnmatch
 import glob
 import logging
 import os
@@ -11,13 +12,25 @@ import torch
 from filelock import FileLock, Timeout
 from timm.models import safe_model_name
 
-from ...atomic import TEMPORARY_SUFFIX
-from ...run_folder import ARGS_NAME, STATE_PATTERNS, SUMMARY_NAME, UNFINISHED_STATE_NAMES
+from ...atomic import is_temporary
+from ...run_folder import (
+    ARGS_NAME,
+    BEST_WEIGHTS_NAME,
+    CONFIG_NAME,
+    PUBLISHED_NAMES,
+    SEGMENTATION_CONFIG_NAME,
+    STATE_PATTERNS,
+    SUMMARY_NAME,
+    UNFINISHED_STATE_NAMES,
+)
 from ..cli.settings import OutputSettings, SavedArguments
 
 _logger = logging.getLogger(__name__)
 
 LOCK_NAME = '.lock'
+# earlier versions wrote NAME.tmp before NAME
+_WRITTEN = (*PUBLISHED_NAMES, BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAME, *STATE_PATTERNS)
+_UNFINISHED_PATTERNS = (*UNFINISHED_STATE_NAMES, *(f'{name}.tmp' for name in _WRITTEN))
 
 
 def _lock(folder: str) -> Optional[FileLock]:
@@ -46,10 +59,11 @@ def default_name(model: str, img_size: int) -> str:
 
 
 def remove_unfinished(folder: str) -> List[str]:
-    """Remove files that were not written to their end. Returns their names."""
-    names = [
-        name for name in sorted(os.listdir(folder)) if name.endswith(TEMPORARY_SUFFIX) or name in UNFINISHED_STATE_NAMES
-    ]
+    """Remove files that a run has not written to their end, and nothing else. Returns their names."""
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if not entry.is_dir(follow_symlinks=False))
+    patterns = _UNFINISHED_PATTERNS
+    names = [name for name in names if is_temporary(name) or any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     for name in names:
         os.unlink(os.path.join(folder, name))
     return names
