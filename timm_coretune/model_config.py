@@ -60,7 +60,7 @@ def describe_config(config: Any, path: str) -> Optional[Description]:
         return None
     architecture = timm_config['architecture']
     if not isinstance(architecture, str):
-        raise ValueError(f'Expected the architecture as text in {path!r}, got {_shown(architecture)}. Get it again.')
+        raise ValueError(f'Expected the architecture as text in {path!r}, got {shown(architecture)}. Get it again.')
     if not is_timm_name(architecture):
         return None
     model_args = timm_config.get('model_args') or {}
@@ -70,7 +70,7 @@ def describe_config(config: Any, path: str) -> Optional[Description]:
         if timm_config is not config:
             images = {**config, 'input_size': (images.get('input_size', (3,))[0], *config['img_size'])}
     except (LookupError, TypeError, ValueError) as e:
-        raise ValueError(f'Expected the description of a model in {path!r}, got {_shown(e)}. Get it again.') from e
+        raise ValueError(f'Expected the description of a model in {path!r}, got {shown(e)}. Get it again.') from e
     data_config = {key: images[key] for key in PREPROCESSING if images.get(key) is not None}
     data_config = {key: tuple(value) if isinstance(value, list) else value for key, value in data_config.items()}
     try:
@@ -80,7 +80,7 @@ def describe_config(config: Any, path: str) -> Optional[Description]:
     args = {key: value for key, value in model_args.items() if key != 'num_classes'}
     head = config.get('head') if timm_config is not config else None
     if head is not None and not isinstance(head, str):
-        raise ValueError(f'Expected the head as text in {path!r}, got {_shown(head)}. Get the file again.')
+        raise ValueError(f'Expected the head as text in {path!r}, got {shown(head)}. Get the file again.')
     return Description(path, architecture, args, data_config, head)
 
 
@@ -97,7 +97,7 @@ def check_model(architecture: Any, model_args: Any, path: str) -> None:
     """
     if not is_timm_name(architecture) or not is_model(architecture):
         raise ValueError(
-            f'Expected the name of a timm model as the architecture in {path!r}, got {_shown(architecture)}. Take '
+            f'Expected the name of a timm model as the architecture in {path!r}, got {shown(architecture)}. Take '
             'configs from people you trust, or a newer timm.'
         )
     check_arguments(model_args, path)
@@ -106,7 +106,7 @@ def check_model(architecture: Any, model_args: Any, path: str) -> None:
     if unknown:
         raise ValueError(
             f'Expected arguments of the layers of {architecture} in model_args of {path!r}, got '
-            f'{", ".join(map(_shown, unknown[:5]))}. Remove them there, or take a newer timm.'
+            f'{", ".join(map(shown, unknown[:5]))}. Remove them there, or take a newer timm.'
         )
 
 
@@ -117,23 +117,23 @@ def check_arguments(model_args: Any, path: str) -> None:
         ValueError: There is such an argument. The message names it and the config.
     """
     if not isinstance(model_args, dict):
-        raise ValueError(f'Expected arguments by name as model_args in {path!r}, got {_shown(model_args)}.')
+        raise ValueError(f'Expected arguments by name as model_args in {path!r}, got {shown(model_args)}.')
     for name, value in model_args.items():
         if name in _loading_arguments():
             raise ValueError(
-                f'Expected arguments that build the model in model_args of {path!r}, got {name}={_shown(value)}, with '
+                f'Expected arguments that build the model in model_args of {path!r}, got {name}={shown(value)}, with '
                 'which timm would load weights from elsewhere. Remove it if you trust the rest.'
             )
         numbers = value if isinstance(value, (list, tuple)) else [value]
         if re.search('depth|layers|blocks', name) and any(isinstance(n, int) and n > _MOST_LAYERS for n in numbers):
             raise ValueError(
-                f'Expected at most {_MOST_LAYERS} layers in model_args of {path!r}, got {name}={_shown(value)}.'
+                f'Expected at most {_MOST_LAYERS} layers in model_args of {path!r}, got {name}={shown(value)}.'
             )
         largest = _MOST_CLASSES if name == 'num_classes' else _LARGEST_NUMBER
         if not re.fullmatch(r'\w{1,64}', name) or not is_plain(value, largest):
             raise ValueError(
                 f'Expected numbers, names and lists of these in model_args of {path!r}, got '
-                f'{_shown(name)}: {_shown(value)}.'
+                f'{shown(name)}: {shown(value)}.'
             )
 
 
@@ -181,8 +181,8 @@ def check_normalization(mean: Any, std: Any) -> Tuple[Tuple[float, ...], Tuple[f
         or not all(0 < s <= 10 for s in stds)
     ):
         raise ValueError(
-            f'Expected mean and std as one number for each channel of pixels between 0 and 1, got mean {_shown(mean)} '
-            f'and std {_shown(std)}'
+            f'Expected mean and std as one number for each channel of pixels between 0 and 1, got mean {shown(mean)} '
+            f'and std {shown(std)}'
         )
     return means, stds
 
@@ -198,12 +198,12 @@ def _check_images(images: Dict[str, Any]) -> None:
     size, crop = images.get('input_size', (3, 1, 1)), images.get('crop_pct', 1)
     is_size = isinstance(size, (list, tuple)) and len(size) == 3
     if not is_size or not all(type(n) is int and 0 < n <= _MOST_PIXELS for n in size):
-        raise ValueError(f'Expected input_size as channels, height and width, got {_shown(size)}')
+        raise ValueError(f'Expected input_size as channels, height and width, got {shown(size)}')
     if isinstance(crop, bool) or not isinstance(crop, (int, float)) or not 0 < crop <= 10:
-        raise ValueError(f'Expected crop_pct as a share of the image, got {_shown(crop)}')
+        raise ValueError(f'Expected crop_pct as a share of the image, got {shown(crop)}')
     for key in ('interpolation', 'crop_mode'):
         if not isinstance(images.get(key, ''), str):
-            raise ValueError(f'Expected {key} as text, got {_shown(images[key])}')
+            raise ValueError(f'Expected {key} as text, got {shown(images[key])}')
 
 
 @functools.cache
@@ -228,7 +228,8 @@ def _known_arguments(module: str) -> FrozenSet[str]:
     return frozenset(known) - _loading_arguments() - {'self', 'args'}
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A value of a config as text for a message, which is cut if it is long."""
     try:
         return clip(repr(value))
     except RecursionError:

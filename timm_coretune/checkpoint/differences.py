@@ -18,7 +18,7 @@ from timm.models import create_model, is_model
 from ..model_config import describe_config
 from ..run_folder import CONFIG_NAME
 from .mapping import Mapping
-from .reading.configs import reads_configs
+from .reading.configs import reads_configs, section_of
 
 Configs = Dict[str, Any]
 # names of transformers for an activation, and timm's name and the formula
@@ -43,19 +43,9 @@ _NORMS = re.compile(r'((^|.*\.)norm[12]|norm|fc_norm|norm_pre|head\.norm)$')
 _FREE = ('img_size', 'in_chans', 'num_classes', 'global_pool', 'output_stride', 'patch_size', 'features_only')
 
 
-def _section(config: Configs, *names: str) -> Configs:
-    """The dictionary that a path of keys leads to inside the configs, empty if there is none."""
-    section: Any = config
-    for name in names:
-        section = section.get(name)
-        if not isinstance(section, dict):
-            return {}
-    return section
-
-
 def _vision(config: Configs) -> Dict[str, Any]:
     """The part of config.json about the image encoder. CLIP models have a section for it, others do not."""
-    return _section(config, 'config.json', 'vision_config') or _section(config, 'config.json')
+    return section_of(config, 'config.json', 'vision_config') or section_of(config, 'config.json')
 
 
 def first_num_heads(model: nn.Module) -> int:
@@ -114,7 +104,7 @@ def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Optional[bool
     activation = _vision(config).get('hidden_act')
     if activation:
         return activation == 'quick_gelu'
-    open_clip = _section(config, 'open_clip_config.json', 'model_cfg')
+    open_clip = section_of(config, 'open_clip_config.json', 'model_cfg')
     if open_clip:
         return bool(open_clip.get('quick_gelu'))
     return mapping.rule.quick_gelu
@@ -235,7 +225,7 @@ def _of_unseen_keys(config: Configs, model: Any) -> List[str]:
 
 
 def _of_transformers(config: Configs, model: nn.Module) -> List[str]:
-    vision = _section(config, 'vision_config') or config
+    vision = section_of(config, 'vision_config') or config
     found = []
     if isinstance(vision.get('hidden_act'), str) and not vision.get('use_swiglu_ffn'):
         found += _compare_activation(vision['hidden_act'], model, 'hidden_act')
@@ -251,7 +241,7 @@ def _heads(model: nn.Module) -> List[int]:
 
 
 def _of_open_clip(config: Configs, model: nn.Module) -> List[str]:
-    vision = _section(config, 'model_cfg', 'vision_cfg')
+    vision = section_of(config, 'model_cfg', 'vision_cfg')
     if not vision or 'timm_model_name' in vision or not isinstance(vision.get('layers'), int):
         return []
     found = _compare_epsilon((vision.get('norm_kwargs') or {}).get('eps', 1e-5), model, 'eps')
@@ -262,7 +252,7 @@ def _of_open_clip(config: Configs, model: nn.Module) -> List[str]:
             f'The network was trained with {heads} attention heads (head_width), this model has {built}: create it '
             f'with num_heads={heads} (train.py: --model-kwargs num_heads={heads}).'
         )
-    if not _section(config, 'model_cfg').get('quick_gelu'):
+    if not section_of(config, 'model_cfg').get('quick_gelu'):
         tanh = (vision.get('act_kwargs') or {}).get('approximate') == 'tanh'
         found += _compare_activation('gelu_pytorch_tanh' if tanh else 'gelu', model, 'act_kwargs')
     return found
@@ -319,7 +309,7 @@ def differences(model: nn.Module, config: Configs) -> List[str]:
         model: The model that is to be filled.
         config: Contents of the JSON files beside the weights, by file name.
     """
-    content = _section(config, CONFIG_NAME)
+    content = section_of(config, CONFIG_NAME)
     is_timm = 'architecture' in content and hasattr(model, '_model_args')
     found = _of_timm(content, model) if is_timm else _of_transformers(content, model)
-    return found + _of_open_clip(_section(config, 'open_clip_config.json'), model)
+    return found + _of_open_clip(section_of(config, 'open_clip_config.json'), model)

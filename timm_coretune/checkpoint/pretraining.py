@@ -12,7 +12,7 @@ from timm.layers import to_2tuple
 from ..model_config import PREPROCESSING, check_normalization
 from ..run_folder import CONFIG_NAME
 from .mapping import Mapping
-from .reading.configs import FILE, FOLDER, reads_configs
+from .reading.configs import FILE, FOLDER, reads_configs, section_of
 from .rules import IMAGENET
 
 Configs = Dict[str, Any]
@@ -25,16 +25,6 @@ _PATCHES = re.compile(
     r'(^|\.)(patch_embed|patch_embed\.proj|patch_embed\.projection|patch_embeddings|patch_embeddings\.projection|'
     r'patch_embedding|conv_proj)\.weight$|^(?!.*\.\d+\.)(.*\.)?conv1\.weight$'
 )
-
-
-def _section(config: Configs, *names: str) -> Dict[str, Any]:
-    """The dictionary that a path of keys leads to inside the configs, empty if there is none."""
-    section: Any = config
-    for name in names:
-        section = section.get(name)
-        if not isinstance(section, dict):
-            return {}
-    return section
 
 
 @reads_configs
@@ -53,7 +43,7 @@ def normalization(mapping: Mapping, config: Configs) -> Tuple[Tuple[float, ...],
         (('preprocessor_config.json',), ('image_mean', 'image_std')),
         (('config.json', 'pretrained_cfg'), ('mean', 'std')),
     ):
-        mean, std = (_section(config, *section).get(name) for name in names)
+        mean, std = (section_of(config, *section).get(name) for name in names)
         if mean is not None and std is not None:
             try:
                 return check_normalization(mean, std)
@@ -227,7 +217,7 @@ def other_windows(model: nn.Module, file_tensors: Dict[str, torch.Tensor], confi
     """
     tables = (t for key, t in file_tensors.items() if key.endswith('relative_coords_table') and t.ndim == 4)
     table = next(tables, None)
-    trained = _section(config, CONFIG_NAME).get('window_size') if table is None else (table.shape[1] + 1) // 2
+    trained = section_of(config, CONFIG_NAME).get('window_size') if table is None else (table.shape[1] + 1) // 2
     blocks: List[Any] = [module for module in model.modules() if hasattr(module, 'cpb_mlp')]
     built = max((block.window_size[0] for block in blocks), default=None)
     if not isinstance(trained, int) or built is None or trained == built:

@@ -1,9 +1,8 @@
 """Reads segmentation.json, which may come from anyone: each field is checked before a model is built from it"""
 
-import re
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
 
-from ..model_config import check_model
+from ..model_config import check_model, shown
 from ..run_folder import read_json
 from .data.transforms import INTERPOLATIONS
 from .decoder import HEADS
@@ -113,8 +112,7 @@ def read_description(path: str) -> ModelDescription:
 
 
 def _wrong(path: str, expected: str, value: Any) -> ValueError:
-    text = re.sub(r'(?s)^(.{80}).+', r'\1...', repr(value))
     return ValueError(
-        f'Expected the description of a segmentation model in {path!r}, with {expected}, got {text}. Get the file '
-        'again, from where the model is from.'
+        f'Expected the description of a segmentation model in {path!r}, with {expected}, got {shown(value)}. Get '
+        'the file again, from where the model is from.'
     )

@@ -49,6 +49,16 @@ def describe(configs: Configs, path: str = '') -> Optional[Description]:
     return description._replace(path=path) if description is not None and path else description
 
 
+def section_of(config: Configs, *names: str) -> Configs:
+    """The dictionary that a path of keys leads to inside the configs, empty if there is none."""
+    section: Any = config
+    for name in names:
+        section = section.get(name)
+        if not isinstance(section, dict):
+            return {}
+    return section
+
+
 def reads_configs(function: Callable[..., Result]) -> Callable[..., Result]:
     """Decorate a function whose last argument is the configs, so that values of a wrong kind are one sentence."""
 

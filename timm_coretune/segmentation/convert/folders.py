@@ -91,13 +91,13 @@ def open_cityscapes(root: str, skip_missing: bool = False) -> Conversion:
             mask = os.path.join(masks, split, path.parent.name, f'{stem}_gtFine_labelIds.png')
             if os.path.isfile(mask):
                 samples.append(_sample(stem, str(path), mask, to_classes))
-            elif skip_missing:
-                plan.left_out['images without a mask'] += 1
-            else:
-                raise ValueError(
-                    f'Expected the mask {mask!r} for {str(path)!r}, which is missing. It is in gtFine_trainvaltest.zip '
-                    'of Cityscapes; --skip-missing leaves such images out.'
-                )
+                continue
+            _leave_out(
+                plan,
+                skip_missing,
+                f'Expected the mask {mask!r} for {str(path)!r}, which is missing. It is in gtFine_trainvaltest.zip of '
+                'Cityscapes; --skip-missing leaves such images out.',
+            )
         if samples:
             plan.splits[split] = samples
     if not plan.splits:
@@ -129,18 +129,25 @@ def open_ade20k(root: str, skip_missing: bool = False) -> Conversion:
         for stem, path in sorted(files_by_stem(image_folder, IMAGE_EXTENSIONS).items()):
             if stem in found:
                 samples.append(_sample(stem, path, found[stem], to_classes))
-            elif skip_missing:
-                plan.left_out['images without a mask'] += 1
-            else:
-                raise ValueError(
-                    f'Expected the mask {stem}.png in {mask_folder!r} for {path!r}, which is missing; --skip-missing '
-                    'leaves such images out.'
-                )
+                continue
+            _leave_out(
+                plan,
+                skip_missing,
+                f'Expected the mask {stem}.png in {mask_folder!r} for {path!r}, which is missing; --skip-missing '
+                'leaves such images out.',
+            )
         if samples:
             plan.splits[split] = samples
     if not plan.splits:
         raise ValueError(f'Expected images in {images!r}/training or /validation, found none{contents_of(images)}.')
     return plan
+
+
+def _leave_out(plan: Conversion, skip_missing: bool, error: str) -> None:
+    """Count an image without a mask, or raise the error as a ValueError if such images are not to be left out."""
+    if not skip_missing:
+        raise ValueError(error)
+    plan.left_out['images without a mask'] += 1
 
 
 def _ade20k_names(root: str) -> List[str]:
