@@ -14,7 +14,7 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .checks import check_target
-from .loss import CoreTuningLoss, TaskLoss
+from .loss import TaskLoss, create_method
 from .mixup import protect_draws
 from .timm_model import (
     GroupMatcher,
@@ -107,6 +107,13 @@ class CoreTuningModule(nn.Module):
             features = self.model.forward_head(feature_map, pre_logits=True)
         return features, logits
 
+    def required(self, input: Union[torch.Tensor, Dict[str, torch.Tensor]]) -> Dict[str, Any]:
+        """The further arguments that the loss requires."""
+        given: Dict[str, Any] = {'input': input, 'model': self.model}
+        if 'classifier' in self.criterion.requires:
+            given['classifier'] = self.model.get_classifier()
+        return {name: given[name] for name in self.criterion.requires}
+
     def forward(
         self,
         input: Union[torch.Tensor, Dict[str, torch.Tensor]],
@@ -117,7 +124,7 @@ class CoreTuningModule(nn.Module):
             return self.model(input)
         features, logits = self.forward_features_and_logits(input)
         self.criterion.check_shapes(features, logits)
-        further = {'classifier': self.model.get_classifier()} if self.criterion.classifies_mixtures else {}
+        further = self.required(input)
         losses = self.criterion.compute(features, logits, cast(torch.Tensor, target), *prepared, **further)
         return {**losses, 'output': logits}
 
@@ -128,16 +135,16 @@ class CoreTuningTask(TrainingTask):
     The evaluation model and the weights in checkpoints are those of the plain timm model. The state of the loss
     (projection head, random generator) is saved apart from them, as task state.
 
-    A loop should call `after_update()` after each optimizer step. The Core-tuning loss does not need it, but a loss
-    with a momentum encoder does.
+    A loop should call `attach_optimizer(optimizer)` and `start(num_updates)` before the first step, and
+    `after_update()` after each optimizer step. The Core-tuning loss needs none of them, but other losses do.
 
     Args:
         model: A timm classifier with num_classes > 0.
-        criterion: The loss. When None, a CoreTuningLoss with loss_kwargs.
+        criterion: The loss, or its name in timm_coretune.loss.METHODS, such as 'scl'. When None, a CoreTuningLoss.
         device: Device for task tensors and the parameters of the loss.
         dtype: Dtype of the parameters of the loss. It should be that of the model, None for float32.
         verbose: Enable info logging.
-        **loss_kwargs: Arguments of CoreTuningLoss except num_features, which follows from the model.
+        **loss_kwargs: Arguments of the loss except num_features, which follows from the model.
 
     Raises:
         ValueError: The model is not a classifier, an argument of the loss is out of range, or both criterion and
@@ -155,7 +162,7 @@ class CoreTuningTask(TrainingTask):
     def __init__(
         self,
         model: nn.Module,
-        criterion: Optional[TaskLoss] = None,
+        criterion: Union[TaskLoss, str, None] = None,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
@@ -164,8 +171,8 @@ class CoreTuningTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         plain_model = unwrap_model(model)
         self.check_model(plain_model)
-        if criterion is None:
-            criterion = CoreTuningLoss(self.get_feature_dim(plain_model), **loss_kwargs)
+        if criterion is None or isinstance(criterion, str):
+            criterion = create_method(criterion or 'core', self.get_feature_dim(plain_model), **loss_kwargs)
         elif loss_kwargs:
             raise ValueError(f'Pass either a criterion or its arguments, not both: {sorted(loss_kwargs)}.')
         criterion.attach(plain_model)
@@ -194,6 +201,14 @@ class CoreTuningTask(TrainingTask):
     def is_global_mean(self) -> bool:
         """Whether the loss, averaged over processes, is the mean over all images even if batches differ in size."""
         return self.criterion.is_global_mean
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the loss hook on to the optimizer. Call this before the first optimizer step."""
+        self.criterion.attach_optimizer(optimizer)
+
+    def start(self, num_updates: int) -> None:
+        """Tell the loss how many optimizer steps the whole run has. Call this before the first one."""
+        self.criterion.start(num_updates)
 
     def after_update(self) -> None:
         """Tell the loss that the weights were updated. Call this after each optimizer step."""

@@ -11,6 +11,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Mapping, Optional
 
+from ...loss import METHODS
+from ...loss.base import arguments_of
+from ...loss.core_tuning import PARTS
 from ...segmentation.decoder import Head
 from .flags import flag
 
@@ -202,9 +205,13 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The losses of Core-tuning, plain tuning and distillation."""
+    """The losses of Core-tuning and other methods, of plain tuning and distillation."""
 
-    coretune: bool = flag(False, 'train with Core-tuning, not plain cross-entropy', section=CORE_TUNING)
+    coretune: bool = flag(False, 'train with Core-tuning, the same as --method core', section=CORE_TUNING)
+    method: Optional[str] = flag(
+        None, 'method of tuning (default: plain, which is cross-entropy)', choices=('plain', *METHODS)
+    )
+    method_kwargs: Dict[str, Any] = flag({}, 'further arguments of the --method, such as weight=0.1', 'K=V')
     contrast_weight: float = flag(0.1, 'weight of the contrastive loss, 0 for none')
     coretune_alpha: float = flag(1.0, 'A of Beta(A, A), from which Core-tuning draws mixing shares, > 0')
     coretune_min_positive_lam: float = flag(0.0, 'least share of the hardest positive in its mixture, 0 to 1')
@@ -235,9 +242,21 @@ class LossSettings:
     kd_teacher_feature_dim: Optional[int] = flag(None, 'feature width of the teacher (default: from the model)')
     kd_token_distill_type: Literal['soft', 'hard'] = flag('soft', 'teacher output for the distillation token')
 
-    def coretune_kwargs(self) -> Dict[str, Any]:
-        """Arguments for CoreTuningLoss, except num_features, which depends on the model."""
-        return dict(
+    @property
+    def task_loss(self) -> Optional[str]:
+        """Name of the loss in METHODS, None for plain tuning and distillation."""
+        if self.coretune:
+            return 'core'
+        return None if self.method == 'plain' else self.method
+
+    def num_candidates(self, num_rows: int) -> int:
+        """Number of rows that an anchor is compared with: the others of num_rows in the batch, and its mixtures."""
+        mixed = len(PARTS[self.coretune_mixtures]) if self.task_loss == 'core' else 0
+        return num_rows - 1 + mixed
+
+    def loss_kwargs(self) -> Dict[str, Any]:
+        """Arguments of the task loss, except num_features, which depends on the model."""
+        arguments = dict(
             contrast_weight=self.contrast_weight,
             mixup_alpha=self.coretune_alpha,
             min_positive_lam=self.coretune_min_positive_lam,
@@ -251,6 +270,8 @@ class LossSettings:
             label_smoothing=self.smoothing,
             gather=not self.no_coretune_gather,
         )
+        known = arguments_of(METHODS[str(self.task_loss)])
+        return {**{name: value for name, value in arguments.items() if name in known}, **self.method_kwargs}
 
 
 @dataclass(frozen=True)
