@@ -7,7 +7,7 @@ from .base import arguments_of
 from .contrastive import ContrastiveLoss as ContrastiveLoss
 from .core_tuning import CoreTuningLoss as CoreTuningLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
-from .projection import ProjectionHead as ProjectionHead
+from .parts.projection import ProjectionHead as ProjectionHead
 from .scl import SCLLoss as SCLLoss
 
 METHODS: Dict[str, Type[TaskLoss]] = {

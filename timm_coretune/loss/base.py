@@ -12,7 +12,7 @@ import torch.nn as nn
 from ..checks import check_features, check_not_recomputed, check_target
 from ..distributed import GlobalBatch, process_index_and_count
 from ..mining import at_least_float32
-from .cross_entropy import infinite_again, nll
+from .parts.cross_entropy import infinite_again, nll
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]
 _FIX = {

@@ -7,7 +7,7 @@ import torch
 from ..distributed import GlobalBatch
 from ..mining import hard_label
 from .base import TaskLoss
-from .projection import ProjectionHead
+from .parts.projection import ProjectionHead
 
 
 class ContrastiveLoss(TaskLoss):

@@ -17,9 +17,9 @@ from ..mining import hard_label
 from ..mixup import HardMixtures, HardPairMixup, MixupDraws
 from ..timm_model import is_classifier_affine
 from .base import Classifier, TaskLoss
-from .cross_entropy import finite, infinite_again, nll
 from .focal_supcon import FocalSupConLoss
-from .projection import ProjectionHead
+from .parts.cross_entropy import finite, infinite_again, nll
+from .parts.projection import ProjectionHead
 
 PARTS = {'both': ('positive', 'negative'), 'positive': ('positive',), 'negative': ('negative',), 'none': ()}
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..mining import at_least_float32
+from ...mining import at_least_float32
 
 
 def nll(log_p: torch.Tensor, target: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
