@@ -20,6 +20,7 @@ from .timm_model import (
     GroupMatcher,
     check_classifier,
     classifier_parameters,
+    forward_maps,
     get_feature_dim,
     group_matcher,
     no_weight_decay,
@@ -82,18 +83,32 @@ class CoreTuningModule(nn.Module):
         """Keep the input of the classifier meanwhile. Around a compiled step, which cannot do so by itself."""
         return self._classifier_input.of(self.model.get_classifier())
 
+    def forward_maps(
+        self,
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+    ) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
+        """What goes into the head of the model, if its input is a tensor, and the maps that the loss requires."""
+        if 'maps' not in self.criterion.requires:
+            # only the model's own forward accepts a dictionary of patches and coordinates
+            return None if isinstance(input, dict) else self.model.forward_features(input), None
+        if isinstance(input, dict):
+            raise ValueError(
+                f'Expected images (B, 3, H, W), of which {type(self.criterion).__name__} compares feature maps, got a '
+                f'dictionary with {", ".join(input)}. Use a loader of images of one size, or another loss.'
+            )
+        return forward_maps(self.model, input, self.criterion.map_indices)
+
     def forward_features_and_logits(
         self,
         input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        feature_map: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Pre-logits features (B, D) and logits (B, C) from one pass through the backbone.
+        """Pre-logits features (B, D) and logits (B, C), given what `forward_maps` returned for the input.
 
         The features are the input of the classifier. If that does not have their shape (several classifiers, or a
         classifier on feature maps), they come from `forward_head(pre_logits=True)`, which runs the head once more.
         """
-        feature_map = None if isinstance(input, dict) else self.model.forward_features(input)
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self.listening():
-            # only the model's own forward accepts a dictionary of patches and coordinates
             logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
             features, self._classifier_input.value = self._classifier_input.value, None
         if not isinstance(logits, torch.Tensor):
@@ -107,9 +122,13 @@ class CoreTuningModule(nn.Module):
             features = self.model.forward_head(feature_map, pre_logits=True)
         return features, logits
 
-    def required(self, input: Union[torch.Tensor, Dict[str, torch.Tensor]]) -> Dict[str, Any]:
+    def required(
+        self,
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        maps: Optional[List[torch.Tensor]] = None,
+    ) -> Dict[str, Any]:
         """The further arguments that the loss requires."""
-        given: Dict[str, Any] = {'input': input, 'model': self.model}
+        given: Dict[str, Any] = {'input': input, 'model': self.model, 'maps': maps}
         if 'classifier' in self.criterion.requires:
             given['classifier'] = self.model.get_classifier()
         return {name: given[name] for name in self.criterion.requires}
@@ -122,9 +141,10 @@ class CoreTuningModule(nn.Module):
     ) -> Any:
         if not self.training:
             return self.model(input)
-        features, logits = self.forward_features_and_logits(input)
+        feature_map, maps = self.forward_maps(input)
+        features, logits = self.forward_features_and_logits(input, feature_map)
         self.criterion.check_shapes(features, logits)
-        further = self.required(input)
+        further = self.required(input, maps)
         losses = self.criterion.compute(features, logits, cast(torch.Tensor, target), *prepared, **further)
         return {**losses, 'output': logits}
 

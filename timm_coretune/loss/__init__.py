@@ -4,15 +4,21 @@ from typing import Any, Dict, Type
 
 from .base import TaskLoss as TaskLoss
 from .base import arguments_of
+from .bi_tuning import BiTuningLoss as BiTuningLoss
 from .contrastive import ContrastiveLoss as ContrastiveLoss
 from .core_tuning import CoreTuningLoss as CoreTuningLoss
+from .dr_tune import DRTuneLoss as DRTuneLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
+from .ldifs import LDIFSLoss as LDIFSLoss
 from .parts.projection import ProjectionHead as ProjectionHead
 from .scl import SCLLoss as SCLLoss
 
 METHODS: Dict[str, Type[TaskLoss]] = {
     'core': CoreTuningLoss,
     'scl': SCLLoss,
+    'bi-tuning': BiTuningLoss,
+    'dr-tune': DRTuneLoss,
+    'ldifs': LDIFSLoss,
 }  # by the names of train.py --method, where plain is cross-entropy without a loss of this package
 # by their names in timm's loss factory
 LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss, **{k: v for k, v in METHODS.items() if k != 'core'}}

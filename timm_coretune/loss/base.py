@@ -19,7 +19,9 @@ _FIX = {
     'classifier': 'The loss classifies features itself, and this classifier is not affine or is asked for other '
     'features. Pass classifier=model.get_classifier().',
     'model': 'The loss compares the weights of the model with those it had. Pass model=model.',
-    'input': 'The loss compares features with those of the pretrained network. Pass input=images.',
+    'input': 'The loss compares features with those of a copy of the network. Pass input=images.',
+    'maps': 'The loss compares feature maps. Pass the averages that timm_model.forward_maps(model, images, '
+    'criterion.map_indices) returns.',
 }
 
 
@@ -40,7 +42,9 @@ class TaskLoss(nn.Module):
     Attributes:
         num_features: Width D of the features, None if any width is accepted.
         requires: Names of further keyword arguments that `compute` needs: 'classifier', which maps features (N, D) to
-            logits (N, C), the 'model', or its 'input'. Tasks pass them. `attach` may set it.
+            logits (N, C), the 'model', its 'input', or its 'maps'. Tasks pass them. `attach` may set it.
+        map_indices: Indices of the feature maps of which 'maps' are the averages, as `forward_intermediates` of a timm
+            model counts them. `attach` sets it.
         contrasts: Whether the rows of a batch are compared with each other, so that its size matters.
         for_pixels: Whether the loss has a meaning for anchor pixels. `SegmentationTask` takes no other.
         keeps_copy: Whether the loss keeps a copy of the model, whole on each process. FSDP cannot train it.
@@ -53,6 +57,7 @@ class TaskLoss(nn.Module):
 
     num_features: Optional[int] = None
     requires: Tuple[str, ...] = ()
+    map_indices: Tuple[int, ...] = ()
     contrasts: bool = False
     for_pixels: bool = True
     keeps_copy: bool = False
@@ -104,6 +109,23 @@ class TaskLoss(nn.Module):
         for name in self.requires:
             if name in further and further[name] is None:
                 raise ValueError(f'Expected {name}=... of {type(self).__name__}. {_FIX[name]}')
+
+    def check_gather(self) -> None:
+        """Raise a ValueError if `gather` is False, for a loss that remembers rows."""
+        if not self.gather:
+            raise ValueError(
+                f'Expected gather=True of {type(self).__name__}, got False. What it remembers must be the same on all '
+                'processes. Leave out --no-coretune-gather.'
+            )
+
+    def attached(self, copy_of_model: Optional[nn.Module]) -> Any:
+        """What `attach` created. Raises a RuntimeError if it was not called."""
+        if copy_of_model is None:
+            raise RuntimeError(
+                f'Expected criterion.attach(model) before the first step of {type(self).__name__}, which keeps a copy '
+                'of the model. Tasks call it by themselves.'
+            )
+        return copy_of_model
 
     def prepare(self, batch_size: int, device: torch.device, rows_per_image: int = 1) -> Tuple[Any, ...]:
         """Prepare what a step needs from outside the compiled region, such as random draws.
