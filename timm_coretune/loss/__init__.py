@@ -4,15 +4,23 @@ from typing import Any, Dict, Type
 
 from .base import TaskLoss as TaskLoss
 from .base import arguments_of
+from .bcl import BCLLoss as BCLLoss
+from .coin import COINLoss as COINLoss
 from .contrastive import ContrastiveLoss as ContrastiveLoss
 from .core_tuning import CoreTuningLoss as CoreTuningLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
+from .l2_sp import L2SPLoss as L2SPLoss
 from .parts.projection import ProjectionHead as ProjectionHead
 from .scl import SCLLoss as SCLLoss
+from .spd import SPDLoss as SPDLoss
 
 METHODS: Dict[str, Type[TaskLoss]] = {
     'core': CoreTuningLoss,
     'scl': SCLLoss,
+    'bcl': BCLLoss,
+    'coin': COINLoss,
+    'l2-sp': L2SPLoss,
+    'spd': SPDLoss,
 }  # by the names of train.py --method, where plain is cross-entropy without a loss of this package
 # by their names in timm's loss factory
 LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss, **{k: v for k, v in METHODS.items() if k != 'core'}}
