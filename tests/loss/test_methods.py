@@ -1,6 +1,6 @@
 """What every method must pass: a method that is added to METHODS is tested here without a further line
 
-It needs its reference in tests/helpers/methods/, and arguments for small batches in method_runs.py if its own do not fit.
+It needs its reference in tests/helpers/methods/, and arguments in method_runs.py if its own do not fit small batches.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """The losses of every method as plain loops in float64, one small file a method, written from the formulas alone
 
-`methods/<name>.py`, with - as _, defines `expected(step)`. Of a loss it reads the settings and the weights of its layers,
-and never calls it.
+`methods/<name>.py`, with - as _, defines `expected(step)`. Of a loss it reads the settings, the buffers and the weights
+of its layers, and never calls it.
 """
 
 from importlib import import_module

@@ -1,8 +1,9 @@
 import math
 
+from reference import classes
+
 from methods import clean_cross_entropy
 from methods.contrast import embeddings
-from reference import classes
 
 
 def contrast(z, y, temperature):

@@ -1,6 +1,7 @@
+from reference import classes, focal_contrast
+
 from methods import clean_cross_entropy
 from methods.contrast import embeddings
-from reference import classes, focal_contrast
 
 
 def expected(step):
