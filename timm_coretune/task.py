@@ -224,7 +224,8 @@ class CoreTuningTask(TrainingTask):
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the loss hook on to the optimizer. Call this before the first optimizer step."""
-        self.criterion.attach_optimizer(optimizer)
+        module = unwrap_model(self.trainable_module)
+        module.criterion.attach_optimizer(optimizer, module.model)
 
     def start(self, num_updates: int) -> None:
         """Tell the loss how many optimizer steps the whole run has. Call this before the first one."""

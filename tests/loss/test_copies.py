@@ -6,7 +6,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from methods import bi_tuning, dr_tune, ldifs
+from methods import Step, bi_tuning, dr_tune, ldifs
+from reference import array, generator
 
 from timm_coretune.loss import BiTuningLoss, DRTuneLoss, LDIFSLoss
 from timm_coretune.loss.parts.bank import Bank
@@ -33,13 +34,14 @@ class Loop:
         parameters = [p for p in [*self.model.parameters(), *self.criterion.parameters()] if p.requires_grad]
         self.optimizer = torch.optim.SGD(parameters, lr=0.02)
 
-    def pre_logits(self, model, images):
-        return model.forward_head(model.forward_features(images), pre_logits=True)
+    def features_of(self, model, images):
+        with torch.no_grad():
+            return model.forward_head(model.forward_features(images), pre_logits=True)
 
     def steps(self, labels=LABELS):
-        """Images, their classes, features, logits and losses of each step. The update follows once they were seen."""
+        """What the reference knows of each step, and its losses. The update follows once they were seen."""
         for number, label in enumerate(labels):
-            images = torch.randn(len(label), 3, 32, 32, dtype=torch.float64, generator=seeded(number))
+            images = torch.randn(len(label), 3, 32, 32, dtype=torch.float64, generator=generator(number))
             target = torch.tensor(label)
             feature_map, maps = forward_maps(self.model, images, self.criterion.map_indices or [0])
             features = self.model.forward_head(feature_map, pre_logits=True)
@@ -48,37 +50,29 @@ class Loop:
             further = {name: further[name] for name in self.criterion.requires}
             logits = classifier(features)
             losses = self.criterion.losses(features, logits, target, **further)
-            yield images, target, features, logits, losses
+            weights = dict(self.pretrained.named_parameters())
+            yield (
+                Step(self.criterion, self.model, weights, number, len(labels), images, features, logits, target),
+                losses,
+            )
             self.optimizer.zero_grad()
             losses['loss'].backward()
             self.optimizer.step()
             self.criterion.after_update(self.model)
 
 
-def seeded(seed):
-    return torch.Generator().manual_seed(seed)
-
-
 def numbers(losses):
     return {name: loss.item() for name, loss in losses.items()}
 
 
-def layer(classifier):
-    return classifier.weight.tolist(), classifier.bias.tolist()
-
-
 @pytest.mark.parametrize('kwargs', [{}, {'weight': 0.3, 'label_smoothing': 0.1}])
-def test_dr_tune_is_its_formula(kwargs):
+def test_the_bank_of_dr_tune_holds_the_last_images(kwargs):
     loop = Loop(DRTuneLoss, bank_size=12, **kwargs)
-    weight, smoothing = kwargs.get('weight'), kwargs.get('label_smoothing', 0.0)
     seen = []
-    for images, target, features, logits, losses in loop.steps():
-        with torch.no_grad():
-            before = loop.pre_logits(loop.pretrained, images)
-        seen += zip(before.tolist(), features.tolist(), target.tolist(), strict=True)
-        classifier = layer(loop.model.get_classifier())
-        expected = dr_tune.expected(logits.tolist(), target.tolist(), seen[-12:], *classifier, weight, smoothing)
-        assert numbers(losses) == pytest.approx(expected, rel=1e-9)
+    for step, losses in loop.steps():
+        before = loop.features_of(loop.pretrained, step.input)
+        seen += zip(array(before), array(step.features), step.target.tolist(), strict=True)
+        assert numbers(losses) == pytest.approx(dr_tune.losses(step, seen[-12:]), rel=1e-9)
     assert len(seen) > 12
 
 
@@ -86,11 +80,11 @@ def test_the_bank_of_dr_tune_trains_the_classifier_alone():
     loop = Loop(DRTuneLoss)
     steps = loop.steps()
     next(steps)
-    _, _, features, _, losses = next(steps)
-    assert torch.autograd.grad(losses['bank_loss'], features, retain_graph=True, allow_unused=True) == (None,)
-    # each of the 10 rows counts as one of the 5 of the batch
-    assert losses['loss'].item() == pytest.approx((losses['task_loss'] + 2 * losses['bank_loss']).item())
-    assert torch.autograd.grad(losses['bank_loss'], loop.model.get_classifier().weight)[0].abs().max() > 0
+    step, losses = next(steps)
+    inputs = step.features, loop.model.get_classifier().weight
+    of_features, of_weight = torch.autograd.grad(losses['bank_loss'], inputs, allow_unused=True)
+    assert of_features is None
+    assert of_weight.abs().max() > 0
 
 
 @pytest.mark.parametrize(
@@ -101,48 +95,25 @@ def test_the_bank_of_dr_tune_trains_the_classifier_alone():
         ('test_vit', ['blocks.0', 'blocks.2', 'blocks.3', 'blocks.5']),
     ],
 )
-def test_ldifs_is_its_formula(name, modules):
+def test_ldifs_compares_the_ends_of_stages(name, modules):
     loop = Loop(LDIFSLoss, name, weight=3.0, label_smoothing=0.1)
-
-    def layers_of(model, images):
-        maps = []
-        hooks = [model.get_submodule(m).register_forward_hook(lambda _, args, out: maps.append(out)) for m in modules]
-        with torch.no_grad():
-            features = loop.pre_logits(model, images)
-        for hook in hooks:
-            hook.remove()
-        pooled = [m.mean((2, 3)) if m.ndim == 4 else m[:, 1:].mean(1) for m in maps]
-        return [m.tolist() for m in [*pooled, features]]
-
-    for images, target, _, logits, losses in loop.steps(LABELS[:2]):
-        pairs = zip(layers_of(loop.model, images), layers_of(loop.pretrained, images), strict=True)
-        expected = ldifs.expected(logits.tolist(), target.tolist(), list(pairs), 3.0, 0.1)
-        assert numbers(losses) == pytest.approx(expected, rel=1e-9)
+    for step, losses in loop.steps(LABELS[:2]):
+        with_buffers = step._replace(pretrained=loop.pretrained.state_dict())
+        assert numbers(losses) == pytest.approx(ldifs.losses(with_buffers, modules), rel=1e-9)
     assert losses['distance_loss'] > 1e-6
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'contrast_weight': 0.5, 'temperature': 0.2, 'label_smoothing': 0.1}])
-def test_bi_tuning_is_its_formula(kwargs):
+def test_the_queue_of_bi_tuning_holds_the_last_keys_of_each_class_and_its_encoder_follows(kwargs):
     loop = Loop(BiTuningLoss, queue_size=4, momentum=0.9, projection_dim=6, **kwargs)
-    criterion, encoder = loop.criterion, loop.pretrained
-    projector = copy.deepcopy(criterion.projector)
+    encoder, projector = loop.pretrained, copy.deepcopy(loop.criterion.projector)
     seen = []
-    for images, target, features, logits, losses in loop.steps():
-        with torch.no_grad():
-            key = loop.pre_logits(encoder, images)
-            seen += zip(key.tolist(), projector(key).tolist(), target.tolist(), strict=True)
-            projections = criterion.projector(features).tolist()
+    for step, losses in loop.steps():
+        seen += bi_tuning.keys_of(loop.features_of(encoder, step.input), projector, step.target.tolist())
         queue = [row for c in range(NUM_CLASSES) for row in [s for s in seen if s[2] == c][-4:]]
-        expected = bi_tuning.expected(
-            *(features.tolist(), logits.tolist(), target.tolist(), projections, queue),
-            *layer(loop.model.get_classifier()),
-            kwargs.get('contrast_weight', 1.0),
-            kwargs.get('temperature', 0.07),
-            kwargs.get('label_smoothing', 0.0),
-        )
-        assert numbers(losses) == pytest.approx(expected, rel=1e-9)
+        assert numbers(losses) == pytest.approx(bi_tuning.losses(step, queue), rel=1e-9)
         # the update to come, and what follows it
-        parameters = [*loop.model.parameters(), *criterion.projector.parameters()]
+        parameters = [*loop.model.parameters(), *loop.criterion.projector.parameters()]
         gradients = torch.autograd.grad(losses['loss'], parameters, retain_graph=True)
         followers = [*encoder.parameters(), *projector.parameters()]
         with torch.no_grad():
@@ -152,9 +123,9 @@ def test_bi_tuning_is_its_formula(kwargs):
 
 def test_the_prototypes_of_bi_tuning_train_the_features_alone():
     loop = Loop(BiTuningLoss)
-    (_, _, features, _, losses) = next(loop.steps())
-    classifier = loop.model.get_classifier()
-    found = torch.autograd.grad(losses['prototype_loss'], [features, classifier.weight], allow_unused=True)
+    step, losses = next(loop.steps())
+    inputs = step.features, loop.model.get_classifier().weight
+    found = torch.autograd.grad(losses['prototype_loss'], inputs, allow_unused=True)
     assert found[0].abs().max() > 0
     assert found[1] is None
 

@@ -4,18 +4,26 @@ from typing import Any, Dict, Type
 
 from .base import TaskLoss as TaskLoss
 from .base import arguments_of
+from .bcl import BCLLoss as BCLLoss
 from .bi_tuning import BiTuningLoss as BiTuningLoss
+from .coin import COINLoss as COINLoss
 from .contrastive import ContrastiveLoss as ContrastiveLoss
 from .core_tuning import CoreTuningLoss as CoreTuningLoss
 from .dr_tune import DRTuneLoss as DRTuneLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
+from .l2_sp import L2SPLoss as L2SPLoss
 from .ldifs import LDIFSLoss as LDIFSLoss
 from .parts.projection import ProjectionHead as ProjectionHead
 from .scl import SCLLoss as SCLLoss
+from .spd import SPDLoss as SPDLoss
 
 METHODS: Dict[str, Type[TaskLoss]] = {
     'core': CoreTuningLoss,
     'scl': SCLLoss,
+    'bcl': BCLLoss,
+    'coin': COINLoss,
+    'l2-sp': L2SPLoss,
+    'spd': SPDLoss,
     'bi-tuning': BiTuningLoss,
     'dr-tune': DRTuneLoss,
     'ldifs': LDIFSLoss,

@@ -8,6 +8,7 @@ from typing import Any, Callable, Dict, FrozenSet, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
+from timm.utils import unwrap_model
 
 from ..checks import check_features, check_not_recomputed, check_target
 from ..distributed import GlobalBatch, process_index_and_count
@@ -84,7 +85,7 @@ class TaskLoss(nn.Module):
         A loss that needs a copy of the model, such as a momentum encoder, creates it here.
         """
 
-    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         """Called once with the optimizer, before the first update. A loss that corrects updates hooks on to it here."""
 
     def start(self, num_updates: int) -> None:
@@ -217,6 +218,8 @@ class TaskLoss(nn.Module):
         self.check_shapes(features, logits)
         check_target(target, features.shape[0], logits.shape[1])
         self.check_given(**{name: further.get(name) for name in self.requires})
+        if 'model' in further:
+            further['model'] = unwrap_model(further['model'])  # whose parameters have other names
         prepared = self.prepare(features.shape[0], features.device)
         return self.compute(features, logits, target, *prepared, **further)
 

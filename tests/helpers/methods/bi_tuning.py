@@ -1,45 +1,50 @@
-"""Bi-tuning as loops in float64, written from the formulas alone"""
+import numpy as np
+from reference import affine, array, classes, layer_of, log_softmax, unit
 
-from methods.dr_tune import cross_entropy, dot, log_softmax
-from methods.ldifs import unit
+from methods import clean_cross_entropy, features_with
 
 
-def mean_nll(similarities, is_positive, temperature):
-    log_p = log_softmax([s / temperature for s in similarities])
+def mean_nll(similarity, is_positive, temperature):
+    log_p = log_softmax([float(s) / temperature for s in similarity])
     chosen = [-x for x, positive in zip(log_p, is_positive, strict=True) if positive]
     return sum(chosen) / len(chosen) if chosen else 0.0
 
 
-def expected(features, logits, target, projections, queue, matrix, bias, weight=1.0, temperature=0.07, smoothing=0.0):
-    """Losses of a batch.
+def with_one(row):
+    return unit(np.append(row, 1.0))
 
-    Args:
-        features: Features of the batch, a list of rows.
-        logits: Their logits.
-        target: Their classes.
-        projections: Their projections, of any length.
-        queue: (features, projection, class) of the last keys of each class, this batch included.
-        matrix: Weights of the classifier, a row for each class.
-        bias: Its bias.
-        weight: Weight of the contrasts.
-        temperature: Divides cosines.
-        smoothing: Label smoothing.
-    """
-    task_loss = sum(cross_entropy(row, y, smoothing) for row, y in zip(logits, target, strict=True)) / len(target)
-    keys = [(unit([*f, 1.0]), unit(z), y) for f, z, y in queue]
-    prototype_losses, instance_losses = [], []
-    for f, z, y in zip(features, projections, target, strict=True):
-        prototype = unit([*matrix[y], bias[y]])
-        similarities = [dot(prototype, unit([*f, 1.0])), *(dot(prototype, key) for key, _, _ in keys)]
-        is_positive = [True, *(label == y for _, _, label in keys)]
-        prototype_losses.append(mean_nll(similarities, is_positive, temperature))
-        similarities = [dot(unit(z), key) for _, key, _ in keys]
-        instance_losses.append(mean_nll(similarities, is_positive[1:], temperature))
-    prototype_loss = sum(prototype_losses) / len(target)
-    instance_loss = sum(instance_losses) / len(target)
+
+def losses(step, queue):
+    """queue: features with a one behind, and projection, of unit length, and class, of all keys, this batch too."""
+    task_loss, criterion = clean_cross_entropy(step), step.criterion
+    weight, bias = layer_of(step.model.get_classifier())
+    features = list(array(step.features))
+    prototype_loss = instance_loss = 0.0
+    for f, z, y in zip(features, affine(features, layer_of(criterion.projector)), classes(step.target), strict=True):
+        is_positive = [label == y for _, _, label in queue]
+        prototype = unit(np.append(weight[y], bias[y]))
+        similarity = [prototype @ with_one(f), *(prototype @ key for key, _, _ in queue)]
+        prototype_loss += mean_nll(similarity, [True, *is_positive], criterion.temperature)
+        instance_loss += mean_nll([unit(z) @ key for _, key, _ in queue], is_positive, criterion.temperature)
+    prototype_loss, instance_loss = prototype_loss / len(features), instance_loss / len(features)
     return {
-        'loss': task_loss + weight * (prototype_loss + instance_loss),
+        'loss': task_loss + criterion.contrast_weight * (prototype_loss + instance_loss),
         'task_loss': task_loss,
         'prototype_loss': prototype_loss,
         'instance_loss': instance_loss,
     }
+
+
+def keys_of(features, projector, label):
+    """Keys from the features of the momentum encoder."""
+    rows = list(array(features))
+    projections = affine(rows, layer_of(projector))
+    return [(with_one(f), unit(z), y) for f, z, y in zip(rows, projections, label, strict=True)]
+
+
+def expected(step):
+    encoder, queue = step.criterion.encoder, step.criterion.queue
+    rows = zip(array(queue.feature), array(queue.projection), queue.label.tolist(), strict=True)
+    features = features_with(step, dict(encoder.model.named_parameters()))
+    batch = keys_of(features, encoder.projector, classes(step.target))
+    return losses(step, [row for row in [*rows, *batch] if row[2] >= 0])

@@ -1,49 +1,33 @@
-"""DR-Tune without its rotation, as loops in float64, written from the formulas alone"""
-
 import math
 
+import torch
+from reference import affine, array, classes, cross_entropy, layer_of, log_softmax, soft_target
 
-def log_softmax(row):
-    highest = max(row)
-    return [x - highest - math.log(sum(math.exp(y - highest) for y in row)) for x in row]
-
-
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
+from methods import clean_cross_entropy, features_with
 
 
-def cross_entropy(logits, label, smoothing=0.0):
-    log_p = log_softmax(logits)
-    return -(1 - smoothing) * log_p[label] - smoothing * sum(log_p) / len(log_p)
-
-
-def expected(logits, target, bank, matrix, bias, weight=None, smoothing=0.0):
-    """Losses of a batch.
-
-    Args:
-        logits: Logits of the batch, a list of rows.
-        target: Their classes.
-        bank: (pretrained features, tuned features, class) of the last K images, this batch included.
-        matrix: Weights of the classifier, a row for each class.
-        bias: Its bias.
-        weight: Weight of the bank; None for that of the paper.
-        smoothing: Label smoothing.
-    """
-    task_loss = sum(cross_entropy(row, y, smoothing) for row, y in zip(logits, target, strict=True)) / len(target)
-    width = len(matrix[0])
+def losses(step, bank):
+    """bank: features of the pretrained model and of the tuned one, and class, of the last K images, this batch too."""
+    task_loss, criterion = clean_cross_entropy(step), step.criterion
+    weight, _ = classifier = layer_of(step.model.get_classifier())
     shift = {}
     for c in {y for _, _, y in bank}:
-        members = [(p, d) for p, d, y in bank if y == c]
-        share = [math.exp(log_p) for log_p in log_softmax([dot(matrix[c], d) for _, d in members])]
-        shift[c] = [
-            sum(a * d[i] for a, (_, d) in zip(share, members, strict=True))
-            - sum(p[i] for p, _ in members) / len(members)
-            for i in range(width)
-        ]
-    bank_losses = []
+        before = [p for p, _, y in bank if y == c]
+        now = [d for _, d, y in bank if y == c]
+        share = [math.exp(log_p) for log_p in log_softmax([float(weight[c] @ d) for d in now])]
+        shift[c] = sum(a * d for a, d in zip(share, now, strict=True)) - sum(before) / len(before)
+    total = 0.0
     for p, _, y in bank:
-        moved = [a + b for a, b in zip(p, shift[y], strict=True)]
-        bank_losses.append(cross_entropy([dot(w, moved) + b for w, b in zip(matrix, bias, strict=True)], y, smoothing))
-    bank_loss = sum(bank_losses) / len(bank_losses)
-    weight = len(bank) / len(target) if weight is None else weight
+        target = soft_target(torch.tensor([y]), len(weight), criterion.label_smoothing)
+        total += cross_entropy(affine([p + shift[y]], classifier), target)
+    weight = len(bank) / len(step.target) if criterion.weight is None else criterion.weight
+    bank_loss = total / len(bank)
     return {'loss': task_loss + weight * bank_loss, 'task_loss': task_loss, 'bank_loss': bank_loss}
+
+
+def expected(step):
+    bank = step.criterion.bank
+    rows = zip(array(bank.pretrained), array(bank.tuned), bank.label.tolist(), strict=True)
+    before = features_with(step, step.pretrained)
+    batch = zip(array(before), array(step.features), classes(step.target), strict=True)
+    return losses(step, [row for row in [*rows, *batch] if row[2] >= 0])

@@ -1,29 +1,35 @@
-"""LDIFS as loops in float64, written from the formula alone"""
+import copy
 
-import math
+import torch
+from reference import array, unit
 
-from methods.dr_tune import cross_entropy
-
-
-def unit(row):
-    length = math.sqrt(sum(x * x for x in row))
-    return [x / length for x in row]
+from methods import clean_cross_entropy
 
 
-def expected(logits, target, layers, weight=10.0, smoothing=0.0):
-    """Losses of a batch.
+def layers_of(model, input, modules):
+    """Outputs of these modules, averaged over all places but the class token, and features."""
+    outputs = []
+    hooks = [model.get_submodule(m).register_forward_hook(lambda _, args, out: outputs.append(out)) for m in modules]
+    with torch.no_grad():
+        features = model.forward_head(model.forward_features(input), pre_logits=True)
+    for hook in hooks:
+        hook.remove()
+    return [*(x.mean((2, 3)) if x.ndim == 4 else x[:, 1:].mean(1) for x in outputs), features]
 
-    Args:
-        logits: Logits of the batch, a list of rows.
-        target: Their classes.
-        layers: For each layer the features of the tuned and of the pretrained model, each a list of rows.
-        weight: Weight of the distance.
-        smoothing: Label smoothing.
-    """
-    task_loss = sum(cross_entropy(row, y, smoothing) for row, y in zip(logits, target, strict=True)) / len(target)
-    total = 0.0
-    for tuned, pretrained in layers:
-        for a, b in zip(tuned, pretrained, strict=True):
-            total += sum((x - y) ** 2 for x, y in zip(unit(a), unit(b), strict=True))
-    distance_loss = total / len(layers) / len(target)
-    return {'loss': task_loss + weight * distance_loss, 'task_loss': task_loss, 'distance_loss': distance_loss}
+
+def losses(step, modules):
+    """modules: names of those whose outputs are compared."""
+    pretrained = copy.deepcopy(step.model).eval()
+    pretrained.load_state_dict(step.pretrained, strict=False)
+    now, before = (layers_of(model, step.input, modules) for model in (step.model, pretrained))
+    task_loss, total = clean_cross_entropy(step), 0.0
+    for a, b in zip(now, before, strict=True):
+        for x, y in zip(array(a), array(b), strict=True):
+            total += float(sum((unit(x) - unit(y)) ** 2))
+    distance_loss = total / len(now) / len(step.target)
+    loss = task_loss + step.criterion.weight * distance_loss
+    return {'loss': loss, 'task_loss': task_loss, 'distance_loss': distance_loss}
+
+
+def expected(step):
+    return losses(step, ['blocks.0'])  # the model of the table has one block

@@ -1,4 +1,4 @@
-"""Copies of the model that its loss keeps: as it was before tuning, or following it slowly"""
+"""Copies of a model that its loss keeps: as it was before tuning, all of it or its weights, or following it slowly"""
 
 import copy
 from typing import Any, List, Sequence, Tuple
@@ -6,7 +6,7 @@ from typing import Any, List, Sequence, Tuple
 import torch
 import torch.nn as nn
 
-from ...timm_model import forward_maps, get_classifiers
+from ...timm_model import classifier_parameters, forward_maps, get_classifiers
 
 
 class PretrainedCopy(nn.Module):
@@ -80,3 +80,29 @@ class MomentumEncoder(PretrainedFeatures):
                 parameter.lerp_(parameters[name].to(parameter.dtype), 1.0 - self.momentum)
             for name, buffer in own.named_buffers():
                 buffer.copy_(buffers[name])
+
+
+class PretrainedWeights(nn.Module):
+    """A copy of the weights of a model that are not new: all but those of its classifier, and of its decoder.
+
+    Like PretrainedCopy it is part of the state of the loss that owns it, but without buffers and modules.
+
+    Args:
+        model: The model whose weights are copied.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        new = {id(p) for p in classifier_parameters(model)}
+        self.names = [name for name, p in model.named_parameters() if id(p) not in new]
+        # one tensor, as names with dots cannot be registered; no buffer, as DistributedDataParallel sends those about
+        # in every step
+        copies = [model.get_parameter(name).detach().flatten() for name in self.names]
+        self.flat = nn.Parameter(torch.cat(copies), requires_grad=False)
+
+    def pairs(self, model: nn.Module) -> List[Tuple[nn.Parameter, torch.Tensor]]:
+        """Each of these weights of a model now, and what it was before tuning, in the same shape."""
+        now = dict(model.named_parameters())
+        tuned = [now[name] for name in self.names]
+        parts = self.flat.split([p.numel() for p in tuned])
+        return [(p, part.view(p.shape)) for p, part in zip(tuned, parts, strict=True)]
