@@ -6,7 +6,7 @@ cover it. Checks of the target and random draws stay outside, since a compiled g
 
 import contextlib
 import logging
-from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterable, List, Optional, Set, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -15,46 +15,18 @@ from timm.utils import unwrap_model
 
 from .checks import check_target
 from .loss import TaskLoss, create_method
+from .loss.parts.forward import ClassifierInput, features_and_logits, forward_maps
 from .mixup import protect_draws
 from .timm_model import (
     GroupMatcher,
     check_classifier,
     classifier_parameters,
-    forward_maps,
     get_feature_dim,
     group_matcher,
     no_weight_decay,
 )
 
 _logger = logging.getLogger(__name__)
-
-
-class _ClassifierInput:
-    """Forward pre-hook that keeps the input of the classifier, so that one pass gives features and logits.
-
-    It is on the classifier in a training step only: between steps the model can be scripted, copied and pickled.
-    """
-
-    def __init__(self) -> None:
-        self.is_listening = False
-        self.value: Optional[torch.Tensor] = None
-
-    def __call__(self, module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
-        self.value = args[0]
-
-    @contextlib.contextmanager
-    def of(self, classifier: Any) -> Iterator[None]:
-        """Listen to a classifier meanwhile. Several classifiers have no input in common, and are left alone."""
-        if self.is_listening or not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
-            yield
-            return
-        handle = classifier.register_forward_pre_hook(self)
-        self.is_listening = True
-        try:
-            yield
-        finally:
-            handle.remove()
-            self.is_listening, self.value = False, None
 
 
 class CoreTuningModule(nn.Module):
@@ -71,7 +43,7 @@ class CoreTuningModule(nn.Module):
         super().__init__()
         self.model: Any = model
         self.criterion = criterion
-        self._classifier_input = _ClassifierInput()
+        self._classifier_input = ClassifierInput()
 
     def no_weight_decay(self) -> Set[str]:
         return no_weight_decay(self.model, 'model.')
@@ -103,24 +75,11 @@ class CoreTuningModule(nn.Module):
         input: Union[torch.Tensor, Dict[str, torch.Tensor]],
         feature_map: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Pre-logits features (B, D) and logits (B, C), given what `forward_maps` returned for the input.
-
-        The features are the input of the classifier. If that does not have their shape (several classifiers, or a
-        classifier on feature maps), they come from `forward_head(pre_logits=True)`, which runs the head once more.
-        """
+        """Pre-logits features (B, D) and logits (B, C), given what `forward_maps` returned for the input."""
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self.listening():
-            logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
-            features, self._classifier_input.value = self._classifier_input.value, None
-        if not isinstance(logits, torch.Tensor):
-            raise ValueError(
-                f'Expected one tensor of logits from {type(self.model).__name__}, got {type(logits).__name__}. For a '
-                'model with distillation heads call model.set_distilled_training(False).'
+            return features_and_logits(
+                self.model, input, feature_map, self._classifier_input, self.criterion.num_features
             )
-        if isinstance(features, torch.Tensor):
-            features = features.flatten(1)  # (B, D, 1, 1) if the classifier is a 1 x 1 convolution
-        if features is None or features.shape[1] != (self.criterion.num_features or features.shape[1]):
-            features = self.model.forward_head(feature_map, pre_logits=True)
-        return features, logits
 
     def required(
         self,

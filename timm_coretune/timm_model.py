@@ -169,28 +169,6 @@ def check_classifies_rows(model: nn.Module, width: int) -> None:
         )
 
 
-def classify(classifier: Callable[[torch.Tensor], torch.Tensor], features: torch.Tensor) -> torch.Tensor:
-    """Logits (N, C) of features (N, D) by a classifier, which may be a 1 x 1 convolution."""
-    if isinstance(classifier, nn.Conv2d):
-        return classifier(features[:, :, None, None]).flatten(1)
-    return classifier(features)
-
-
-def forward_maps(model: Any, input: torch.Tensor, indices: Sequence[int]) -> Tuple[torch.Tensor, List[torch.Tensor]]:
-    """What `forward_features` of a timm model returns, and averages of feature maps on the way, from one pass.
-
-    Args:
-        model: A timm model with `forward_intermediates`.
-        input: Images (B, 3, H, W).
-        indices: Indices of the maps, in increasing order.
-
-    Returns:
-        The last feature map, and an average over all places (B, D_l) for each index, in float32 or float64.
-    """
-    feature_map, maps = model.forward_intermediates(input, indices=list(indices), output_fmt='NCHW')
-    return feature_map, [m.mean(dim=(2, 3), dtype=torch.promote_types(m.dtype, torch.float32)) for m in maps]
-
-
 def get_feature_dim(model: nn.Module) -> int:
     """Width of the pre-logits features of a timm classifier.
 

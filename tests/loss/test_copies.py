@@ -11,7 +11,8 @@ from reference import array, generator
 
 from timm_coretune.loss import BiTuningLoss, DRTuneLoss, LDIFSLoss
 from timm_coretune.loss.parts.bank import Bank
-from timm_coretune.timm_model import forward_maps, get_feature_dim
+from timm_coretune.loss.parts.forward import forward_maps
+from timm_coretune.timm_model import get_feature_dim
 
 NUM_CLASSES = 4
 LABELS = [[0, 1, 2, 0, 1], [2, 2, 2, 2, 2], [0, 1, 0, 1, 0], [1, 0, 0, 2, 0]]  # no image of class 3

@@ -21,7 +21,7 @@ _FIX = {
     'features. Pass classifier=model.get_classifier().',
     'model': 'The loss compares the weights of the model with those it had. Pass model=model.',
     'input': 'The loss compares features with those of a copy of the network. Pass input=images.',
-    'maps': 'The loss compares feature maps. Pass the averages that timm_model.forward_maps(model, images, '
+    'maps': 'The loss compares feature maps. Pass the averages that loss.parts.forward.forward_maps(model, images, '
     'criterion.map_indices) returns.',
 }
 

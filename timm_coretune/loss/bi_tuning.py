@@ -90,7 +90,7 @@ class BiTuningLoss(TaskLoss):
                 f'{type(model).__name__} with {", ".join(type(c).__name__ for c in classifiers)}.'
             )
         num_classes, num_features = classifiers[0].weight.shape[:2]
-        self.encoder = MomentumEncoder(model, self.projector, self.momentum)
+        self.encoder = MomentumEncoder(model, self.projector, self.momentum, self.num_features)
         widths = {'feature': num_features + 1, 'projection': self.projector.out_features}
         self.queue = Bank(self.queue_size, widths, num_classes)
 

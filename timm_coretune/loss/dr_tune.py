@@ -19,10 +19,11 @@ import torch.nn as nn
 
 from ..distributed import GlobalBatch
 from ..mining import at_least_float32, hard_label
-from ..timm_model import check_classifies_rows, classify
+from ..timm_model import check_classifies_rows
 from .base import TaskLoss
 from .parts.bank import Bank
 from .parts.cross_entropy import nll
+from .parts.forward import classify
 from .parts.pretrained import PretrainedFeatures
 
 
@@ -66,7 +67,7 @@ class DRTuneLoss(TaskLoss):
     def attach(self, model: nn.Module) -> None:
         """Copy the model. Raises a ValueError if its classifier does not map features to logits."""
         check_classifies_rows(model, cast(int, self.num_features))
-        self.pretrained = PretrainedFeatures(model)
+        self.pretrained = PretrainedFeatures(model, self.num_features)
 
     def extra_repr(self) -> str:
         return f'weight={self.weight}, bank_size={self.bank.size}'

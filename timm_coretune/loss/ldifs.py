@@ -54,7 +54,7 @@ class LDIFSLoss(TaskLoss):
     def attach(self, model: nn.Module) -> None:
         """Copy the model. Raises a ValueError if it does not offer its feature maps."""
         self.map_indices = choose_maps(model)
-        self.pretrained = PretrainedFeatures(model)
+        self.pretrained = PretrainedFeatures(model, self.num_features)
 
     def extra_repr(self) -> str:
         return f'weight={self.weight}'

@@ -1,12 +1,13 @@
 """Copies of a model that its loss keeps: as it was before tuning, all of it or its weights, or following it slowly"""
 
 import copy
-from typing import Any, List, Sequence, Tuple
+from typing import Any, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 
-from ...timm_model import classifier_parameters, forward_maps, get_classifiers
+from ...timm_model import classifier_parameters
+from .forward import ClassifierInput, features_and_logits, forward_maps
 
 
 class PretrainedCopy(nn.Module):
@@ -29,34 +30,35 @@ class PretrainedCopy(nn.Module):
 
 
 class PretrainedFeatures(PretrainedCopy):
-    """A copy of a timm classifier that gives the input of its classifier, which the copy leaves out.
+    """A copy of a timm classifier that gives its features, as the task gives those of the model.
 
     Args:
         model: The model to copy.
+        num_features: Width D of the features.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, num_features: Optional[int]):
         super().__init__(model)
-        classifiers = {id(classifier) for classifier in get_classifiers(self.model)}
-        for parent in list(self.model.modules()):
-            for name, child in parent.named_children():
-                if id(child) in classifiers:
-                    setattr(parent, name, nn.Identity())
+        self.num_features = num_features
+        self.classifier_input = ClassifierInput()
+        self.classifier_input.listen_to(self.model.get_classifier())
 
     @torch.no_grad()
     def forward(self, input: Any) -> torch.Tensor:
-        """Features (B, D) of images (B, 3, H, W), or of whatever else the model takes."""
-        return self.model(input).flatten(1)
+        """Features (B, D) of images (B, 3, H, W), or of a dictionary of patches."""
+        feature_map = None if isinstance(input, dict) else self.model.forward_features(input)
+        return features_and_logits(self.model, input, feature_map, self.classifier_input, self.num_features)[0]
 
     @torch.no_grad()
     def forward_maps(self, input: torch.Tensor, indices: Sequence[int]) -> Tuple[List[torch.Tensor], torch.Tensor]:
         """Averages (B, D_l) of the feature maps at these indices, and the features (B, D)."""
         feature_map, maps = forward_maps(self.model, input, indices)
-        return maps, self.model.forward_head(feature_map).flatten(1)
+        features, _ = features_and_logits(self.model, input, feature_map, self.classifier_input, self.num_features)
+        return maps, features
 
 
 class MomentumEncoder(PretrainedFeatures):
-    """A copy of a timm classifier, without its classifier, that follows it slowly. With a copy of a projector.
+    """A copy of a timm classifier that follows it slowly, with a copy of a projector.
 
     It is in evaluation mode, so its norms use the running statistics of the model, which it copies.
 
@@ -64,10 +66,11 @@ class MomentumEncoder(PretrainedFeatures):
         model: The model to copy.
         projector: Maps the features of the model.
         momentum: Share of the old weights in the new ones.
+        num_features: Width D of the features.
     """
 
-    def __init__(self, model: nn.Module, projector: nn.Module, momentum: float):
-        super().__init__(model)
+    def __init__(self, model: nn.Module, projector: nn.Module, momentum: float, num_features: Optional[int]):
+        super().__init__(model, num_features)
         self.projector = copy.deepcopy(projector).requires_grad_(False)
         self.momentum = momentum
 
@@ -75,11 +78,10 @@ class MomentumEncoder(PretrainedFeatures):
     def follow(self, model: nn.Module, projector: nn.Module) -> None:
         """Take a step towards a model and its projector. Buffers are copied."""
         for own, other in ((self.model, model), (self.projector, projector)):
-            parameters, buffers = dict(other.named_parameters()), dict(other.named_buffers())
-            for name, parameter in own.named_parameters():
-                parameter.lerp_(parameters[name].to(parameter.dtype), 1.0 - self.momentum)
-            for name, buffer in own.named_buffers():
-                buffer.copy_(buffers[name])
+            for parameter, target in zip(own.parameters(), other.parameters(), strict=True):
+                parameter.lerp_(target.to(parameter.dtype), 1.0 - self.momentum)
+            for buffer, new in zip(own.buffers(), other.buffers(), strict=True):
+                buffer.copy_(new)
 
 
 class PretrainedWeights(nn.Module):
