@@ -175,7 +175,7 @@ def test_a_step_trains_the_whole_model_on_the_features_of_its_classifier(module,
     width = get_feature_dim(model)
     task = CoreTuningTask(model, verbose=False)
     assert task.criterion.num_features == width
-    assert not task.criterion.classifies_mixtures  # those that are not affine are in tests/loss/test_classifier.py
+    assert task.criterion.requires == ()  # those that are not affine are in tests/loss/test_classifier.py
     assert [r.message for r in caplog.records if r.levelname == 'WARNING' and 'affine' in r.message] == []
     input = torch.randn(len(TARGET), 3, case.image_size, case.image_size)
 

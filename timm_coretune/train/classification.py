@@ -186,7 +186,8 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
     num_candidates = max(settings.loss.num_candidates(batch_size), 1)
     message = (
         f'Contrast over {batch_size} images ({data.batch_size} x {num_gathered} process(es); accumulation does not '
-        f'enlarge it): at chance its loss without the focal factor is ln {num_candidates} = {math.log(num_candidates):.2f}.'
+        f'enlarge it): at chance its loss without the focal factor is ln {num_candidates} = '
+        f'{math.log(num_candidates):.2f}.'
     )
     counts = count_labels(datasets.train)
     if counts:

@@ -36,7 +36,7 @@ def _of_losses(settings: Settings) -> Conditions:
         ),
         '--coretune is --method core: not with another method': loss.coretune and loss.method not in (None, 'core'),
         '--method-kwargs needs a --method other than plain': loss.method_kwargs and not loss.task_loss,
-        f'--segmentation: --method {loss.task_loss} has no meaning for pixels': (
+        '--segmentation: this --method compares whole images; choose one that docs/methods.md marks for pixels': (
             data.segmentation and loss.task_loss and not METHODS[loss.task_loss].for_pixels
         ),
         '--jsd-loss needs --aug-splits of 2 or more': loss.jsd_loss and data.aug_splits < 2,
