@@ -21,20 +21,35 @@ import argparse
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shlex
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List, Mapping, Optional
 
+from study_picture import draw
 from study_plan import SCORES, Cell, Run, Study, make_run, read_study, select, tune
+from study_report import render, write_tables
 from study_results import Results, num_missing, score_of
+from study_smoke import write_study
 from study_train import Forge, TrainError
 
 ASSETS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 'timm_coretune', 'assets')
+
+
+def find_machine() -> str:
+    """The model of the processor and the number of cores."""
+    model = platform.processor() or platform.machine()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo', encoding='utf-8') as f:
+            names = [line.partition(':')[2].strip() for line in f if line.startswith('model name')]
+        model = names[0] if names else model
+    return f'{model} x {os.cpu_count()}'
 
 
 def find_versions() -> Dict[str, str]:
@@ -46,7 +61,11 @@ def find_versions() -> Dict[str, str]:
     commit = head.stdout.strip() or importlib.metadata.version('timm-coretune')
     if subprocess.run([*git, 'status', '--porcelain', '--', folder], capture_output=True).stdout:
         commit += '-changed'
-    return {'commit': commit, **{name: importlib.metadata.version(name) for name in ('torch', 'timm')}}
+    return {
+        'commit': commit,
+        'machine': find_machine(),
+        **{name: importlib.metadata.version(name) for name in ('torch', 'timm')},
+    }
 
 
 class Runner:
@@ -165,8 +184,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
 
 def show_plan(study: Study, cells: List[Cell], results: Results, places: Mapping[str, str]) -> None:
     """Print the number of runs that are left, the command of a run of each cell, and the time if others tell it."""
-    total = hours = 0.0
-    unknown = 0
+    total, unknown, hours = 0, 0, 0.0
     seconds: Dict[tuple, List[float]] = {}
     for row in results.rows():
         seconds.setdefault((row['data'], row['network'], row['labels']), []).append(float(row['seconds']))
@@ -186,20 +204,30 @@ def show_plan(study: Study, cells: List[Cell], results: Results, places: Mapping
         print(f'and that of {unknown} runs on data, networks and labels of which no run is done yet.')
 
 
+def smoke(folder: str) -> int:
+    """Do a tiny study, then ask for it again, which must train nothing. Returns the exit code."""
+    words = write_study(folder)
+    code = main([*words, '--jobs', '2'])
+    results = Results(words[words.index('--results') + 1])
+    before = results.rows()
+    code = code or main(words)
+    if results.rows() != before:
+        print('Expected that a study that is over trains nothing.', file=sys.stderr)
+        return 1
+    return code or main([*words, '--report', '--picture', os.path.join(folder, 'picture.png')])
+
+
 def main(argv: Optional[List[str]] = None) -> int:
     args = parse_args(argv)
     if args.smoke:
-        from study_smoke import smoke
-
-        return smoke()
+        with tempfile.TemporaryDirectory() as folder:
+            return smoke(folder)
     study, results = read_study(args.study), Results(args.results)
     cells = select(study.cells, args.only)
     places = {'data': args.data_root, 'networks': args.networks_root, 'assets': ASSETS}
     if args.report or args.picture:
-        from study_report import draw, write_tables
-
         if args.report:
-            write_tables(study, cells, results, args.report)
+            write_tables(render(study, cells, results), args.study, args.report)
         if args.picture:
             draw(study, cells, results, args.picture)
         return 0

@@ -11,7 +11,7 @@ from study_train import DIVERGED
 
 KEY = ('data', 'network', 'labels', 'arm', 'lr', 'weight', 'seed', 'stage', 'flags')
 SCORE_COLUMNS = ('top1', 'class_mean', 'miou', 'mpa', 'fwiou', 'pa')
-COLUMNS = (*KEY, 'outcome', 'epochs', *SCORE_COLUMNS, 'seconds', 'threads', 'commit', 'torch', 'timm')
+COLUMNS = (*KEY, 'outcome', 'epochs', *SCORE_COLUMNS, 'seconds', 'threads', 'machine', 'commit', 'torch', 'timm')
 
 
 class Results:

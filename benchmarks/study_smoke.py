@@ -2,7 +2,6 @@
 
 import os
 import random
-import tempfile
 
 import yaml
 from PIL import Image, ImageDraw
@@ -49,20 +48,3 @@ def write_study(folder: str) -> list:
     with open(plan, 'w', encoding='utf-8') as f:
         yaml.safe_dump(PLAN, f, sort_keys=False)
     return [plan, '--results', os.path.join(folder, 'results.csv'), '--data-root', os.path.join(folder, 'pictures')]
-
-
-def smoke() -> int:
-    """Do the study, then ask for it again, which must train nothing. Returns the exit code."""
-    from study import main
-    from study_results import Results
-
-    with tempfile.TemporaryDirectory() as folder:
-        words = [*write_study(folder), '--jobs', '2']
-        code = main(words)
-        results = Results(os.path.join(folder, 'results.csv'))
-        before = results.rows()
-        code = code or main(words)
-        if results.rows() != before:
-            print('Expected that a study that is over trains nothing.')
-            return 1
-        return code
