@@ -105,7 +105,8 @@ class Runner:
         scores = {name: float(given[name]) for name in SCORES[self.study.kind] if name in given}
         row = {**run.key, **self.versions, 'outcome': given['outcome'], 'epochs': given.get('epochs', '')}
         row.update({name: f'{value:.4f}' for name, value in scores.items()})
-        row.update(seconds=f'{outcome.seconds:.1f}', threads=str(self.forge.num_threads))
+        row.update(seconds=f'{outcome.seconds:.1f}', cpu_seconds=f'{outcome.cpu_seconds:.1f}')
+        row['threads'] = str(self.forge.num_threads)
         self.results.append(row)
         with self.lock:
             self.num_done += 1
@@ -187,7 +188,7 @@ def show_plan(study: Study, cells: List[Cell], results: Results, places: Mapping
     total, unknown, hours = 0, 0, 0.0
     seconds: Dict[tuple, List[float]] = {}
     for row in results.rows():
-        seconds.setdefault((row['data'], row['network'], row['labels']), []).append(float(row['seconds']))
+        seconds.setdefault((row['data'], row['network'], row['labels']), []).append(float(row['cpu_seconds']))
     for cell in cells:
         left = num_missing(cell, study.kind, results)
         known = seconds.get((cell.data, cell.network, cell.labels))

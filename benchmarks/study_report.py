@@ -143,6 +143,8 @@ def render(study: Study, cells: Sequence[Cell], results: Results) -> str:
         parts.append('\n'.join([f'### {heading(study, first)}', '', *table]))
         num_intervals += sum(difference(arm, baseline, s) is not None for arm in arms[1:] for s in scores)
         used += [row for arm in arms for row in arm.rows]
+    if not parts:
+        return 'No run of this study is done yet.'
     parts.append(_notes(results, used, num_intervals))
     return '\n\n'.join(parts)
 
@@ -151,13 +153,13 @@ def _notes(results: Results, used: Sequence[Row], num_intervals: int) -> str:
     def values(name: str) -> str:
         return ', '.join(sorted({row[name] for row in used}))
 
-    hours = sum(float(row['seconds']) for row in used) / 3600
+    hours = sum(float(row['cpu_seconds']) for row in used) / 3600
     notes = [
         'Differences are means over the seeds that both arms have, ± half the 95 % interval by the t distribution; '
         f'bold if it excludes 0. Of {num_intervals} such intervals {num_intervals * (1 - CONFIDENCE):.0f} would '
         'exclude 0 by chance.',
         f'A rate with * is the lowest or highest that was tried, after {MOST_EXTENSIONS} further ones.',
-        f'{len(used)} runs, {hours:.1f} hours of compute with {values("threads")} thread(s) a run on '
+        f'{len(used)} runs, {hours:.1f} hours of the processor with {values("threads")} thread(s) a run on '
         f'{values("machine")}; torch {values("torch")}, timm {values("timm")}, timm_coretune {values("commit")}.',
     ]
     num_others = len(results.rows()) - len(used)

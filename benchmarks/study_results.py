@@ -11,7 +11,19 @@ from study_train import DIVERGED
 
 KEY = ('data', 'network', 'labels', 'arm', 'lr', 'weight', 'seed', 'stage', 'flags')
 SCORE_COLUMNS = ('top1', 'class_mean', 'miou', 'mpa', 'fwiou', 'pa')
-COLUMNS = (*KEY, 'outcome', 'epochs', *SCORE_COLUMNS, 'seconds', 'threads', 'machine', 'commit', 'torch', 'timm')
+COLUMNS = (
+    *KEY,
+    'outcome',
+    'epochs',
+    *SCORE_COLUMNS,
+    'seconds',
+    'cpu_seconds',
+    'threads',
+    'machine',
+    'commit',
+    'torch',
+    'timm',
+)
 
 
 class Results:
@@ -26,7 +38,6 @@ class Results:
 
     def __init__(self, path: str):
         self.path = path
-        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
         self.lock = FileLock(f'{path}.lock')
         header = self._text().partition('\n')[0].rstrip('\r')
         if header and tuple(header.split(',')) != COLUMNS:
@@ -55,6 +66,7 @@ class Results:
         """Add a row. It is on the disk when this returns."""
         line = io.StringIO()
         writer = csv.DictWriter(line, fieldnames=COLUMNS, restval='', lineterminator='\n')
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
         with self.lock:
             whole = len(self._text().encode())
             if not whole:

@@ -2,13 +2,13 @@
 
 import contextlib
 import csv
-import glob
 import io
 import json
 import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import threading
@@ -31,10 +31,12 @@ class Outcome(NamedTuple):
         columns: Scores of the last epoch and number of epochs, by the columns of the results. Only the outcome if the
             run diverged.
         seconds: Duration.
+        cpu_seconds: Time of the processor, which does not grow if other programs run beside.
     """
 
     columns: Dict[str, str]
     seconds: float
+    cpu_seconds: float
 
 
 def _watch_parent(folder: str) -> None:
@@ -61,8 +63,11 @@ def _read_scores(folder: str) -> Dict[str, str]:
 
 def _train(words: List[str], folder: str, num_threads: int) -> None:
     """The process of a run. It leaves its result in a file."""
+    # a signal to the group of the study is for the study: this process sees its end and removes its folder
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_watch_parent, args=(folder,), daemon=True).start()
-    log = os.open(os.path.join(folder, 'log.txt'), os.O_WRONLY | os.O_CREAT)
+    log = os.open(os.path.join(folder, 'log.txt'), os.O_WRONLY | os.O_CREAT, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     # pictures of a run that nobody looks at take as long as an epoch: without matplotlib train.py leaves them out
@@ -83,7 +88,7 @@ def _train(words: List[str], folder: str, num_threads: int) -> None:
         logging.getLogger(__name__).warning(str(e))
         result = {'outcome': DIVERGED}
     with open(os.path.join(folder, 'result.json'), 'w', encoding='utf-8') as f:
-        json.dump(result, f)
+        json.dump([result, time.process_time()], f)
 
 
 def _check(command_lines: List[List[str]], path: str) -> None:
@@ -141,22 +146,23 @@ class Forge:
             try:
                 process.join()
             except BaseException:
-                process.terminate()
+                process.kill()
                 process.join()
                 raise
             path = os.path.join(folder, 'result.json')
             if process.exitcode == 0 and os.path.exists(path):
                 with open(path, encoding='utf-8') as f:
-                    return Outcome(json.load(f), time.perf_counter() - start)
+                    columns, cpu_seconds = json.load(f)
+                return Outcome(columns, time.perf_counter() - start, cpu_seconds)
             raise TrainError(self._keep_log(folder, log_name, f'exit code {process.exitcode}'))
 
     def _keep_log(self, folder: str, name: str, why: str) -> str:
-        found = glob.glob(os.path.join(folder, 'log.txt'))
-        if not found:
+        log = os.path.join(folder, 'log.txt')
+        if not os.path.exists(log):
             return f'{why}, without a log'
         os.makedirs(self.log_folder, exist_ok=True)
         path = os.path.join(self.log_folder, name)
-        shutil.copy(found[0], path)
+        shutil.copy(log, path)
         with open(path, encoding='utf-8', errors='replace') as f:
             lines = [line.strip() for line in f if line.strip()]
         return f'{why}, {path}: {lines[-1] if lines else "empty"}'
