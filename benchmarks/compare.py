@@ -6,7 +6,7 @@
 
 runs train.py with and without --coretune, with the sample's recipe and paired seeds, and prints a Markdown table for
 each metric on the sample's validation images (top-1 accuracy; MPA, FWIoU and mIoU of pixels): the last epoch, which no
-choice on those images favours, and the best.
+choice on those images favours, and the best. All runs have the recipe's learning rate: benchmarks/study.py tunes it.
 """
 
 import argparse
@@ -19,19 +19,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List
 
-_NEGATIVES = ['--coretune', '--coretune-smooth', 'negative', '--coretune-smooth-weight', '0.3']
 _ARMS: Dict[str, List[str]] = {
     'cross-entropy': [],
     'Core-tuning, weight 0.1 (the paper)': ['--coretune', '--contrast-weight', '0.1'],
     'Core-tuning, weight 1': ['--coretune', '--contrast-weight', '1'],
-}
-# other mixtures, and controls that tell where a gain comes from
-_FURTHER: Dict[str, List[str]] = {
-    'clean + 0.3 x semi-hard negatives': [*_NEGATIVES, '--contrast-weight', '0.1'],
-    'control: the same without contrast': [*_NEGATIVES, '--contrast-weight', '0'],
-    'control: the negatives not mixed': [*_NEGATIVES, '--contrast-weight', '0', '--coretune-min-negative-lam', '1'],
-    'hard positive: hardest of 4': ['--coretune', '--coretune-positive-candidates', '4'],
-    'contrast alone': ['--coretune', '--coretune-smooth', 'none', '--coretune-mixtures', 'none'],
 }
 _METRICS = {'top1': 'top-1'}
 _PIXEL_METRICS = {'mpa': 'MPA', 'fwiou': 'FWIoU', 'miou': 'mIoU'}
@@ -75,22 +66,20 @@ def main() -> None:
         '--jobs', type=int, default=1, metavar='N', help='runs at a time, which share the cores (default: 1)'
     )
     parser.add_argument('--segmentation', action='store_true', help='of the scenes made of the sample, by pixel')
-    parser.add_argument('--further', action='store_true', help='also other mixtures, and controls of a gain')
     parser.add_argument('flags', nargs='*', metavar='FLAG', help='further flags of train.py for all runs, after --')
     args = parser.parse_args()
-    arms = {**_ARMS, **(_FURTHER if args.further else {})}
     flags = [*(['--segmentation'] if args.segmentation else []), *args.flags]
     num_threads = max(1, (os.cpu_count() or 1) // args.jobs)
 
     def train(seed: int, name: str) -> List[Dict[str, str]]:
-        rows = run([*arms[name], *flags], seed, num_threads)
+        rows = run([*_ARMS[name], *flags], seed, num_threads)
         print(f'seed {seed}, {name}: {rows[-1]}', file=sys.stderr)
         return rows
 
-    runs = [(seed, name) for seed in range(args.seeds) for name in arms]
+    runs = [(seed, name) for seed in range(args.seeds) for name in _ARMS]
     with ThreadPoolExecutor(args.jobs) as pool:
         done = dict(zip(runs, pool.map(train, *zip(*runs, strict=True)), strict=True))
-    summaries = {name: [done[seed, name] for seed in range(args.seeds)] for name in arms}
+    summaries = {name: [done[seed, name] for seed in range(args.seeds)] for name in _ARMS}
     for key, title in (_PIXEL_METRICS if args.segmentation else _METRICS).items():
         results = {
             name: [[float(row[f'eval_{key}']) for row in rows] for rows in runs] for name, runs in summaries.items()

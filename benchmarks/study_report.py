@@ -1,0 +1,193 @@
+"""Tables and a picture of a study, from its results"""
+
+import math
+import os
+import statistics
+import sys
+from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+
+from study_plan import MOST_EXTENSIONS, SCORES, Cell, Choice, Study, make_run
+from study_results import Results, choice_of, identity
+from study_train import DIVERGED
+
+CONFIDENCE = 0.95
+Row = Mapping[str, str]
+
+
+class Interval(NamedTuple):
+    """Mean of paired differences and half the width of its interval of confidence, NaN for a single pair."""
+
+    mean: float
+    half: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return abs(self.mean) > self.half
+
+    def __str__(self) -> str:
+        if math.isnan(self.half):
+            return f'{self.mean:+.2f}'
+        text = f'{self.mean:+.2f} ± {self.half:.2f}'
+        return f'**{text}**' if self.excludes_zero else text
+
+
+class Measured(NamedTuple):
+    """An arm in a table.
+
+    Attributes:
+        cell: The arm on the data.
+        choice: What the tuning chose, None if it is not over.
+        tests: Rows of the test by seed.
+        rows: All rows of the arm, those of the tuning too.
+    """
+
+    cell: Cell
+    choice: Optional[Choice]
+    tests: Dict[int, Row]
+    rows: List[Row]
+
+    def scores(self, name: str) -> Dict[int, float]:
+        """A score by seed. Runs that diverged have none."""
+        return {seed: float(row[name]) for seed, row in self.tests.items() if row['outcome'] != DIVERGED}
+
+
+def interval_of(differences: Sequence[float]) -> Interval:
+    """Mean and half the width of its interval by Student's t distribution with n - 1 degrees of freedom."""
+    from scipy.stats import t
+
+    mean, n = statistics.mean(differences), len(differences)
+    if n < 2:
+        return Interval(mean, math.nan)
+    quantile = float(t.ppf(0.5 + CONFIDENCE / 2, n - 1))
+    return Interval(mean, quantile * statistics.stdev(differences) / n**0.5)
+
+
+def measure(cell: Cell, kind: str, rows: Mapping[Tuple[str, ...], Row]) -> Measured:
+    """Collect what the results have of a cell."""
+    choice = choice_of(cell, kind, rows)
+    tests = {}
+    lrs = cell.lrs if choice is None else choice.lrs
+    settings = [(lr, weight) for lr in lrs for weight in cell.weights]
+    runs = [make_run(cell, 'tune', *setting, seed) for setting in settings for seed in cell.tune.seeds]
+    used = [rows[key] for key in map(identity, (run.key for run in runs)) if key in rows]
+    if choice is not None:
+        for seed in cell.test.seeds:
+            row = rows.get(identity(make_run(cell, 'test', choice.lr, choice.weight, seed).key))
+            if row is not None:
+                tests[seed] = row
+    return Measured(cell, choice, tests, [*used, *tests.values()])
+
+
+def difference(arm: Measured, baseline: Measured, score: str) -> Optional[Interval]:
+    """The arm minus the baseline over the seeds that both have, None if there is none."""
+    ours, theirs = arm.scores(score), baseline.scores(score)
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return interval_of(pairs) if pairs else None
+
+
+def _chosen(value: Optional[float], tried: Sequence[Optional[float]], mark: str = '') -> str:
+    if value is None:
+        return ''
+    return f'{value:g}{mark} ({", ".join(f"{other:g}" for other in tried if other is not None)})'
+
+
+def _line(arm: Measured, baseline: Measured, title: str, scores: Sequence[str]) -> str:
+    cell, choice = arm.cell, arm.choice
+    if choice is None or not arm.tests:
+        return f'| {title} | {"not tuned yet" if choice is None else "not tested yet"} |'
+    lr = _chosen(choice.lr, choice.lrs, '' if choice.is_inside else '*')
+    columns = [title, lr, _chosen(choice.weight, cell.weights)]
+    for number, score in enumerate(scores):
+        values = arm.scores(score)
+        if number == 0:
+            columns.append(', '.join(f'{values[s]:.1f}' if s in values else DIVERGED for s in arm.tests))
+        columns.append(f'{statistics.mean(values.values()):.2f}' if values else '')
+        paired = None if arm is baseline else difference(arm, baseline, score)
+        columns.append('' if paired is None else str(paired))
+    return f'| {" | ".join(columns)} |'
+
+
+def tables_of(study: Study, cells: Sequence[Cell], results: Results) -> Iterator[List[Measured]]:
+    """The arms of each table, which is of one data set, network and share of labels. The baseline is the first."""
+    rows = results.by_key()
+    groups: Dict[Tuple[str, ...], List[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.data, cell.network, cell.labels), []).append(cell)
+    for group in groups.values():
+        arms = [measure(cell, study.kind, rows) for cell in group]
+        baseline = [arm for arm in arms if arm.cell.arm == study.baseline]
+        if not baseline:
+            raise ValueError(f'Expected the arm {study.baseline} in the tables. Leave it in --only.')
+        if any(arm.rows for arm in arms):
+            yield [*baseline, *(arm for arm in arms if arm is not baseline[0])]
+
+
+def heading(study: Study, cell: Cell) -> str:
+    labels = '' if cell.labels == 'all' else f', labels: {cell.labels}'
+    return f'{study.titles[cell.data]}; {study.titles[cell.network]}{labels}'
+
+
+def render(study: Study, cells: Sequence[Cell], results: Results) -> str:
+    """The tables as Markdown."""
+    scores, parts = SCORES[study.kind], []
+    num_intervals, used = 0, []
+    for arms in tables_of(study, cells, results):
+        baseline, first = arms[0], arms[0].cell
+        against = study.titles[study.baseline]
+        head = ['arm', 'learning rate (tried)', 'weight (tried)']
+        for number, title in enumerate(scores.values()):
+            seeds = f'seeds {", ".join(map(str, first.test.seeds))}'
+            head += [*([f'{title}, {seeds}'] if number == 0 else []), f'{title}, mean', f'minus {against}']
+        lines = [_line(arm, baseline, study.titles[arm.cell.arm], list(scores)) for arm in arms]
+        table = [f'| {" | ".join(head)} |', '|---' * len(head) + '|', *lines]
+        parts.append('\n'.join([f'### {heading(study, first)}', '', *table]))
+        num_intervals += sum(difference(arm, baseline, s) is not None for arm in arms[1:] for s in scores)
+        used += [row for arm in arms for row in arm.rows]
+    if not parts:
+        return 'No run of this study is done yet.'
+    parts.append(_notes(results, used, num_intervals))
+    return '\n\n'.join(parts)
+
+
+def _notes(results: Results, used: Sequence[Row], num_intervals: int) -> str:
+    def values(name: str) -> str:
+        return ', '.join(sorted({row[name] for row in used}))
+
+    hours = sum(float(row['cpu_seconds']) for row in used) / 3600
+    notes = [
+        'Differences are means over the seeds that both arms have, ± half the 95 % interval by the t distribution; '
+        f'bold if it excludes 0. Of {num_intervals} such intervals {num_intervals * (1 - CONFIDENCE):.0f} would '
+        'exclude 0 by chance.',
+        f'A rate with * is the lowest or highest that was tried, after {MOST_EXTENSIONS} further ones.',
+        f'{len(used)} runs, {hours:.1f} hours of the processor with {values("threads")} thread(s) a run on '
+        f'{values("machine")}; torch {values("torch")}, timm {values("timm")}, timm_coretune {values("commit")}.',
+    ]
+    num_others = len(results.rows()) - len(used)
+    if num_others:
+        notes.append(f'{num_others} line(s) of the results are of other flags or settings and are not shown.')
+    return '\n'.join(notes)
+
+
+def begin_of(study_path: str) -> str:
+    return f'<!-- tables of {os.path.basename(study_path)}, written by benchmarks/study.py -->'
+
+
+END = '<!-- end of the tables -->'
+
+
+def write_tables(text: str, study_path: str, path: str) -> None:
+    """Write the tables between their markers in a page, or print them if the path is '-'.
+
+    Raises:
+        ValueError: The page has no markers for this study.
+    """
+    if path == '-':
+        sys.stdout.write(f'{text}\n')
+        return
+    begin = begin_of(study_path)
+    with open(path, encoding='utf-8') as f:
+        before, found, rest = f.read().partition(begin)
+    if not found or END not in rest:
+        raise ValueError(f'Expected the lines {begin} and {END} in {path!r}. Add them where the tables belong.')
+    with open(path, 'w', encoding='utf-8') as f:
+        f.write(f'{before}{begin}\n\n{text}\n\n{END}{rest.partition(END)[2]}')
