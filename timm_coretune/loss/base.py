@@ -286,8 +286,17 @@ class TaskLoss(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def arguments_of(loss: Type[TaskLoss]) -> FrozenSet[str]:
-    """Names of all arguments of a loss, those that it hands on to its base classes included."""
-    names = {'self', 'args', 'kwargs'}
+def defaults_of(loss: Type[TaskLoss]) -> Dict[str, Any]:
+    """All arguments of a loss with their defaults, those that it hands on to its base classes included.
+
+    An argument without a default has inspect.Parameter.empty.
+    """
     inits = (vars(cls)['__init__'] for cls in loss.__mro__ if issubclass(cls, TaskLoss) and '__init__' in vars(cls))
-    return frozenset(name for init in inits for name in inspect.signature(init).parameters) - names
+    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+    # a subclass comes first, and its default counts
+    return {p.name: p.default for p in reversed(parameters) if p.name not in ('self', 'args', 'kwargs')}
+
+
+def arguments_of(loss: Type[TaskLoss]) -> FrozenSet[str]:
+    """Names of all arguments of a loss."""
+    return frozenset(defaults_of(loss))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Mapping, Optional
 
 from ...loss import METHODS
-from ...loss.base import arguments_of
+from ...loss.base import arguments_of, defaults_of
 from ...loss.core_tuning import PARTS
 from ...segmentation.decoder import Head
 from .flags import flag
@@ -212,7 +212,9 @@ class LossSettings:
         None, 'method of tuning (default: plain, which is cross-entropy)', choices=('plain', *METHODS)
     )
     method_kwargs: Dict[str, Any] = flag({}, 'further arguments of the --method, such as weight=0.1', 'K=V')
-    contrast_weight: float = flag(0.1, 'weight of the contrastive loss, 0 for none')
+    contrast_weight: Optional[float] = flag(
+        None, 'weight of the contrastive loss, 0 for none (default: of the method, 0.1 for core)'
+    )
     coretune_alpha: float = flag(1.0, 'A of Beta(A, A), from which Core-tuning draws mixing shares, > 0')
     coretune_min_positive_lam: float = flag(0.0, 'least share of the hardest positive in its mixture, 0 to 1')
     coretune_min_negative_lam: float = flag(0.8, 'least share of the random negative in its mixture, 0 to 1')
@@ -220,8 +222,12 @@ class LossSettings:
     coretune_smooth_weight: Optional[float] = flag(None, 'weight of these mixtures beside the clean cross-entropy, > 0')
     coretune_mixtures: Mixtures = flag('both', 'mixtures that enter the contrastive loss')
     coretune_positive_candidates: int = flag(0, 'random images of the class, the hardest of which is mixed; 0 for all')
-    contrast_temperature: float = flag(0.07, 'temperature of the contrastive loss: divides cosines, > 0')
-    projection_dim: int = flag(256, 'width of the embedding that the contrastive loss compares')
+    contrast_temperature: Optional[float] = flag(
+        None, 'temperature of the contrastive loss: divides cosines, > 0 (default: of the method, 0.07 for core)'
+    )
+    projection_dim: Optional[int] = flag(
+        None, 'width of the embedding that the contrastive loss compares (default: of the method, 256 for core)'
+    )
     no_coretune_gather: bool = flag(False, 'mine and contrast within each process, not over all processes')
     anchors_per_image: int = flag(64, 'anchor pixels per image in the contrastive loss', section=SEGMENTATION)
 
@@ -254,10 +260,24 @@ class LossSettings:
         mixed = len(PARTS[self.coretune_mixtures]) if self.task_loss == 'core' else 0
         return num_rows - 1 + mixed
 
+    def with_defaults(self) -> 'LossSettings':
+        """The same with numbers in place of None, where the default is that of the method."""
+        defaults = {**defaults_of(METHODS['core']), **defaults_of(METHODS[self.task_loss or 'core'])}
+        given: Dict[str, Any] = dict(
+            contrast_weight=self.contrast_weight,
+            temperature=self.contrast_temperature,
+            projection_dim=self.projection_dim,
+        )
+        weight, temperature, projection_dim = (defaults[k] if v is None else v for k, v in given.items())
+        return dataclasses.replace(
+            self, contrast_weight=weight, contrast_temperature=temperature, projection_dim=projection_dim
+        )
+
     def loss_kwargs(self) -> Dict[str, Any]:
         """Arguments of the task loss, except num_features, which depends on the model."""
+        resolved = self.with_defaults()
         arguments = dict(
-            contrast_weight=self.contrast_weight,
+            contrast_weight=resolved.contrast_weight,
             mixup_alpha=self.coretune_alpha,
             min_positive_lam=self.coretune_min_positive_lam,
             min_negative_lam=self.coretune_min_negative_lam,
@@ -265,8 +285,8 @@ class LossSettings:
             smooth_weight=self.coretune_smooth_weight,
             mixtures=self.coretune_mixtures,
             positive_candidates=self.coretune_positive_candidates,
-            temperature=self.contrast_temperature,
-            projection_dim=self.projection_dim,
+            temperature=resolved.contrast_temperature,
+            projection_dim=resolved.projection_dim,
             label_smoothing=self.smoothing,
             gather=not self.no_coretune_gather,
         )
