@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from methods import Step, bi_tuning, dr_tune, ldifs
 from reference import array, generator
 
+from timm_coretune.distributed import GlobalBatch
 from timm_coretune.loss import BiTuningLoss, DRTuneLoss, LDIFSLoss
 from timm_coretune.loss.parts.bank import Bank
 from timm_coretune.loss.parts.forward import forward_maps
@@ -131,20 +132,21 @@ def test_the_prototypes_of_bi_tuning_train_the_features_alone():
     assert found[1] is None
 
 
-def test_a_bank_keeps_the_newest_rows_of_each_group_and_never_those_without_a_class():
-    bank = Bank(3, {'row': 1}, num_groups=2)
-    kept = {0: [], 1: []}
+@pytest.mark.parametrize('num_classes', [None, 2])
+def test_a_bank_keeps_the_newest_rows_and_never_those_without_a_class(num_classes):
+    bank = Bank(3, {'row': 1}, num_classes)
+    kept = {}
     number = 0
-    for groups in ([0, 1, -1, 0], [0, 0, 0, 0, 1], [-1], [1, 1], []):
-        group = torch.tensor(groups, dtype=torch.int64)
-        rows = torch.arange(number, number + len(groups)) + 1.0
-        number += len(groups)
-        bank.add(group, group, row=rows[:, None])
-        for g, row in zip(groups, rows.tolist(), strict=True):
-            if g >= 0:
-                kept[g] = [*kept[g], row][-3:]
-        for g, expected in kept.items():
-            assert sorted(bank.row[bank.label == g].flatten().tolist()) == sorted(expected)
+    for labels in ([0, 1, -1, 0], [0, 0, 0, 0, 1], [-1], [1, 1], []):
+        rows = torch.arange(number, number + len(labels)) + 1.0
+        number += len(labels)
+        bank.add(GlobalBatch.create(len(labels)), torch.tensor(labels, dtype=torch.int64), row=rows[:, None])
+        for label, row in zip(labels, rows.tolist(), strict=True):
+            if label >= 0:
+                group = label if num_classes else 'all'
+                kept[group] = [*kept.get(group, []), (label, row)][-3:]
+        found = zip(bank.label.tolist(), bank.row.flatten().tolist(), strict=True)
+        assert sorted(row for row in found if row[0] >= 0) == sorted(row for rows in kept.values() for row in rows)
         assert bank.label[-1] == -1
         assert bank.row[-1] == 0
 

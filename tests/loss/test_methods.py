@@ -18,6 +18,7 @@ from timm.utils import CheckpointSaver
 
 from timm_coretune import load_segmentation_model
 from timm_coretune.loss import METHODS
+from timm_coretune.loss.parts.forward import forward_maps
 
 TARGETS = {
     'classes': torch.tensor([0, 1, 0, 2, 1, 0, 0, 2]),
@@ -90,7 +91,8 @@ def test_a_loop_of_ones_own_gets_the_losses_of_the_task(method):
         expected = run.update((input, target))
         features = model.forward_head(model.forward_features(input), pre_logits=True)
         logits = model.get_classifier()(features)
-        given = {'input': input, 'model': model, 'classifier': model.get_classifier()}
+        _, maps = forward_maps(model, input, criterion.map_indices or [0])
+        given = {'input': input, 'model': model, 'classifier': model.get_classifier(), 'maps': maps}
         loss = criterion(features, logits, target, **{name: given[name] for name in criterion.requires})
         assert loss.item() == pytest.approx(expected['loss'], rel=1e-6)
         optimizer.zero_grad()
@@ -210,7 +212,7 @@ def test_in_bfloat16_losses_are_near_those_of_float32(method, kind):
 @every_method
 def test_train_py_trains_with_it(method, tmp_path, data):
     folder = runs.train(data, tmp_path, '--method', method, '--epochs', '1')
-    assert 0.0 < float(runs.rows_of(folder / 'summary.csv')[0]['train_loss']) < 10.0
+    assert 0.0 < float(runs.rows_of(folder / 'summary.csv')[0]['train_loss']) < 20.0
     state = load_file(folder / 'model_best.safetensors')
     timm.create_model('test_resnet', num_classes=4).load_state_dict(state)
 

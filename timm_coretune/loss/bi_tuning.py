@@ -122,7 +122,7 @@ class BiTuningLoss(TaskLoss):
         task_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
         key = encoder(input).to(self.projector.weight.dtype)
         key_projection = normalize(encoder.projector(key))
-        queue.add(label, label, feature=batch.gather(_unit(key)), projection=batch.gather(key_projection))
+        queue.add(batch, label, feature=_unit(key), projection=key_projection)
 
         weight, bias = classifier.weight.detach().flatten(1), classifier.bias
         bias = torch.zeros_like(weight[:, 0]) if bias is None else bias.detach()
