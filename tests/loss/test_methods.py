@@ -15,6 +15,7 @@ from ranks import launch_ranks
 from reference import random_soft_target
 from safetensors.torch import load, load_file, save
 from timm.utils import CheckpointSaver
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_coretune import load_segmentation_model
 from timm_coretune.loss import METHODS
@@ -69,6 +70,29 @@ def test_the_losses_are_those_of_plain_loops(method, num_done, smoothing):
             if p.requires_grad:
                 assert p.grad is not None, f'{name} has no gradient, which stalls DistributedDataParallel'
                 assert torch.isfinite(p.grad).all(), (kind, name)
+
+
+@pytest.mark.parametrize('method', [name for name, loss in METHODS.items() if loss.for_pixels and name != 'core'])
+def test_rows_without_a_class_take_no_part(method):
+    """Empty places of anchors. The draws of Core-tuning depend on their number: see test_edges.py."""
+    run = create_run(method, dtype=torch.float64)
+    pretrained = {name: p.detach().clone() for name, p in run.task.get_eval_model().named_parameters()}
+    target = torch.tensor([0, -1, 1, 0, -1, 2, 1])
+    input, own = images_for(target), target >= 0
+    step = step_of(run, input, target, pretrained, 0)
+    labelled = step._replace(
+        input=input[own], features=step.features[own], logits=step.logits[own], target=target[own]
+    )  # fmt: skip
+    criterion = run.task.criterion
+    given = {'input': input, 'model': step.model, 'classifier': step.model.get_classifier()}
+    required = {name: given[name] for name in criterion.requires}
+    expected = expected_losses(method, labelled)
+    prepared = criterion.prepare(len(target), target.device)
+    losses = criterion.compute(step.features, step.logits, target, *prepared, **required)
+    assert {name: value.item() for name, value in losses.items()} == pytest.approx(expected, rel=1e-9)
+    clean = torch.tensor(7.0, dtype=torch.float64)
+    losses = criterion.compute(step.features, step.logits, target, *prepared, clean_loss=clean, **required)
+    assert losses['task_loss'] == 7.0
 
 
 # a loop of one's own
@@ -202,6 +226,28 @@ def test_in_bfloat16_losses_are_near_those_of_float32(method, kind):
         assert found == pytest.approx(expected, rel=0.1, abs=0.05)
     for name, p in half.task.get_trainable_module().named_parameters():
         assert torch.isfinite(p).all(), name
+
+
+class NoValues(TorchDispatchMode):
+    """Raises where the program asks for the value of a tensor, for which it waits on an accelerator."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default):
+            raise AssertionError(f'{func} waits for the device')
+        return func(*args, **(kwargs or {}))
+
+
+@every_method
+def test_an_update_never_asks_for_the_value_of_a_tensor(method):
+    run = create_run(method)
+    module = run.task.get_trainable_module()
+    for input, target in batches()[:2]:
+        with NoValues():
+            result = module(input, target, *run.task.criterion.prepare(BATCH_SIZE, target.device))
+            run.optimizer.zero_grad()
+            result['loss'].backward()
+            run.optimizer.step()
+            run.task.after_update()
 
 
 # train.py
