@@ -3,6 +3,10 @@
 It needs its reference in tests/helpers/methods/, and arguments in method_runs.py if its own do not fit small batches.
 """
 
+import inspect
+import re
+from pathlib import Path
+
 import pytest
 import runs
 import segmentation_runs
@@ -19,6 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_coretune import load_segmentation_model
 from timm_coretune.loss import METHODS
+from timm_coretune.loss.base import defaults_of
+
+DOCS = Path(__file__).parents[2] / 'docs' / 'methods.md'
 
 TARGETS = {
     'classes': torch.tensor([0, 1, 0, 2, 1, 0, 0, 2]),
@@ -268,3 +275,24 @@ def test_train_py_trains_pixels_with_it(method, tmp_path):
     folder = segmentation_runs.train(tmp_path / 'data', tmp_path, '--method', method, '--num-classes', '3')
     assert 0.0 < segmentation_runs.last_row(folder)['train_loss'] < 10.0
     load_segmentation_model(folder)
+
+
+# the house
+
+
+@every_method
+def test_it_has_a_row_in_the_docs_and_its_defaults_there(method):
+    rows = [line.strip('| ').split(' | ') for line in DOCS.read_text().splitlines() if line.startswith('| `')]
+    ((_, paper, _, _, defaults, pixels),) = [row for row in rows if row[0] == f'`{method}`']
+    assert 'https://arxiv.org/abs/' in paper
+    assert pixels == ('yes' if METHODS[method].for_pixels else 'no')
+    known = defaults_of(METHODS[method])
+    for name, value in re.findall(r'(\w+)=([\w.]+)', defaults):
+        assert float(value) == known[name], name
+
+
+@pytest.mark.parametrize('method', [name for name in METHODS if name != 'core'])
+def test_it_is_a_file_of_150_lines_that_names_its_paper(method):
+    lines = inspect.getsource(inspect.getmodule(METHODS[method])).splitlines()
+    assert len(lines) <= 150
+    assert any('https://arxiv.org/abs/' in line for line in lines[:15])
