@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 from collections import defaultdict
+from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import Image
@@ -62,13 +63,9 @@ def read_package(path: str, vendor: str) -> Tuple[List[dict], Dict[str, bytes]]:
     """
     folder, pattern = os.path.split(PICTURES[vendor])
     wanted = re.compile(f'(?:package/)?(?:{folder}/([^/]+){re.escape(pattern[1:])}|(emoji.json))')
-    names = {}
     if os.path.isdir(path):
-        for root, _, files in os.walk(path):
-            for file in files:
-                full = os.path.join(root, file)
-                names[os.path.relpath(full, path).replace(os.sep, '/')] = full
-        blobs = {name: _read(full) for name, full in names.items() if wanted.fullmatch(name)}
+        files = {file.relative_to(path).as_posix(): file for file in Path(path).rglob('*')}
+        blobs = {name: file.read_bytes() for name, file in files.items() if wanted.fullmatch(name)}
     elif os.path.isfile(path) and tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             members = [member for member in archive if member.isfile() and wanted.fullmatch(member.name)]
@@ -87,11 +84,6 @@ def read_package(path: str, vendor: str) -> Tuple[List[dict], Dict[str, bytes]]:
     if not pictures:
         raise ValueError(f'No pictures {PICTURES[vendor]} in {path!r}. Is it the package of {vendor}? {DOWNLOAD}')
     return entries, pictures
-
-
-def _read(path: str) -> bytes:
-    with open(path, 'rb') as file:
-        return file.read()
 
 
 def read_emoji(args: argparse.Namespace) -> Tuple[List[Emoji], Dict[str, Dict[str, bytes]]]:
