@@ -25,7 +25,7 @@ PLAN = {
 
 
 def write_pictures(folder: str, num_images: int = 12, size: int = 32) -> None:
-    """Write class folders of discs, squares and bars, whose place, size and colours are random. The classes differ in size."""
+    """Write class folders of bars, discs and squares in random places and colours. The classes differ in size."""
     draws = random.Random(0)
     for split in ('train', 'val', 'test'):
         for index, kind in enumerate(('bar', 'disc', 'square')):
