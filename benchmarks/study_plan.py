@@ -34,7 +34,7 @@ class Cell(NamedTuple):
         flags: Flags of all runs, with places such as {data} for the folders of this machine.
         lrs: Learning rates to choose from, rising.
         weights: Strengths of the method to choose from. None for an arm that has no such flag.
-        weight_flag: Flag of the strength.
+        weight_flag: Flag of the strength, in which {} stands for its value.
         tune: The stage that chooses rate and strength.
         test: The stage that is reported.
     """
@@ -111,7 +111,8 @@ class Study(NamedTuple):
 
 def make_run(cell: Cell, stage: str, lr: float, weight: Optional[float], seed: int) -> Run:
     """A run of a cell. Its key ends with a digest of the flags, so that a run with other flags is another one."""
-    chosen = ['--lr', f'{lr:g}', *([] if weight is None else [cell.weight_flag, f'{weight:g}']), '--seed', str(seed)]
+    strength = [] if weight is None else shlex.split(cell.weight_flag.format(f'{weight:g}'))
+    chosen = ['--lr', f'{lr:g}', *strength, '--seed', str(seed)]
     flags = (*cell.flags, *chosen, *getattr(cell, stage).flags)
     key = {name: getattr(cell, name) for name in _AXES}
     key.update(lr=f'{lr:g}', weight='' if weight is None else f'{weight:g}', seed=str(seed), stage=stage)
@@ -170,8 +171,8 @@ def _weights(arm: Mapping[str, Any], where: str) -> Tuple[str, Tuple[Optional[fl
     weight = arm.get('weight')
     if weight is None:
         return '', (None,)
-    if not isinstance(weight, dict) or set(weight) != {'flag', 'values'}:
-        raise ValueError(f'Expected weight as {{flag: --FLAG, values: [...]}} in {where}, got {weight!r}.')
+    if not isinstance(weight, dict) or set(weight) != {'flag', 'values'} or '{}' not in weight['flag']:
+        raise ValueError(f'Expected weight as {{flag: "--FLAG {{}}", values: [...]}} in {where}, got {weight!r}.')
     return weight['flag'], tuple(map(float, weight['values']))
 
 

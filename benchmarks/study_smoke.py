@@ -19,7 +19,7 @@ PLAN = {
     'data': {'pictures': {'flags': '--data-dir {data}', 'networks': ['random'], 'labels': {'all': ''}}},
     'arms': {
         'plain': {'title': 'cross-entropy'},
-        'core': {'flags': '--coretune', 'weight': {'flag': '--contrast-weight', 'values': [0.1, 1]}},
+        'core': {'flags': '--coretune', 'weight': {'flag': '--contrast-weight {}', 'values': [0.1, 1]}},
     },
 }
 

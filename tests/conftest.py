@@ -1,4 +1,5 @@
 import logging
+import os
 
 import pytest
 import torch
@@ -6,6 +7,16 @@ from accelerate.state import AcceleratorState, GradientState
 from commands import run_command
 from runs import rows_of
 from tiny_data import write_images
+
+
+def pytest_configure():
+    """With pytest-xdist: one thread for this process and for those that tests start, unless the user says otherwise.
+
+    The processes of pytest-xdist share the cores. More threads than cores are slow, and may add up in another order.
+    """
+    if 'PYTEST_XDIST_WORKER' in os.environ and 'OMP_NUM_THREADS' not in os.environ:
+        os.environ['OMP_NUM_THREADS'] = '1'
+        torch.set_num_threads(1)
 
 
 def pytest_runtest_setup(item):

@@ -175,7 +175,7 @@ def test_a_step_trains_the_whole_model_on_the_features_of_its_classifier(module,
     width = get_feature_dim(model)
     task = CoreTuningTask(model, verbose=False)
     assert task.criterion.num_features == width
-    assert not task.criterion.classifies_mixtures  # those that are not affine are in tests/loss/test_classifier.py
+    assert task.criterion.requires == ()  # those that are not affine are in tests/loss/test_classifier.py
     assert [r.message for r in caplog.records if r.levelname == 'WARNING' and 'affine' in r.message] == []
     input = torch.randn(len(TARGET), 3, case.image_size, case.image_size)
 
@@ -183,7 +183,7 @@ def test_a_step_trains_the_whole_model_on_the_features_of_its_classifier(module,
     with torch.no_grad():
         feature_map = model.forward_features(input)
         pre_logits = model.forward_head(feature_map, pre_logits=True).flatten(1)
-        features, logits = trainable.forward_features_and_logits(input)
+        features, logits = trainable.forward_features_and_logits(input, feature_map)
         assert torch.equal(logits, model(input))
         assert features.shape == (len(TARGET), width)
         assert torch.equal(features, pre_logits) == (module not in NORM_AFTER_PRE_LOGITS)

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type
 
 import timm.data
 import timm.loss
@@ -11,6 +11,7 @@ import torch.nn as nn
 from timm.loss import _loss_factory as factory
 
 from .loss import LOSSES, CoreTuningLoss, FocalSupConLoss, TaskLoss
+from .loss.base import arguments_of
 from .mixup import HardPairMixup
 from .task import CoreTuningTask
 
@@ -57,9 +58,9 @@ def create_task_loss(
         raise ValueError(f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {e}") from e
 
 
-def _split_arguments(loss: Callable[..., Any], arguments: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
+def _split_arguments(loss: Type[TaskLoss], arguments: Dict[str, Any]) -> Tuple[Dict[str, Any], List[str]]:
     """The arguments for a loss, and those of timm's other losses that do not have their defaults, as name=value."""
-    of_loss = inspect.signature(loss).parameters
+    of_loss = arguments_of(loss)
     of_timm = inspect.signature(factory.create_classification_loss).parameters
     own = {name: value for name, value in arguments.items() if name in of_loss or name not in of_timm}
     others = {name: value for name, value in arguments.items() if name not in own}

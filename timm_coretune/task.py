@@ -6,7 +6,7 @@ cover it. Checks of the target and random draws stay outside, since a compiled g
 
 import contextlib
 import logging
-from typing import Any, ContextManager, Dict, Iterable, Iterator, List, Optional, Set, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterable, List, Optional, Set, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -14,7 +14,8 @@ from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
 from .checks import check_target
-from .loss import CoreTuningLoss, TaskLoss
+from .loss import TaskLoss, create_method
+from .loss.parts.forward import ClassifierInput, features_and_logits, forward_maps
 from .mixup import protect_draws
 from .timm_model import (
     GroupMatcher,
@@ -26,34 +27,6 @@ from .timm_model import (
 )
 
 _logger = logging.getLogger(__name__)
-
-
-class _ClassifierInput:
-    """Forward pre-hook that keeps the input of the classifier, so that one pass gives features and logits.
-
-    It is on the classifier in a training step only: between steps the model can be scripted, copied and pickled.
-    """
-
-    def __init__(self) -> None:
-        self.is_listening = False
-        self.value: Optional[torch.Tensor] = None
-
-    def __call__(self, module: nn.Module, args: Tuple[torch.Tensor, ...]) -> None:
-        self.value = args[0]
-
-    @contextlib.contextmanager
-    def of(self, classifier: Any) -> Iterator[None]:
-        """Listen to a classifier meanwhile. Several classifiers have no input in common, and are left alone."""
-        if self.is_listening or not isinstance(classifier, nn.Module) or isinstance(classifier, nn.ModuleList):
-            yield
-            return
-        handle = classifier.register_forward_pre_hook(self)
-        self.is_listening = True
-        try:
-            yield
-        finally:
-            handle.remove()
-            self.is_listening, self.value = False, None
 
 
 class CoreTuningModule(nn.Module):
@@ -70,7 +43,7 @@ class CoreTuningModule(nn.Module):
         super().__init__()
         self.model: Any = model
         self.criterion = criterion
-        self._classifier_input = _ClassifierInput()
+        self._classifier_input = ClassifierInput()
 
     def no_weight_decay(self) -> Set[str]:
         return no_weight_decay(self.model, 'model.')
@@ -82,30 +55,42 @@ class CoreTuningModule(nn.Module):
         """Keep the input of the classifier meanwhile. Around a compiled step, which cannot do so by itself."""
         return self._classifier_input.of(self.model.get_classifier())
 
+    def forward_maps(
+        self,
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+    ) -> Tuple[Optional[torch.Tensor], Optional[List[torch.Tensor]]]:
+        """What goes into the head of the model, if its input is a tensor, and the maps that the loss requires."""
+        if 'maps' not in self.criterion.requires:
+            # only the model's own forward accepts a dictionary of patches and coordinates
+            return None if isinstance(input, dict) else self.model.forward_features(input), None
+        if isinstance(input, dict):
+            raise ValueError(
+                f'Expected images (B, 3, H, W), of which {type(self.criterion).__name__} compares feature maps, got a '
+                f'dictionary with {", ".join(input)}. Use a loader of images of one size, or another loss.'
+            )
+        return forward_maps(self.model, input, self.criterion.map_indices)
+
     def forward_features_and_logits(
         self,
         input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        feature_map: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Pre-logits features (B, D) and logits (B, C) from one pass through the backbone.
-
-        The features are the input of the classifier. If that does not have their shape (several classifiers, or a
-        classifier on feature maps), they come from `forward_head(pre_logits=True)`, which runs the head once more.
-        """
-        feature_map = None if isinstance(input, dict) else self.model.forward_features(input)
+        """Pre-logits features (B, D) and logits (B, C), given what `forward_maps` returned for the input."""
         with contextlib.nullcontext() if torch.compiler.is_compiling() else self.listening():
-            # only the model's own forward accepts a dictionary of patches and coordinates
-            logits = self.model(input) if feature_map is None else self.model.forward_head(feature_map)
-            features, self._classifier_input.value = self._classifier_input.value, None
-        if not isinstance(logits, torch.Tensor):
-            raise ValueError(
-                f'Expected one tensor of logits from {type(self.model).__name__}, got {type(logits).__name__}. For a '
-                'model with distillation heads call model.set_distilled_training(False).'
+            return features_and_logits(
+                self.model, input, feature_map, self._classifier_input, self.criterion.num_features
             )
-        if isinstance(features, torch.Tensor):
-            features = features.flatten(1)  # (B, D, 1, 1) if the classifier is a 1 x 1 convolution
-        if features is None or features.shape[1] != (self.criterion.num_features or features.shape[1]):
-            features = self.model.forward_head(feature_map, pre_logits=True)
-        return features, logits
+
+    def required(
+        self,
+        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        maps: Optional[List[torch.Tensor]] = None,
+    ) -> Dict[str, Any]:
+        """The further arguments that the loss requires."""
+        given: Dict[str, Any] = {'input': input, 'model': self.model, 'maps': maps}
+        if 'classifier' in self.criterion.requires:
+            given['classifier'] = self.model.get_classifier()
+        return {name: given[name] for name in self.criterion.requires}
 
     def forward(
         self,
@@ -115,9 +100,10 @@ class CoreTuningModule(nn.Module):
     ) -> Any:
         if not self.training:
             return self.model(input)
-        features, logits = self.forward_features_and_logits(input)
+        feature_map, maps = self.forward_maps(input)
+        features, logits = self.forward_features_and_logits(input, feature_map)
         self.criterion.check_shapes(features, logits)
-        further = {'classifier': self.model.get_classifier()} if self.criterion.classifies_mixtures else {}
+        further = self.required(input, maps)
         losses = self.criterion.compute(features, logits, cast(torch.Tensor, target), *prepared, **further)
         return {**losses, 'output': logits}
 
@@ -128,16 +114,16 @@ class CoreTuningTask(TrainingTask):
     The evaluation model and the weights in checkpoints are those of the plain timm model. The state of the loss
     (projection head, random generator) is saved apart from them, as task state.
 
-    A loop should call `after_update()` after each optimizer step. The Core-tuning loss does not need it, but a loss
-    with a momentum encoder does.
+    A loop should call `attach_optimizer(optimizer)` and `start(num_updates)` before the first step, and
+    `after_update()` after each optimizer step. The Core-tuning loss needs none of them, but other losses do.
 
     Args:
         model: A timm classifier with num_classes > 0.
-        criterion: The loss. When None, a CoreTuningLoss with loss_kwargs.
+        criterion: The loss, or its name in timm_coretune.loss.METHODS, such as 'scl'. When None, a CoreTuningLoss.
         device: Device for task tensors and the parameters of the loss.
         dtype: Dtype of the parameters of the loss. It should be that of the model, None for float32.
         verbose: Enable info logging.
-        **loss_kwargs: Arguments of CoreTuningLoss except num_features, which follows from the model.
+        **loss_kwargs: Arguments of the loss except num_features, which follows from the model.
 
     Raises:
         ValueError: The model is not a classifier, an argument of the loss is out of range, or both criterion and
@@ -155,7 +141,7 @@ class CoreTuningTask(TrainingTask):
     def __init__(
         self,
         model: nn.Module,
-        criterion: Optional[TaskLoss] = None,
+        criterion: Union[TaskLoss, str, None] = None,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
         verbose: bool = True,
@@ -164,8 +150,8 @@ class CoreTuningTask(TrainingTask):
         super().__init__(device=device, dtype=dtype, verbose=verbose)
         plain_model = unwrap_model(model)
         self.check_model(plain_model)
-        if criterion is None:
-            criterion = CoreTuningLoss(self.get_feature_dim(plain_model), **loss_kwargs)
+        if criterion is None or isinstance(criterion, str):
+            criterion = create_method(criterion or 'core', self.get_feature_dim(plain_model), **loss_kwargs)
         elif loss_kwargs:
             raise ValueError(f'Pass either a criterion or its arguments, not both: {sorted(loss_kwargs)}.')
         criterion.attach(plain_model)
@@ -194,6 +180,15 @@ class CoreTuningTask(TrainingTask):
     def is_global_mean(self) -> bool:
         """Whether the loss, averaged over processes, is the mean over all images even if batches differ in size."""
         return self.criterion.is_global_mean
+
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let the loss hook on to the optimizer. Call this before the first optimizer step."""
+        module = unwrap_model(self.trainable_module)
+        module.criterion.attach_optimizer(optimizer, module.model)
+
+    def start(self, num_updates: int) -> None:
+        """Tell the loss how many optimizer steps the whole run has. Call this before the first one."""
+        self.criterion.start(num_updates)
 
     def after_update(self) -> None:
         """Tell the loss that the weights were updated. Call this after each optimizer step."""

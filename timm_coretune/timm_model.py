@@ -156,6 +156,19 @@ def is_classifier_affine(model: nn.Module, width: int) -> bool:
     return False
 
 
+def check_classifies_rows(model: nn.Module, width: int) -> None:
+    """Raise a ValueError unless a model has a single classifier, which `classify` can call with features (N, width)."""
+    classifiers = get_classifiers(model)
+    probe = probe_affine(classifiers[0], width) if len(classifiers) == 1 else Probe(None)
+    is_known = isinstance(classifiers[0], nn.Conv2d) or probe.takes_rows if probe.is_affine is not None else False
+    if not is_known:
+        raise ValueError(
+            f'Expected a model with one classifier that takes features (N, {width}), got {type(model).__name__} with '
+            f'{", ".join(type(classifier).__name__ for classifier in classifiers) or "none"}. Use another model, or '
+            'another loss.'
+        )
+
+
 def get_feature_dim(model: nn.Module) -> int:
     """Width of the pre-logits features of a timm classifier.
 

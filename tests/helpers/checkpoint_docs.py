@@ -9,7 +9,8 @@ from checkpoint_libraries import LIBRARIES
 from timm_coretune.checkpoint.rules import ONLINE, ONLY, REFUSALS, RULES, TEACHER
 from timm_coretune.checkpoint.source import RELEASES
 
-FAMILIES = {'resnet': 'ResNet', 'wide_resnet': 'ResNet', 'vit': 'ViT', 'convnext': 'ConvNeXt', 'swin': 'Swin'}
+FAMILIES = {'resnet': 'ResNet', 'wide_resnet': 'ResNet', 'vit': 'ViT', 'convnext': 'ConvNeXt', 'swin': 'Swin',
+            'tf_efficientnet': 'others'}  # fmt: skip
 COLUMNS = ('ResNet', 'ViT', 'ConvNeXt', 'Swin', 'others')
 
 HEAD = """# Checkpoints
@@ -37,6 +38,9 @@ Shapes do not show everything. These are compared too:
   layer norms, and where a ResNet halves the image. With timm's `config.json`: heads, activations and epsilons of the
   model that it names. A difference is an error. `--allow-differences` (`allow_differences`) loads the file with a
   warning. The default ViT of transformers has a `layer_norm_eps` of 1e-12, those of timm have 1e-6.
+- The names of EfficientNet-PyTorch (`_blocks.0._bn1`) tell that a network comes from TensorFlow. Without the epsilon of
+  its BatchNorms (1e-3) and its padding (`same`) a model is refused: those of timm whose names start with `tf_` have
+  both.
 - The size of the patches of a ViT: the patch projection is resampled as timm does, and a warning names both sizes.
 - The number of position embeddings: they are resized as timm does, and a warning says so.
 - The time axis of a network of video: an error, unless it surely has one frame. `--checkpoint-frames N` (`frames`)

@@ -301,6 +301,30 @@ def clip_tower(b):
     return {**put('visual.', {**out, 'proj': torch.zeros(64, 16)}), **text}
 
 
+def efficientnet_pytorch(b, o):
+    """Names by the order of the layers: the blocks are counted through, and each layer has one name in all of them."""
+    number = {place: i for i, place in enumerate(dict.fromkeys(k.split('.')[1] + '.' + k.split('.')[2]
+                                                               for k in b if k.startswith('blocks.')))}  # fmt: skip
+    around = {'conv_stem': '_conv_stem', 'bn1': '_bn0', 'conv_head': '_conv_head', 'bn2': '_bn1'}
+    expanding = {'conv_pw': '_expand_conv', 'bn1': '_bn0', 'conv_dw': '_depthwise_conv', 'bn2': '_bn1',
+                 'conv_pwl': '_project_conv', 'bn3': '_bn2'}  # fmt: skip
+    plain = {'conv_dw': '_depthwise_conv', 'bn1': '_bn1', 'conv_pw': '_project_conv', 'bn2': '_bn2'}
+    out = {'_fc.weight': torch.zeros(8, 16), '_fc.bias': torch.zeros(8)}
+    for key, value in b.items():
+        parts = key.split('.')
+        if parts[0] != 'blocks':
+            out['.'.join([around[parts[0]], *parts[1:]])] = value
+            continue
+        stage, block, layer, *rest = parts[1:]
+        if layer == 'se':
+            layer, *rest = rest
+            name = {'conv_reduce': '_se_reduce', 'conv_expand': '_se_expand'}[layer]
+        else:
+            name = (expanding if f'blocks.{stage}.{block}.conv_pwl.weight' in b else plain)[layer]
+        out['.'.join(['_blocks', str(number[f'{stage}.{block}']), name, *rest])] = value
+    return out
+
+
 def openai_clip(b, o):
     half = {k: v.half() for k, v in clip_tower(b).items()}
     return {**half, 'input_resolution': torch.tensor(64), 'context_length': torch.tensor(77)}
@@ -388,6 +412,8 @@ FORMATS = (
     Format('SimCLR of sthalles', 'SimCLR of sthalles', 'encoder', sthalles, (RESNET,)),
     Format('SimCLR of Spijkervet', 'SimCLR of Spijkervet', 'encoder', spijkervet, (RESNET,)),
     Format('BYOL converted from JAX', 'plain backbone', 'encoder', without_counters, (RESNET50,)),
+    Format('EfficientNet-PyTorch', 'EfficientNet-PyTorch', 'encoder', efficientnet_pytorch,
+           ('tf_efficientnet_b1', 'tf_efficientnet_lite0')),
     Format('OpenAI CLIP', 'OpenAI CLIP', 'image tower', openai_clip, ('vit_base_patch32_clip_quickgelu_224',)),
     Format('OpenCLIP', 'OpenCLIP', 'image tower', open_clip, ('vit_base_patch32_clip_224',)),
     Format('OpenCLIP with a timm tower', 'OpenCLIP with a timm tower', 'image tower', open_clip_timm, (VIT, CONVNEXT)),

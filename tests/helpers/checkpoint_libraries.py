@@ -34,6 +34,8 @@ LIBRARIES = {
     'open_clip': ('image tower', ('ViT',)),
     'open_clip with a timm tower': ('image tower', ('ViT', 'ConvNeXt')),
     'torchvision': ('encoder', ('ResNet', 'ViT', 'ConvNeXt', 'Swin')),
+    'torchvision MobileNetV2, also with layers in a row': ('encoder', ('others',)),
+    'EfficientNet-PyTorch': ('encoder', ('others',)),
     'torchvision Swin V2': ('encoder', ('Swin',)),
     'torchvision RegNet': ('encoder', ('others',)),
     'VISSL RegNet (SEER)': ('trunk', ('others',)),

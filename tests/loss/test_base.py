@@ -14,7 +14,7 @@ from timm.task import resume_task_checkpoint
 from timm.utils import CheckpointSaver
 
 from timm_coretune import CoreTuningLoss, CoreTuningTask
-from timm_coretune.loss import LOSSES, TaskLoss
+from timm_coretune.loss import LOSSES, METHODS, TaskLoss
 
 
 def assert_same(state, expected, **tolerance):
@@ -156,5 +156,6 @@ def test_a_loop_that_saves_model_and_loss_continues_with_the_same_mixtures():
 
 
 def test_every_named_loss_is_one_that_tasks_take():
-    assert {'coretune': CoreTuningLoss} == LOSSES
+    assert LOSSES['coretune'] is METHODS['core'] is CoreTuningLoss
+    assert set(LOSSES) == set(METHODS) - {'core'} | {'coretune'}
     assert all(issubclass(loss, TaskLoss) for loss in LOSSES.values())

@@ -103,7 +103,7 @@ def test_the_cross_entropy_is_that_of_mixed_features(head, label):
     torch.manual_seed(0)
     model = MlpClassifier(MlpHead(WIDTH, 4) if head == 'mlp' else nn.Linear(WIDTH, 4)).double()
     task = CoreTuningTask(model, make_criterion(contrast_weight=1.0), dtype=torch.float64, verbose=False)
-    assert task.criterion.classifies_mixtures == (head == 'mlp')
+    assert task.criterion.requires == (('classifier',) if head == 'mlp' else ())
     input, target = torch.randn(6, 5, dtype=torch.float64), torch.tensor(label)
     features = model.forward_features(input).detach()
     expected = expected_cross_entropy(features, target, model.head, task.criterion)
@@ -188,5 +188,5 @@ def test_a_classifier_that_cannot_be_probed_is_said_to_be_assumed_affine(message
 
 def test_the_decoder_of_a_segmentation_model_is_not_its_classifier(messages):
     model = create_segmentation_model('test_resnet', 3, 'fcn', img_size=(32, 32))
-    assert not SegmentationTask(model, verbose=False).criterion.classifies_mixtures
+    assert SegmentationTask(model, verbose=False).criterion.requires == ()
     assert messages('WARNING') == []

@@ -128,6 +128,11 @@ FAMILIES = (
         'swin_tiny_patch4_window7_224', 'swin_small_patch4_window7_224', 'swin_base_patch4_window7_224',
         'swin_base_patch4_window12_384', 'swin_large_patch4_window7_224',
     )),
+    Family(r'(.*\.)?_blocks\.0\._se_reduce\.', tuple(f'tf_efficientnet_b{i}' for i in range(9))),
+    Family(r'(.*\.)?_blocks\.0\._bn1\.', tuple(f'tf_efficientnet_lite{i}' for i in range(5))),
+    Family(r'(.*\.)?(features\.1\.conv\.0|conv_stem)\.', (
+        'mobilenetv2_100', 'mobilenetv2_050', 'mobilenetv2_035', 'mobilenetv2_075', 'mobilenetv2_140',
+    )),
     Family(r'.*(dwconv|conv_dw|depthwise_conv)\.', (
         'convnext_atto', 'convnext_tiny', 'convnext_small', 'convnext_base', 'convnext_large', 'convnext_femto',
         'convnext_pico', 'convnext_nano', 'convnextv2_atto', 'convnextv2_nano', 'convnextv2_tiny', 'convnextv2_base',

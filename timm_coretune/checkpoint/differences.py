@@ -1,6 +1,7 @@
 """Compare a model with the network that was trained: what changes the output although all shapes agree
 
-The format of a file and a config tell numbers of attention heads and QuickGELU.
+The format of a file and a config tell numbers of attention heads and QuickGELU. The names of a file tell a network that
+comes from TensorFlow.
 
 Of transformers and open_clip each key that changes the output and no shape is compared. timm's own config names a model
 and its arguments: this model is built without memory, and compared with the one that is to be filled.
@@ -12,15 +13,17 @@ from typing import Any, Callable, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import QuickGELU
+from timm.layers import Conv2dSame, QuickGELU
 from timm.models import create_model, is_model
 
 from ..model_config import describe_config
 from ..run_folder import CONFIG_NAME
 from .mapping import Mapping
+from .names import RENAMES
 from .reading.configs import reads_configs, section_of
 
 Configs = Dict[str, Any]
+TENSORFLOW_EPSILON = 1e-3  # default of BatchNorm in the networks that Google released
 # names of transformers for an activation, and timm's name and the formula
 _ACTIVATIONS: Dict[str, Tuple[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     'gelu': ('gelu', F.gelu),
@@ -96,7 +99,25 @@ def contradictions(mapping: Mapping, model: nn.Module, config: Configs) -> List[
                 'The network was trained with GELU, this model has QuickGELU: take the timm model without '
                 "'quickgelu' in its name."
             )
-    return found
+    return found + _of_tensorflow(mapping, model)
+
+
+def _of_tensorflow(mapping: Mapping, model: nn.Module) -> List[str]:
+    """Whether a network from TensorFlow meets the BatchNorm and the padding that its weights were made for."""
+    if not any(rename.from_tensorflow for rename in RENAMES if rename.name == mapping.names):
+        return []
+    epsilons = sorted(set(_batch_norm_epsilons(model)) - {TENSORFLOW_EPSILON})
+    strided = [m for m in model.modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
+    built = [f'an epsilon of {eps:g}' for eps in epsilons]
+    if not all(isinstance(m, Conv2dSame) for m in strided):
+        built.append('equal padding on all sides')
+    if not built:
+        return []
+    return [
+        f'The network was trained with an epsilon of {TENSORFLOW_EPSILON:g} in its BatchNorms and with the padding of '
+        f"TensorFlow ('same'), this model has {' and '.join(built)}: take the timm model whose name starts with tf_ "
+        '(tf_efficientnet_b0).'
+    ]
 
 
 def _trained_with_quick_gelu(mapping: Mapping, config: Configs) -> Optional[bool]:

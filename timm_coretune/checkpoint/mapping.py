@@ -164,7 +164,7 @@ def apply_filter(target: Target, tensors: Tensors) -> Optional[Tensors]:
 def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
     """Ways to name the tensors of a backbone, each with a description. The first one keeps their names."""
     for rename in (None, *renames_for(tensors)):
-        renamed = apply_rename(rename, tensors) if rename else tensors
+        renamed = apply_rename(rename, tensors, target.shapes) if rename else tensors
         names = rename.name if rename else ''
         yield names, renamed
         filtered = apply_filter(target, renamed)

@@ -5,12 +5,12 @@ leads to the original names and the filter does the rest.
 """
 
 import re
-from typing import Dict, Tuple
+from typing import Dict, Iterable, Tuple
 
 import torch
 
 from .names import RENAMES
-from .names.rename import Rename
+from .names.rename import Rename, blocks_by_stage
 
 # tensors that timm has as one: the first part, the others, and the name of the whole
 _FUSED = (
@@ -31,8 +31,16 @@ def fuse(parts: Tuple[torch.Tensor, ...]) -> torch.Tensor:
     return fused
 
 
-def apply_rename(rename: Rename, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Rename all keys, and fuse query, key and value into the one tensor that timm has for them."""
+def apply_rename(
+    rename: Rename, tensors: Dict[str, torch.Tensor], names: Iterable[str] = ()
+) -> Dict[str, torch.Tensor]:
+    """Rename all keys, and fuse query, key and value into the one tensor that timm has for them.
+
+    Args:
+        rename: Row of RENAMES.
+        tensors: Tensors of the backbone by their names in the file.
+        names: Names of the tensors of the model, whose stages are followed if the row asks for that.
+    """
     renamed: Dict[str, torch.Tensor] = {}
     for key, value in tensors.items():
         name = key
@@ -50,7 +58,7 @@ def apply_rename(rename: Rename, tensors: Dict[str, torch.Tensor]) -> Dict[str, 
                 renamed.update({f'{start}{name[len(start)]}_bias': renamed.pop(name) for name in found})
     for convert in rename.convert:
         renamed = convert(renamed)
-    return renamed
+    return blocks_by_stage(renamed, names) if rename.in_stages else renamed
 
 
 def renames_for(tensors: Dict[str, torch.Tensor]) -> Tuple[Rename, ...]:

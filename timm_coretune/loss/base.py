@@ -3,13 +3,27 @@
 `CoreTuningTask` and `SegmentationTask` work with any subclass. A row is an image, or an anchor pixel of an image.
 """
 
-from typing import Any, Dict, Optional, Tuple
+import inspect
+from typing import Any, Callable, Dict, FrozenSet, Optional, Tuple, Type
 
 import torch
 import torch.nn as nn
+from timm.utils import unwrap_model
 
-from ..checks import check_not_recomputed
+from ..checks import check_features, check_not_recomputed, check_target
 from ..distributed import GlobalBatch, process_index_and_count
+from ..mining import at_least_float32
+from .parts.cross_entropy import infinite_again, nll
+
+Classifier = Callable[[torch.Tensor], torch.Tensor]
+_FIX = {
+    'classifier': 'The loss classifies features itself, and this classifier is not affine or is asked for other '
+    'features. Pass classifier=model.get_classifier().',
+    'model': 'The loss compares the weights of the model with those it had. Pass model=model.',
+    'input': 'The loss compares features with those of a copy of the network. Pass input=images.',
+    'maps': 'The loss compares feature maps. Pass the averages that loss.parts.forward.forward_maps(model, images, '
+    'criterion.map_indices) returns.',
+}
 
 
 class TaskLoss(nn.Module):
@@ -28,8 +42,13 @@ class TaskLoss(nn.Module):
 
     Attributes:
         num_features: Width D of the features, None if any width is accepted.
-        classifies_mixtures: Whether `compute` gets the classifier as `classifier=`, because it is not affine and mixed
-            features have other logits than mixed logits. `attach` sets it.
+        requires: Names of further keyword arguments that `compute` needs: 'classifier', which maps features (N, D) to
+            logits (N, C), the 'model', its 'input', or its 'maps'. Tasks pass them. `attach` may set it.
+        map_indices: Indices of the feature maps of which 'maps' are the averages, as `forward_intermediates` of a timm
+            model counts them. `attach` sets it.
+        contrasts: Whether the rows of a batch are compared with each other, so that its size matters.
+        for_pixels: Whether the loss has a meaning for anchor pixels. `SegmentationTask` takes no other.
+        keeps_copy: Whether the loss keeps a copy of the model, whole on each process. FSDP cannot train it.
         is_global_mean: Whether averaging the loss over processes gives the mean over all rows, even if batches differ
             in size. When False, the training loop scales the loss to make it so.
 
@@ -38,7 +57,11 @@ class TaskLoss(nn.Module):
     """
 
     num_features: Optional[int] = None
-    classifies_mixtures: bool = False
+    requires: Tuple[str, ...] = ()
+    map_indices: Tuple[int, ...] = ()
+    contrasts: bool = False
+    for_pixels: bool = True
+    keeps_copy: bool = False
     is_global_mean: bool = True
 
     def __init__(
@@ -62,8 +85,48 @@ class TaskLoss(nn.Module):
         A loss that needs a copy of the model, such as a momentum encoder, creates it here.
         """
 
+    def attach_optimizer(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        """Called once with the optimizer, before the first update. A loss that corrects updates hooks on to it here."""
+
+    def start(self, num_updates: int) -> None:
+        """Called once with the number of updates of the whole run, for a loss that changes over it."""
+
     def check_shapes(self, features: torch.Tensor, logits: torch.Tensor) -> None:
         """Raise a ValueError unless features (B, D) and logits (B, C) fit each other. torch.compile traces this."""
+        check_features(features, allow_empty=self.uneven_batches)
+        if self.num_features is not None and features.shape[1] != self.num_features:
+            raise ValueError(
+                f'Expected features (batch_size, {self.num_features}), got {tuple(features.shape)}. Create the loss '
+                f'with num_features={features.shape[1]}.'
+            )
+        if logits.ndim != 2 or logits.shape[0] != features.shape[0] or not logits.is_floating_point():
+            raise ValueError(
+                f'Expected floating-point logits ({features.shape[0]}, num_classes) to go with features '
+                f'{tuple(features.shape)}, got {logits.dtype} {tuple(logits.shape)}.'
+            )
+
+    def check_given(self, **further: Any) -> None:
+        """Raise a ValueError if one of these arguments is None although the loss requires it."""
+        for name in self.requires:
+            if name in further and further[name] is None:
+                raise ValueError(f'Expected {name}=... of {type(self).__name__}. {_FIX[name]}')
+
+    def check_gather(self) -> None:
+        """Raise a ValueError if `gather` is False, for a loss that remembers rows."""
+        if not self.gather:
+            raise ValueError(
+                f'Expected gather=True of {type(self).__name__}, got False. What it remembers must be the same on all '
+                'processes. Leave out --no-coretune-gather.'
+            )
+
+    def attached(self, copy_of_model: Optional[nn.Module]) -> Any:
+        """What `attach` created. Raises a RuntimeError if it was not called."""
+        if copy_of_model is None:
+            raise RuntimeError(
+                f'Expected criterion.attach(model) before the first step of {type(self).__name__}, which keeps a copy '
+                'of the model. Tasks call it by themselves.'
+            )
+        return copy_of_model
 
     def prepare(self, batch_size: int, device: torch.device, rows_per_image: int = 1) -> Tuple[Any, ...]:
         """Prepare what a step needs from outside the compiled region, such as random draws.
@@ -86,6 +149,7 @@ class TaskLoss(nn.Module):
         target: torch.Tensor,
         *prepared: Any,
         clean_loss: Optional[torch.Tensor] = None,
+        **further: Any,
     ) -> Dict[str, torch.Tensor]:
         """Compute the losses of a step. It runs in the compiled, distributed region: no checks, no synchronisation.
 
@@ -96,11 +160,84 @@ class TaskLoss(nn.Module):
             *prepared: What `prepare` returned.
             clean_loss: Cross-entropy of the batch, a scalar, if the task has computed it. In segmentation it is the
                 mean over all pixels, of which the rows are only a few. When None, it is computed from the rows.
+            **further: What `requires` names.
 
         Returns:
             Scalars in float32 or float64: 'loss', which is minimised, and its parts, whose names end in '_loss'.
         """
         raise NotImplementedError(f'{type(self).__name__} must define compute().')
+
+    def cross_entropy(
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        label: torch.Tensor,
+        batch: GlobalBatch,
+        clean_loss: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """Mean cross-entropy of the batch, a scalar. Its average over processes is the mean over all labelled rows.
+
+        Args:
+            logits: Logits of the rows of this process (B, C). One of -inf excludes a class.
+            target: Their class indices or soft targets, as for `compute`.
+            label: Class of the rows of all processes (N,), as `batch.gather(hard_label(target))` gives it.
+            batch: The global batch.
+            clean_loss: Returned as it is, if given.
+        """
+        if clean_loss is not None:
+            return clean_loss
+        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        target = target if target.ndim == 2 else target.long()
+        loss = infinite_again(nll(at_least_float32(logits).log_softmax(dim=-1), target, self.label_smoothing))
+        return batch.mean(loss.masked_fill(left_out, 0.0).sum(), label)
+
+    def losses(
+        self,
+        features: torch.Tensor,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        **further: Any,
+    ) -> Dict[str, torch.Tensor]:
+        """Compute the loss to minimise and its parts, in a loop of your own.
+
+        Args:
+            features: Pre-logits features of the batch (B, D), any floating dtype.
+            logits: Output of the classifier for these features (B, C), any floating dtype.
+            target: Class indices of an integer dtype (B,), or soft targets (B, C), whose most probable class counts
+                where a loss needs one class.
+            **further: What `requires` names, such as classifier=model.get_classifier().
+
+        Returns:
+            Scalars in float32 or float64, in nats: 'loss', the weighted sum to minimise, and its parts without their
+            weights, such as 'task_loss', the cross-entropy, and 'contrast_loss'. With several processes each has its
+            own values, and their average over processes is the global mean.
+
+        Raises:
+            ValueError: Shapes, dtypes or labels do not fit, or something that the loss requires is missing.
+        """
+        self.check_shapes(features, logits)
+        check_target(target, features.shape[0], logits.shape[1])
+        self.check_given(**{name: further.get(name) for name in self.requires})
+        if 'model' in further:
+            further['model'] = unwrap_model(further['model'])  # whose parameters have other names
+        prepared = self.prepare(features.shape[0], features.device)
+        return self.compute(features, logits, target, *prepared, **further)
+
+    def forward(
+        self,
+        features: torch.Tensor,
+        logits: torch.Tensor,
+        target: Optional[torch.Tensor] = None,
+        **further: Any,
+    ) -> torch.Tensor:
+        """The loss to minimise, a scalar. Arguments and errors as in `losses`."""
+        if target is None:
+            raise ValueError(
+                f'Expected (features, logits, target), got two arguments. {type(self).__name__} needs the features '
+                'before the classifier, which a task that passes only logits cannot give: use '
+                'timm_coretune.CoreTuningTask instead of timm.task.ClassificationTask.'
+            )
+        return self.losses(features, logits, target, **further)['loss']
 
     def after_update(self, model: nn.Module) -> None:
         """Called after each update of the weights, outside autograd. A momentum encoder is updated here."""
@@ -147,3 +284,19 @@ class TaskLoss(nn.Module):
         # older states have no generator; they still load, and the generator keeps its own state
         state_dict.setdefault(f'{prefix}_extra_state', self.get_extra_state())
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def defaults_of(loss: Type[TaskLoss]) -> Dict[str, Any]:
+    """All arguments of a loss with their defaults, those that it hands on to its base classes included.
+
+    An argument without a default has inspect.Parameter.empty.
+    """
+    inits = (vars(cls)['__init__'] for cls in loss.__mro__ if issubclass(cls, TaskLoss) and '__init__' in vars(cls))
+    parameters = [p for init in inits for p in inspect.signature(init).parameters.values()]
+    # a subclass comes first, and its default counts
+    return {p.name: p.default for p in reversed(parameters) if p.name not in ('self', 'args', 'kwargs')}
+
+
+def arguments_of(loss: Type[TaskLoss]) -> FrozenSet[str]:
+    """Names of all arguments of a loss."""
+    return frozenset(defaults_of(loss))

@@ -7,21 +7,20 @@ Written from the paper. The released code has no licence and was not copied. Her
 clean features, no forward pass is repeated for logging, and a loss that is not finite is not replaced.
 """
 
-from typing import Any, Callable, Dict, Optional, Tuple, cast
+from typing import Any, Dict, Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
 
-from ..checks import check_features, check_target
 from ..distributed import GlobalBatch, process_index_and_count
-from ..mining import at_least_float32, hard_label
+from ..mining import hard_label
 from ..mixup import HardMixtures, HardPairMixup, MixupDraws
 from ..timm_model import is_classifier_affine
-from .base import TaskLoss
+from .base import Classifier, TaskLoss
 from .focal_supcon import FocalSupConLoss
-from .projection import ProjectionHead
+from .parts.cross_entropy import finite, infinite_again, nll
+from .parts.projection import ProjectionHead
 
-Classifier = Callable[[torch.Tensor], torch.Tensor]
 PARTS = {'both': ('positive', 'negative'), 'positive': ('positive',), 'negative': ('negative',), 'none': ()}
 
 
@@ -78,6 +77,8 @@ class CoreTuningLoss(TaskLoss):
         ```
     """
 
+    contrasts = True
+
     def __init__(
         self,
         num_features: int,
@@ -129,24 +130,10 @@ class CoreTuningLoss(TaskLoss):
 
     def attach(self, model: nn.Module) -> None:
         """Find out whether the classifier of the model is affine."""
-        self.classifies_mixtures = not is_classifier_affine(model, cast(int, self.num_features))
+        self.requires = () if is_classifier_affine(model, cast(int, self.num_features)) else ('classifier',)
 
     def extra_repr(self) -> str:
         return f'contrast_weight={self.contrast_weight}, label_smoothing={self.label_smoothing}, mixup={self.mixup}'
-
-    def check_shapes(self, features: torch.Tensor, logits: torch.Tensor) -> None:
-        """Raise a ValueError unless features (B, num_features) and logits (B, C) fit each other."""
-        check_features(features, allow_empty=self.uneven_batches)
-        if features.shape[1] != self.num_features:
-            raise ValueError(
-                f'Expected features (batch_size, {self.num_features}), got {tuple(features.shape)}. Create the loss '
-                f'with num_features={features.shape[1]}.'
-            )
-        if logits.ndim != 2 or logits.shape[0] != features.shape[0] or not logits.is_floating_point():
-            raise ValueError(
-                f'Expected floating-point logits ({features.shape[0]}, num_classes) to go with features '
-                f'{tuple(features.shape)}, got {logits.dtype} {tuple(logits.shape)}.'
-            )
 
     def prepare(
         self,
@@ -174,21 +161,15 @@ class CoreTuningLoss(TaskLoss):
         *prepared: Any,
         clean_loss: Optional[torch.Tensor] = None,
         classifier: Optional[Classifier] = None,
+        **further: Any,
     ) -> Dict[str, torch.Tensor]:
         """Compute the losses from the batch and the draws that `prepare` returned. Without draws nothing is mixed.
 
         With a classifier, which maps features (N, D) to logits (N, C), the mixed features are classified by it.
         Without one the logits are mixed, which is the same if the classifier is affine.
-
-        Raises:
-            ValueError: The model has a classifier that is not affine, and no classifier is given.
         """
         batch, draws = prepared
-        if self.classifies_mixtures and classifier is None:
-            raise ValueError(
-                'Expected classifier=..., since the classifier of this model is not affine, and mixed logits are not '
-                'those of mixed features. Pass classifier=model.get_classifier().'
-            )
+        self.check_given(classifier=classifier)
         label = batch.gather(hard_label(target))
         own = batch.own_rows(features.device)
         mixtures, mixed_logits = None, None
@@ -208,52 +189,6 @@ class CoreTuningLoss(TaskLoss):
             'task_loss': task_loss,
             'contrast_loss': contrast_loss,
         }
-
-    def losses(
-        self,
-        features: torch.Tensor,
-        logits: torch.Tensor,
-        target: torch.Tensor,
-        *,
-        classifier: Optional[Classifier] = None,
-    ) -> Dict[str, torch.Tensor]:
-        """Compute the loss to minimise and its parts.
-
-        Args:
-            features: Pre-logits features of the clean batch (B, D), any floating dtype.
-            logits: Output of the classifier for these features (B, C), any floating dtype.
-            target: Class indices of an integer dtype (B,), or soft targets (B, C), mined by their most probable class.
-            classifier: Maps features (N, D) to logits (N, C). Needed only if it is not affine.
-
-        Returns:
-            Scalars in float32 or float64, in nats: 'loss', the weighted sum to minimise; 'task_loss', the cross-entropy
-            over clean rows and mixtures; 'contrast_loss', without its weight, absent if the weight is 0. With several
-            processes each has its own values, and their average over processes is the global mean.
-
-        Raises:
-            ValueError: Shapes, dtypes or labels do not fit.
-        """
-        self.check_shapes(features, logits)
-        check_target(target, features.shape[0], logits.shape[1])
-        prepared = self.prepare(features.shape[0], features.device)
-        return self.compute(features, logits, target, *prepared, classifier=classifier)
-
-    def forward(
-        self,
-        features: torch.Tensor,
-        logits: torch.Tensor,
-        target: Optional[torch.Tensor] = None,
-        *,
-        classifier: Optional[Classifier] = None,
-    ) -> torch.Tensor:
-        """The loss to minimise, a scalar. Arguments and errors as in `losses`."""
-        if target is None:
-            raise ValueError(
-                'Expected (features, logits, target), got two arguments. CoreTuningLoss needs the features before the '
-                'classifier, which a task that passes only logits cannot give: use timm_coretune.CoreTuningTask '
-                'instead of timm.task.ClassificationTask.'
-            )
-        return self.losses(features, logits, target, classifier=classifier)['loss']
 
     def task_state(self) -> Dict[str, Any]:
         state: Dict[str, Any] = {'generator': self.generator.get_state()}
@@ -282,44 +217,31 @@ class CoreTuningLoss(TaskLoss):
         mixed_logits: Optional[Tuple[torch.Tensor, ...]],
         clean_loss: Optional[torch.Tensor],
     ) -> torch.Tensor:
-        target = target if target.ndim == 2 else target.long()
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
-        if clean_loss is None:
-            clean = _infinite_again(self._nll(at_least_float32(logits).log_softmax(dim=-1), target))
-            clean_loss = batch.mean(clean.masked_fill(left_out, 0.0).sum(), label)
+        clean_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
         if mixtures is None or not PARTS[self.smooth]:
             return clean_loss
-        all_logits = _finite(batch.gather(logits)) if mixed_logits is None else logits
-        all_target = batch.gather(target)
+        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        all_logits = finite(batch.gather(logits)) if mixed_logits is None else logits
+        all_target = batch.gather(target if target.ndim == 2 else target.long())
         total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
         for part, name in enumerate(PARTS[self.smooth]):
             mixture = getattr(mixtures, name)
-            mixed_rows = mixture.mix(all_logits) if mixed_logits is None else _finite(mixed_logits[part])
+            mixed_rows = mixture.mix(all_logits) if mixed_logits is None else finite(mixed_logits[part])
             log_p = mixed_rows.log_softmax(dim=-1)
             # cross-entropy is linear in the target
-            nll = torch.lerp(
-                self._nll(log_p, all_target.index_select(0, mixture.other)),
-                self._nll(log_p, all_target.index_select(0, mixture.index)),
+            mixed_nll = torch.lerp(
+                nll(log_p, all_target.index_select(0, mixture.other), self.label_smoothing),
+                nll(log_p, all_target.index_select(0, mixture.index), self.label_smoothing),
                 mixture.lam.to(log_p.dtype),
             )
             # rows that take no part have no mixtures; a batch of one class has no semi-hard negatives
             missing = left_out if name == 'positive' else left_out | ~mixtures.has_negative
-            total = total + _infinite_again(nll).masked_fill(missing, 0.0).sum()
+            total = total + infinite_again(mixed_nll).masked_fill(missing, 0.0).sum()
             num_parts = num_parts + ((label >= 0).any() if name == 'positive' else mixtures.has_negative.any())
         mixed_loss = batch.mean(total, label)
         if self.smooth_weight is None:
             return (clean_loss + mixed_loss) / (1 + num_parts)
         return clean_loss + self.smooth_weight * mixed_loss / num_parts.clamp(min=1)
-
-    def _nll(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Cross-entropy of each row (B,) from log-probabilities (B, C) and class indices or soft targets."""
-        if target.ndim == 2:
-            # 0 * -inf would be NaN: a class that is excluded costs nothing if the target has no share of it
-            return -(target.to(log_p.dtype) * _finite(log_p)).sum(dim=-1)
-        nll = -log_p.gather(1, target.clamp(min=0)[:, None])[:, 0]
-        if self.label_smoothing:
-            nll = torch.lerp(nll, -log_p.mean(dim=-1), self.label_smoothing)
-        return nll
 
     def _contrast_loss(
         self,
@@ -343,14 +265,3 @@ class CoreTuningLoss(TaskLoss):
             anchor=own,
         )
         return batch.mean(per_anchor.sum(), label)
-
-
-def _finite(x: torch.Tensor) -> torch.Tensor:
-    """Raise -inf to the lowest finite number, in float32 or better, so that it can be mixed. NaN and inf stay."""
-    x = at_least_float32(x)
-    return x.clamp(min=torch.finfo(x.dtype).min)
-
-
-def _infinite_again(loss: torch.Tensor) -> torch.Tensor:
-    """Turn the losses that come of the lowest finite number into inf, which they stand for."""
-    return loss.masked_fill(loss > 1e-8 * torch.finfo(loss.dtype).max, float('inf'))

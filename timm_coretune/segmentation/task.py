@@ -69,6 +69,7 @@ class SegmentationModule(CoreTuningModule):
             label,
             *prepared_by_loss,
             clean_loss=dense_loss,
+            **self.required(input),
         )
         return {**losses, 'dense_loss': dense_loss, 'output': output}
 
@@ -88,13 +89,13 @@ class SegmentationTask(CoreTuningTask):
 
     Args:
         model: A model from create_segmentation_model.
-        criterion: The loss of the anchors. When None, a CoreTuningLoss with loss_kwargs.
+        criterion: The loss of the anchors, or its name in timm_coretune.loss.METHODS. When None, a CoreTuningLoss.
         anchors_per_image: Number of anchors per image. If it has fewer labelled pixels, some places stay empty.
         ignore_index: Mask value of pixels that are left out.
         device: Device for task tensors and the parameters of the loss.
         dtype: Dtype of the parameters of the loss. It should be that of the model, None for float32.
         verbose: Enable info logging.
-        **loss_kwargs: Arguments of CoreTuningLoss except num_features, which follows from the model.
+        **loss_kwargs: Arguments of the loss except num_features, which follows from the model.
 
     Raises:
         ValueError: An argument is out of range, or both criterion and loss_kwargs are given.
@@ -111,7 +112,7 @@ class SegmentationTask(CoreTuningTask):
     def __init__(
         self,
         model: SegmentationModel,
-        criterion: Optional[TaskLoss] = None,
+        criterion: Union[TaskLoss, str, None] = None,
         anchors_per_image: int = 64,
         ignore_index: int = 255,
         device: Optional[torch.device] = None,
@@ -124,6 +125,8 @@ class SegmentationTask(CoreTuningTask):
         self.anchors_per_image = anchors_per_image
         self.ignore_index = ignore_index
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
+        if not self.criterion.for_pixels:
+            raise ValueError(f'Expected a loss with a meaning for pixels, got {type(self.criterion).__name__}.')
 
     def check_model(self, model: nn.Module) -> None:
         """Does nothing: every SegmentationModel can be trained."""

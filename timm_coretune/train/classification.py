@@ -133,16 +133,17 @@ def _create_distillation_task(loss: LossSettings, model: nn.Module, **kwargs: An
 
 
 def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
-    """Create the Core-tuning task, or without --coretune one of timm's tasks."""
+    """Create the task of Core-tuning or another --method, or one of timm's tasks."""
     loss, data = settings.loss, settings.data
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
-    if loss.coretune:
+    if loss.task_loss is not None:
         if data.mixes_pixels:
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
         return CoreTuningTask(
             model,
-            **loss.coretune_kwargs(),
+            loss.task_loss,
+            **loss.loss_kwargs(),
             generator=torch.Generator().manual_seed(settings.loop.seed),
             uneven_batches=data.naflex_loader,  # batches of different sequence lengths differ in size
             **common,
@@ -182,11 +183,11 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
     data = settings.data
     num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
     batch_size = data.batch_size * num_gathered
-    # an anchor is compared with the other images, and with its own hard positive and semi-hard negative
-    chance = math.log(batch_size + 1)
+    num_candidates = max(settings.loss.num_candidates(batch_size), 1)
     message = (
         f'Contrast over {batch_size} images ({data.batch_size} x {num_gathered} process(es); accumulation does not '
-        f'enlarge it): at chance its loss without the focal factor is ln {batch_size + 1} = {chance:.2f}.'
+        f'enlarge it): at chance its loss without the focal factor is ln {num_candidates} = '
+        f'{math.log(num_candidates):.2f}.'
     )
     counts = count_labels(datasets.train)
     if counts:

@@ -15,8 +15,10 @@ from huggingface_hub import get_token
 from timm.utils import random_seed, setup_default_logging, unwrap_model
 
 from ..hub.connection import quiet_requests
+from ..loss import METHODS
 from ..redaction import redact, redact_values, redacted_output
 from ..run_folder import ARGS_NAME
+from ..task import CoreTuningTask
 from . import classification, segmentation
 from .cli.arguments import ParsedArguments, parse_args
 from .cli.errors import asked_by, sentence_of
@@ -135,7 +137,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     with asked_by('--kd-model-name and other flags of the loss'):
         task = kind.create_task(settings, model, accelerator.device, is_main)
     log_data(datasets)
-    if settings.loss.coretune and datasets.train is not None:
+    name = settings.loss.task_loss
+    if name is not None and METHODS[name].contrasts and datasets.train is not None:
         kind.log_contrast(settings, datasets, num_processes)
 
     optimization = settings.optimization
@@ -171,6 +174,9 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     freezer = BackboneFreezer(task, optimization.freeze_epochs) if optimization.freeze_epochs else None
     if freezer is not None and freezer.start_epoch(start_epoch):
         _logger.info(f'Only the head trains for {optimization.freeze_epochs} epoch(s).')
+    if isinstance(task, CoreTuningTask):
+        task.attach_optimizer(optimizer)
+        task.start(num_epochs * updates_per_epoch)
     log_update_size(settings.data.batch_size, accum, num_processes, updates_per_epoch)
     log_optimization(task, optimizer, scheduler, num_epochs, updates_per_epoch)
     if not settings.loop.eval_only:

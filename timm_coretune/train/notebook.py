@@ -63,6 +63,7 @@ def fine_tune(
     config: Optional[LoopConfig] = None,
     optimization: Optional[OptimizationSettings] = None,
     seed: Optional[int] = None,
+    method: str = 'core',
     **loss_kwargs: Any,
 ) -> List[Dict[str, Any]]:
     """Fine-tune a timm classifier in place, by default with Core-tuning and a cosine schedule.
@@ -79,12 +80,13 @@ def fine_tune(
         lr: Learning rate at the start.
         opt: Name of a timm optimizer.
         weight_decay: Weight decay.
-        coretune: Whether to use Core-tuning. Otherwise the loss is plain cross-entropy.
+        coretune: Whether to use Core-tuning or another method. Otherwise the loss is plain cross-entropy.
         accelerator: Device, processes and precision. When None, accelerate's defaults.
         config: Options of the training loop.
         optimization: train.py's settings of optimizer and schedule, which replace epochs, lr, opt and weight_decay.
         seed: Random seed. When None, that of config, and without a config the one last given to torch.manual_seed.
-        **loss_kwargs: Arguments of CoreTuningLoss, such as contrast_weight.
+        method: Name of the method in timm_coretune.loss.METHODS.
+        **loss_kwargs: Arguments of its loss, such as contrast_weight.
 
     Returns:
         A dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and 'validation'.
@@ -112,7 +114,7 @@ def fine_tune(
     with seeded(config.seed, accelerator.device):
         model.to(accelerator.device)
         if coretune:
-            task: TrainingTask = CoreTuningTask(model, device=accelerator.device, **loss_kwargs)
+            task: TrainingTask = CoreTuningTask(model, method, device=accelerator.device, **loss_kwargs)
         else:
             task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=accelerator.device)
         num_batches = len(train_loader)
@@ -124,6 +126,9 @@ def fine_tune(
         scheduler, num_epochs = create_schedule(
             optimization, optimizer, updates_per_epoch, config.eval_metric, config.seed
         )  # fmt: skip
+        if isinstance(task, CoreTuningTask):
+            task.attach_optimizer(optimizer)
+            task.start(num_epochs * updates_per_epoch)
         trainer = Trainer(
             task,
             optimizer,

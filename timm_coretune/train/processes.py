@@ -9,6 +9,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DistributedType
 from timm.optim import get_optimizer_info, list_optimizers
 
+from ..loss import METHODS
 from ..redaction import redact, redact_values, redacted_command_line
 from .cli.conflicts import split_names
 from .cli.settings import LoopSettings, OutputSettings, Settings
@@ -116,12 +117,13 @@ def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
         _logger.warning('accelerate does not shard by FSDP on this device: training by DistributedDataParallel.')
     if not is_sharded(accelerator):
         return
-    name = accelerator.distributed_type.value
+    name, method = accelerator.distributed_type.value, settings.loss.task_loss
     for flag, given in (
         ('--resume', settings.output.resume),
         ('--recovery-interval', settings.output.recovery_interval),
         ('--model-ema', settings.model.model_ema),
         ('--freeze-epochs', settings.optimization.freeze_epochs),
+        (f'--method {method}', method and METHODS[method].keeps_copy),
     ):
         if given:
             raise ValueError(f'{flag} needs whole weights on every process, which {name} shards. Use DDP, or leave it.')

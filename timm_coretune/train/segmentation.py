@@ -220,16 +220,17 @@ def create_loaders(
 
 
 def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
-    """Create the Core-tuning task for pixels, or without --coretune a task with cross-entropy over all pixels."""
+    """Create the task of Core-tuning or another --method, or else one with cross-entropy over all pixels."""
     loss = settings.loss
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
-    if loss.coretune:
+    if loss.task_loss is not None:
         return SegmentationTask(
             cast(SegmentationModel, model),
+            loss.task_loss,
             anchors_per_image=loss.anchors_per_image,
             ignore_index=_ignore_index(settings.data),
-            **loss.coretune_kwargs(),
+            **loss.loss_kwargs(),
             generator=torch.Generator().manual_seed(settings.loop.seed),
             **common,
         )
@@ -267,10 +268,11 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
     num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
     anchors_per_image, batch_size = settings.loss.anchors_per_image, settings.data.batch_size
     num_anchors = batch_size * num_gathered * anchors_per_image
+    num_candidates = settings.loss.num_candidates(num_anchors)
     _logger.info(
         f'Contrast over up to {num_anchors} pixels ({anchors_per_image} an image x {batch_size} images x '
-        f'{num_gathered} process(es)): at chance its loss without the focal factor is ln {num_anchors + 1} = '
-        f'{math.log(num_anchors + 1):.2f}.'
+        f'{num_gathered} process(es)): at chance its loss without the focal factor is ln {num_candidates} = '
+        f'{math.log(num_candidates):.2f}.'
     )
 
 

@@ -104,7 +104,7 @@ def warn_of_random_weights(settings: Settings, resumed: Optional[str]) -> None:
     if any(given) or any(model.model_kwargs.get(name) for name in _WITH_WEIGHTS):
         return
     what = 'RANDOM WEIGHTS ARE VALIDATED' if settings.loop.eval_only else 'TRAINING STARTS FROM RANDOM WEIGHTS'
-    if settings.loss.coretune:
+    if settings.loss.task_loss == 'core':
         what += ', and Core-tuning is made for weights that were trained by contrast'
     _logger.warning(
         f'{what}: give --pretrained-path FILE for a self-supervised checkpoint, --pretrained for weights of timm, or '

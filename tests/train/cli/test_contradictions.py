@@ -11,10 +11,13 @@ from timm_coretune.train.cli.conflicts import find_contradictions
 from timm_coretune.train.cli.settings import Settings
 
 CONTRADICTIONS = [
-    ('--coretune --torchscript', '--torchscript: the Core-tuning step cannot be scripted'),
+    ('--coretune --torchscript', '--torchscript: the step of a --method cannot be scripted'),
     ('--coretune --jsd-loss --aug-splits 2', '--jsd-loss, --bce-loss: with --coretune'),
     ('--coretune --bce-loss', '--jsd-loss, --bce-loss: with --coretune'),
     ('--coretune --kd-model-name resnet18', '--kd-model-name: distillation and --coretune'),
+    ('--method scl --bce-loss', '--jsd-loss, --bce-loss: with --coretune or a --method'),
+    ('--coretune --method scl', '--coretune is --method core: not with another method'),
+    ('--method plain --method-kwargs weight=1', '--method-kwargs needs a --method other than plain'),
     ('--coretune --coretune-smooth none --coretune-smooth-weight 1', '--coretune-smooth-weight: not with'),
     ('--drop-connect 0.1', "--drop-connect: timm's own script reads it nowhere; use --drop-path"),
     ('--local_rank 1', '--local_rank: processes are started by accelerate launch'),

@@ -2,9 +2,10 @@
 
 from typing import Tuple
 
+from .efficientnet import RENAMES as EFFICIENTNET
 from .others import RENAMES as OTHERS
 from .rename import Rename
 from .torchvision import RENAMES as TORCHVISION
 from .transformers import RENAMES as TRANSFORMERS
 
-RENAMES: Tuple[Rename, ...] = (*OTHERS, *TORCHVISION, *TRANSFORMERS)
+RENAMES: Tuple[Rename, ...] = (*OTHERS, *EFFICIENTNET, *TORCHVISION, *TRANSFORMERS)

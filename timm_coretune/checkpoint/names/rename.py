@@ -2,7 +2,7 @@
 
 import math
 import re
-from typing import Callable, Dict, NamedTuple, Tuple, Union
+from typing import Callable, Dict, Iterable, NamedTuple, Tuple, Union
 
 import torch
 
@@ -19,12 +19,17 @@ class Rename(NamedTuple):
         steps: Regular expressions with their replacements. All are applied to each key, in this order.
         convert: Functions from all tensors by their new names to all tensors, for what renaming alone cannot do. They
             return views of the tensors, or leave tensors out, so that the file is not copied into memory.
+        in_stages: Whether the blocks, which are numbered in a row by then, are to be numbered by stage as the model
+            has them. Widths do not show where each stage begins: those of two stages may be the same.
+        from_tensorflow: Whether the weights were made for the BatchNorm and the padding of TensorFlow.
     """
 
     name: str
     marker: str
     steps: Tuple[Step, ...]
     convert: Tuple[Callable[[Tensors], Tensors], ...] = ()
+    in_stages: bool = False
+    from_tensorflow: bool = False
 
 
 def numbered(before: str, after: str = '', plus: int = 1) -> Callable[['re.Match[str]'], str]:
@@ -99,4 +104,23 @@ def blocks_in_a_row(tensors: Tensors) -> Tensors:
     for key, tensor in tensors.items():
         place = places.get(key)
         changed[f'blocks.{position[int(place[1]), int(place[2])]}.{key[place.end() :]}' if place else key] = tensor
+    return changed
+
+
+def blocks_by_stage(tensors: Tensors, names: Iterable[str]) -> Tensors:
+    """Number blocks, which the file has in a row, by stage as a model has them: the reverse of `blocks_in_a_row`.
+
+    Args:
+        tensors: Tensors of the file. Blocks beyond the last one of the model keep their names.
+        names: Names of the tensors of the model.
+    """
+    found = (re.match(r'blocks\.(\d+)\.(\d+)\.', name) for name in names)
+    places = sorted({(int(match[1]), int(match[2])) for match in found if match})
+    changed = {}
+    for key, tensor in tensors.items():
+        match = re.match(r'blocks\.(\d+)\.', key)
+        if match and int(match[1]) < len(places):
+            stage, block = places[int(match[1])]
+            key = f'blocks.{stage}.{block}.{key[match.end() :]}'
+        changed[key] = tensor
     return changed

@@ -6,6 +6,7 @@ from typing import Any, Dict, List
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from ...evaluation.scores import FURTHER_OF_IMAGES, OF_PIXELS, scores_of_images
+from ...loss import METHODS
 from ...segmentation.data.transforms import INTERPOLATIONS
 from .settings import DataSettings, Settings
 
@@ -27,10 +28,17 @@ def find_contradictions(settings: Settings) -> List[str]:
 def _of_losses(settings: Settings) -> Conditions:
     loss, data = settings.loss, settings.data
     return {
-        '--jsd-loss, --bce-loss: with --coretune the loss is its own; leave them out': (
-            loss.coretune and (loss.jsd_loss or loss.bce_loss)
+        '--jsd-loss, --bce-loss: with --coretune or a --method the loss is its own; leave them out': (
+            loss.task_loss and (loss.jsd_loss or loss.bce_loss)
         ),
-        '--kd-model-name: distillation and --coretune are two tasks; choose one': loss.coretune and loss.kd_model_name,
+        '--kd-model-name: distillation and --coretune or a --method are two tasks; choose one': (
+            loss.task_loss and loss.kd_model_name
+        ),
+        '--coretune is --method core: not with another method': loss.coretune and loss.method not in (None, 'core'),
+        '--method-kwargs needs a --method other than plain': loss.method_kwargs and not loss.task_loss,
+        '--segmentation: this --method compares whole images; choose one that docs/methods.md marks for pixels': (
+            data.segmentation and loss.task_loss and not METHODS[loss.task_loss].for_pixels
+        ),
         '--jsd-loss needs --aug-splits of 2 or more': loss.jsd_loss and data.aug_splits < 2,
         '--coretune-smooth-weight: not with --coretune-smooth none, which learns no mixtures': (
             loss.coretune_smooth_weight is not None and loss.coretune_smooth == 'none'
@@ -41,8 +49,8 @@ def _of_losses(settings: Settings) -> Conditions:
 def _of_models(settings: Settings) -> Conditions:
     model, optimization = settings.model, settings.optimization
     return {
-        '--torchscript: the Core-tuning step cannot be scripted; script the tuned model afterwards': (
-            settings.loss.coretune and model.torchscript
+        '--torchscript: the step of a --method cannot be scripted; script the tuned model afterwards': (
+            settings.loss.task_loss and model.torchscript
         ),
         '--torchscript: not with --torchcompile, --sync-bn, --freeze-epochs or --head-lr-scale': (
             model.torchscript

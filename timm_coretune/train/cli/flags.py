@@ -36,6 +36,7 @@ class Flag:
         nargs: Number of values, if it is fixed.
         const: Value if the flag is given without one.
         section: Title of the section in the help that starts with this field.
+        choices: The values that there are, if the type does not list them.
     """
 
     help: str
@@ -44,6 +45,7 @@ class Flag:
     nargs: Optional[int] = None
     const: Optional[str] = None
     section: Optional[str] = None
+    choices: Tuple[str, ...] = ()
 
 
 def flag(default: Any, help: str, metavar: Optional[str] = None, **kwargs: Any) -> Any:
@@ -125,6 +127,8 @@ def add_flags(parser: argparse.ArgumentParser, groups: Sequence[type]) -> None:
                 kind['nargs'] = options.nargs
             if options.const is not None:
                 kind.update(nargs='?', const=options.const)
+            if options.choices:
+                kind = dict(choices=options.choices)
             if options.metavar is not None:
                 kind['metavar'] = options.metavar
             if current not in sections:

@@ -11,6 +11,9 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Mapping, Optional
 
+from ...loss import METHODS
+from ...loss.base import arguments_of, defaults_of
+from ...loss.core_tuning import PARTS
 from ...segmentation.decoder import Head
 from .flags import flag
 
@@ -202,10 +205,16 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
-    """The losses of Core-tuning, plain tuning and distillation."""
+    """The losses of Core-tuning and other methods, of plain tuning and distillation."""
 
-    coretune: bool = flag(False, 'train with Core-tuning, not plain cross-entropy', section=CORE_TUNING)
-    contrast_weight: float = flag(0.1, 'weight of the contrastive loss, 0 for none')
+    coretune: bool = flag(False, 'train with Core-tuning, the same as --method core', section=CORE_TUNING)
+    method: Optional[str] = flag(
+        None, 'method of tuning (default: plain, which is cross-entropy)', choices=('plain', *METHODS)
+    )
+    method_kwargs: Dict[str, Any] = flag({}, 'further arguments of the --method, such as weight=0.1', 'K=V')
+    contrast_weight: Optional[float] = flag(
+        None, 'weight of the contrastive loss, 0 for none (default: of the method, 0.1 for core)'
+    )
     coretune_alpha: float = flag(1.0, 'A of Beta(A, A), from which Core-tuning draws mixing shares, > 0')
     coretune_min_positive_lam: float = flag(0.0, 'least share of the hardest positive in its mixture, 0 to 1')
     coretune_min_negative_lam: float = flag(0.8, 'least share of the random negative in its mixture, 0 to 1')
@@ -213,8 +222,12 @@ class LossSettings:
     coretune_smooth_weight: Optional[float] = flag(None, 'weight of these mixtures beside the clean cross-entropy, > 0')
     coretune_mixtures: Mixtures = flag('both', 'mixtures that enter the contrastive loss')
     coretune_positive_candidates: int = flag(0, 'random images of the class, the hardest of which is mixed; 0 for all')
-    contrast_temperature: float = flag(0.07, 'temperature of the contrastive loss: divides cosines, > 0')
-    projection_dim: int = flag(256, 'width of the embedding that the contrastive loss compares')
+    contrast_temperature: Optional[float] = flag(
+        None, 'temperature of the contrastive loss: divides cosines, > 0 (default: of the method, 0.07 for core)'
+    )
+    projection_dim: Optional[int] = flag(
+        None, 'width of the embedding that the contrastive loss compares (default: of the method, 256 for core)'
+    )
     no_coretune_gather: bool = flag(False, 'mine and contrast within each process, not over all processes')
     anchors_per_image: int = flag(64, 'anchor pixels per image in the contrastive loss', section=SEGMENTATION)
 
@@ -235,10 +248,36 @@ class LossSettings:
     kd_teacher_feature_dim: Optional[int] = flag(None, 'feature width of the teacher (default: from the model)')
     kd_token_distill_type: Literal['soft', 'hard'] = flag('soft', 'teacher output for the distillation token')
 
-    def coretune_kwargs(self) -> Dict[str, Any]:
-        """Arguments for CoreTuningLoss, except num_features, which depends on the model."""
-        return dict(
+    @property
+    def task_loss(self) -> Optional[str]:
+        """Name of the loss in METHODS, None for plain tuning and distillation."""
+        if self.coretune:
+            return 'core'
+        return None if self.method == 'plain' else self.method
+
+    def num_candidates(self, num_rows: int) -> int:
+        """Number of rows that an anchor is compared with: the others of num_rows in the batch, and its mixtures."""
+        mixed = len(PARTS[self.coretune_mixtures]) if self.task_loss == 'core' else 0
+        return num_rows - 1 + mixed
+
+    def with_defaults(self) -> 'LossSettings':
+        """The same with numbers in place of None, where the default is that of the method."""
+        defaults = {**defaults_of(METHODS['core']), **defaults_of(METHODS[self.task_loss or 'core'])}
+        given: Dict[str, Any] = dict(
             contrast_weight=self.contrast_weight,
+            temperature=self.contrast_temperature,
+            projection_dim=self.projection_dim,
+        )
+        weight, temperature, projection_dim = (defaults[k] if v is None else v for k, v in given.items())
+        return dataclasses.replace(
+            self, contrast_weight=weight, contrast_temperature=temperature, projection_dim=projection_dim
+        )
+
+    def loss_kwargs(self) -> Dict[str, Any]:
+        """Arguments of the task loss, except num_features, which depends on the model."""
+        resolved = self.with_defaults()
+        arguments = dict(
+            contrast_weight=resolved.contrast_weight,
             mixup_alpha=self.coretune_alpha,
             min_positive_lam=self.coretune_min_positive_lam,
             min_negative_lam=self.coretune_min_negative_lam,
@@ -246,11 +285,13 @@ class LossSettings:
             smooth_weight=self.coretune_smooth_weight,
             mixtures=self.coretune_mixtures,
             positive_candidates=self.coretune_positive_candidates,
-            temperature=self.contrast_temperature,
-            projection_dim=self.projection_dim,
+            temperature=resolved.contrast_temperature,
+            projection_dim=resolved.projection_dim,
             label_smoothing=self.smoothing,
             gather=not self.no_coretune_gather,
         )
+        known = arguments_of(METHODS[str(self.task_loss)])
+        return {**{name: value for name, value in arguments.items() if name in known}, **self.method_kwargs}
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from typing import Optional, Sequence
 import torch
 import torch.nn as nn
 
-from ..distributed import GlobalBatch
-from ..mining import normalize
-from ..mixup import Mixture
+from ...distributed import GlobalBatch
+from ...mining import normalize
+from ...mixup import Mixture
 
 
 class ProjectionHead(nn.Module):
