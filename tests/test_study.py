@@ -15,12 +15,14 @@ import yaml
 from paths import ROOT
 from PIL import Image
 from runs import results_of, rows_of
+from studies.file import read_study, select
+from studies.measure import interval_of
+from studies.plan import Cell, Stage, make_run, tune
+from studies.report import END, begin_of, render, write_tables
+from studies.results import COLUMNS, Results, choice_of, num_missing
+from studies.smoke import PLAN, write_study
+from studies.train import DIVERGED, Forge
 from study import main
-from study_plan import Cell, Stage, make_run, read_study, select, tune
-from study_report import END, begin_of, interval_of, render, write_tables
-from study_results import COLUMNS, Results, choice_of, num_missing
-from study_smoke import PLAN, write_study
-from study_train import DIVERGED, Forge
 from train_flags import ACTIONS
 
 STUDIES = {'study.yaml': 'images.csv', 'study_pixels.yaml': 'pixels.csv'}
