@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-import torch
 import yaml
 from paths import ROOT
 from PIL import Image
 from runs import results_of, rows_of
+from studies.file import read_study, select
+from studies.measure import interval_of
+from studies.plan import Cell, Stage, make_run, tune
+from studies.report import END, begin_of, render, write_tables
+from studies.results import COLUMNS, Results, choice_of, num_missing
+from studies.smoke import PLAN, write_study
+from studies.train import DIVERGED, Forge
 from study import main
-from study_plan import Cell, Stage, make_run, read_study, select, tune
-from study_report import END, begin_of, interval_of, render, write_tables
-from study_results import COLUMNS, Results, num_missing
-from study_smoke import PLAN, write_study
-from study_train import DIVERGED, Forge
 from train_flags import ACTIONS
 
 STUDIES = {'study.yaml': 'images.csv', 'study_pixels.yaml': 'pixels.csv'}
@@ -202,6 +203,15 @@ def test_best_rate_at_the_end_of_all_rates_is_marked(written):
     assert '| LATE | 100* (0.01, 0.1, 1, 10, 100) |' in render(study, study.cells, results)
 
 
+def test_run_of_the_tuning_that_diverged_is_the_worst(written):
+    study, results = written
+    late = study.cells[3]
+    results.append(row_of(late, 'tune', 0.01, None, 7, outcome=DIVERGED))
+    for lr, top1 in ((0.1, -1), (1, -2)):
+        results.append(row_of(late, 'tune', lr, None, 7, top1=top1, class_mean=0))
+    assert choice_of(late, 'images', results.by_key()).lr == 0.1
+
+
 def test_missing_runs_are_counted(written):
     study, results = written
     assert [num_missing(cell, 'images', results) for cell in study.cells] == [0, 0, 0, 6]
@@ -291,9 +301,8 @@ def test_study_that_is_killed_continues_where_it_was(tmp_path):
     # the last run by itself, and its class mean by hand
     flags = make_run(read_study(words[0]).cells[0], 'test', float(rows[-1]['lr']), None, 1).flags
     at = flags.index('--data-dir')
-    alone = results_of(
-        tmp_path / 'pictures', tmp_path, *flags[:at], *flags[at + 2 :], '--metrics', 'confusion', base=()
-    )  # fmt: skip
+    more = ('--metrics', 'confusion', '--val-interval', '9')  # else the matrix is that of the best epoch
+    alone = results_of(tmp_path / 'pictures', tmp_path, *flags[:at], *flags[at + 2 :], *more, base=())
     assert float(rows[-1]['top1']) == pytest.approx(alone[-1]['validation']['top1'], abs=1e-4)
     matrix = [[int(v) for k, v in row.items() if ' / ' not in k] for row in rows_of(tmp_path / 'run' / 'confusion.csv')]
     recalls = [100 * row[index] / sum(row) for index, row in enumerate(matrix)]
@@ -353,7 +362,7 @@ def test_packed_images_are_those_of_the_folder(tmp_path, mode):
         for index in range(len(packed)):
             assert expected[index][1] == packed[index][1]
             assert np.array_equal(np.asarray(expected[index][0]), np.asarray(packed[index][0]))
-    assert packed.reader.image.dtype == torch.uint8
+    assert packed.reader.image.ndim == (4 if mode == 'RGB' else 3)  # grey images stay grey
     Image.new(mode, (9, 6)).save(tmp_path / 'set' / 'train' / 'a' / '9.png')
     with pytest.raises(ValueError, match='of one size'):
         pack(str(tmp_path / 'set'))

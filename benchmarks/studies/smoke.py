@@ -25,13 +25,13 @@ PLAN = {
 
 
 def write_pictures(folder: str, num_images: int = 12, size: int = 32) -> None:
-    """Write class folders of discs, squares and bars, whose place, size and colours are random."""
+    """Write class folders of bars, discs and squares in random places and colours. The classes differ in size."""
     draws = random.Random(0)
     for split in ('train', 'val', 'test'):
-        for kind in ('bar', 'disc', 'square'):
+        for index, kind in enumerate(('bar', 'disc', 'square')):
             path = os.path.join(folder, split, kind)
             os.makedirs(path)
-            for number in range(num_images):
+            for number in range(num_images - 3 * index):
                 picture = Image.new('RGB', (size, size), tuple(draws.choices(range(128), k=3)))
                 side, tint = draws.randint(8, 16), tuple(draws.choices(range(128, 256), k=3))
                 left, top = draws.randint(0, size - side), draws.randint(0, size - side)

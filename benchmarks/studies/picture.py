@@ -2,9 +2,10 @@
 
 from typing import Sequence
 
-from study_plan import SCORES, Cell, Study
-from study_report import difference, heading, tables_of
-from study_results import Results
+from .measure import difference, tables_of
+from .plan import SCORES, Cell, Study
+from .report import heading
+from .results import Results
 
 
 def draw(study: Study, cells: Sequence[Cell], results: Results, path: str) -> None:

@@ -6,8 +6,9 @@ import os
 from typing import Dict, List, Mapping, Optional, Tuple
 
 from filelock import FileLock
-from study_plan import SCORES, Cell, Choice, Run, make_run, tune
-from study_train import DIVERGED
+
+from .plan import SCORES, Cell, Choice, Run, make_run, tune
+from .train import DIVERGED
 
 KEY = ('data', 'network', 'labels', 'arm', 'lr', 'weight', 'seed', 'stage', 'flags')
 SCORE_COLUMNS = ('top1', 'class_mean', 'miou', 'mpa', 'fwiou', 'pa')
