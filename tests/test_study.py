@@ -324,10 +324,10 @@ def test_failed_run_is_noted_and_diverged_one_is_a_result(tmp_path, capsys):
     plan = yaml.safe_load((tmp_path / 'study.yaml').read_text())
     plan['arms'] = {
         'plain': {'flags': '--data-dir {data}/nowhere'},
-        'wild': {'flags': '--lr-cycle-limit 1 --opt-kwargs maximize=True'},
+        'wild': {},
         'refused': {'flags': '--no-such-flag'},
     }
-    plan['lrs'] = [1e6, 1e7, 1e8]
+    plan['lrs'] = [1e30, 1e31, 1e32]
     plan['test']['seeds'] = [0]
     (tmp_path / 'study.yaml').write_text(yaml.safe_dump(plan))
     assert main(words) == 1
