@@ -8,17 +8,20 @@ import os
 import re
 import tarfile
 from collections import defaultdict
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from pathlib import Path
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from PIL import Image
 
 DOWNLOAD = 'npm pack emoji-datasource-google@16.0.0 emoji-datasource-twitter@16.0.0 @lobehub/fluent-emoji-3d@1.1.0'
 PICTURES = {'google': 'img/google/64/*.png', 'twitter': 'img/twitter/64/*.png', 'fluent': 'assets/*.webp'}
 TRAIN_VENDORS, TEST_VENDOR = ('google', 'twitter'), 'fluent'
+VAL_FRACTION = 0.2  # of the things of a class that are trained on
 LICENCES = """google: Noto Emoji, Google, Apache-2.0 (npm emoji-datasource-google)
-twitter: Twemoji, Twitter, Inc and other contributors, CC-BY-4.0 (npm emoji-datasource-twitter)
+twitter: Twemoji, Twitter, Inc and other contributors, CC-BY-4.0, https://creativecommons.org/licenses/by/4.0/
+    (npm emoji-datasource-twitter)
 fluent: Fluent Emoji 3D, Microsoft, MIT (npm @lobehub/fluent-emoji-3d)
-The pictures were composed on white and scaled."""
+The pictures were changed: scaled, and composed on white or on a texture."""
 # A man, a woman and a person are drawn alike in the rest of the picture, so they are one thing.
 NEUTRAL = {'1f468': '1f9d1', '1f469': '1f9d1', '1f466': '1f9d2', '1f467': '1f9d2'}
 
@@ -60,13 +63,9 @@ def read_package(path: str, vendor: str) -> Tuple[List[dict], Dict[str, bytes]]:
     """
     folder, pattern = os.path.split(PICTURES[vendor])
     wanted = re.compile(f'(?:package/)?(?:{folder}/([^/]+){re.escape(pattern[1:])}|(emoji.json))')
-    names = {}
     if os.path.isdir(path):
-        for root, _, files in os.walk(path):
-            for file in files:
-                full = os.path.join(root, file)
-                names[os.path.relpath(full, path).replace(os.sep, '/')] = full
-        blobs = {name: _read(full) for name, full in names.items() if wanted.fullmatch(name)}
+        files = {file.relative_to(path).as_posix(): file for file in Path(path).rglob('*')}
+        blobs = {name: file.read_bytes() for name, file in files.items() if wanted.fullmatch(name)}
     elif os.path.isfile(path) and tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             members = [member for member in archive if member.isfile() and wanted.fullmatch(member.name)]
@@ -85,11 +84,6 @@ def read_package(path: str, vendor: str) -> Tuple[List[dict], Dict[str, bytes]]:
     if not pictures:
         raise ValueError(f'No pictures {PICTURES[vendor]} in {path!r}. Is it the package of {vendor}? {DOWNLOAD}')
     return entries, pictures
-
-
-def _read(path: str) -> bytes:
-    with open(path, 'rb') as file:
-        return file.read()
 
 
 def read_emoji(args: argparse.Namespace) -> Tuple[List[Emoji], Dict[str, Dict[str, bytes]]]:
@@ -124,6 +118,35 @@ def draw_share(things: Sequence[str], fraction: float, key: str) -> List[str]:
     """Draws a share of things by their hash, so that it depends on nothing but the things, the key and the fraction."""
     ordered = sorted(things, key=lambda thing: hashlib.sha256(f'{key}/{thing}'.encode()).digest())
     return ordered[: round(fraction * len(things))]
+
+
+def assign_things(things: Sequence[str], test_fraction: Optional[float] = None) -> Dict[str, List[str]]:
+    """Divides the things of a class among train, val and test.
+
+    Args:
+        things: All things of the class.
+        test_fraction: Share of the things that only test has. When None test has all things, those of train too.
+    """
+    test = things if test_fraction is None else draw_share(things, test_fraction, 'test')
+    seen = things if test_fraction is None else [thing for thing in things if thing not in test]
+    val = draw_share(seen, VAL_FRACTION, 'val')
+    return {'train': [thing for thing in seen if thing not in val], 'val': val, 'test': list(test)}
+
+
+def list_pictures(
+    emoji: Sequence[Emoji], subgroup: str, things: Dict[str, List[str]]
+) -> Iterator[Tuple[str, str, str]]:
+    """Lists split, vendor and code of every picture of a subgroup, from the things of each split."""
+    for split, members in things.items():
+        for vendor in (TEST_VENDOR,) if split == 'test' else TRAIN_VENDORS:
+            for item in emoji:
+                if item.subgroup == subgroup and item.thing in members:
+                    yield split, vendor, item.code
+
+
+def get_class_name(subgroup: str) -> str:
+    """Writes the name of a subgroup so that a folder can have it, `sky & weather` as `sky-weather`."""
+    return re.sub('[^a-z0-9]+', '-', subgroup)
 
 
 def open_rgba(blob: bytes) -> Image.Image:

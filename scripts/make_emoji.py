@@ -19,30 +19,28 @@ are the subgroups with the most things. The same packages and the same Pillow gi
 
 import argparse
 import logging
-import re
-from typing import Dict, Iterator, List, Tuple
+from typing import Dict, List
 
 from emoji_packages import (
     DOWNLOAD,
     LICENCES,
-    TEST_VENDOR,
-    TRAIN_VENDORS,
     Emoji,
     add_package_arguments,
+    assign_things,
     compose_on_white,
-    draw_share,
+    get_class_name,
     group_things,
+    list_pictures,
     open_rgba,
     read_emoji,
 )
-from folders import create_output, save_png, write_readme
+from picture_folders import create_output, save_png, write_readme
 from PIL import Image
 
 _logger = logging.getLogger('make_emoji')
 
 LEFT_OUT = ('Flags',)
-VAL_FRACTION = 0.2
-TEST_FRACTION = 0.4  # of the concept split
+TEST_FRACTION = {'vendor': None, 'concept': 0.4}  # share of the things that only test has
 
 
 def parse_args() -> argparse.Namespace:
@@ -67,38 +65,20 @@ def choose_classes(emoji: List[Emoji], num_classes: int) -> Dict[str, List[str]]
     return {name: things[name] for name in sorted(chosen)}
 
 
-def assign(things: List[str], concept: bool) -> Dict[str, List[str]]:
-    """Divides the things of a class among train, val and test."""
-    test = draw_share(things, TEST_FRACTION, 'test') if concept else things
-    seen = [thing for thing in things if thing not in test] if concept else things
-    val = draw_share(seen, VAL_FRACTION, 'val')
-    return {'train': [thing for thing in seen if thing not in val], 'val': val, 'test': test}
-
-
-def list_pictures(emoji: List[Emoji], args: argparse.Namespace) -> Iterator[Tuple[str, str, str, str]]:
-    """Lists split, class, vendor and code of every picture."""
-    for name, things in choose_classes(emoji, args.num_classes).items():
-        folder = re.sub('[^a-z0-9]+', '-', name)
-        for split, members in assign(things, args.split == 'concept').items():
-            for vendor in (TEST_VENDOR,) if split == 'test' else TRAIN_VENDORS:
-                for item in emoji:
-                    if item.subgroup == name and item.thing in members:
-                        yield split, folder, vendor, item.code
-
-
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format='%(message)s')
     args = parse_args()
     emoji, pictures = read_emoji(args)
-    listed = list(list_pictures(emoji, args))
+    classes = choose_classes(emoji, args.num_classes)
     create_output(args.output)
     counts = dict.fromkeys(('train', 'val', 'test'), 0)
-    for split, folder, vendor, code in listed:
-        image = compose_on_white(open_rgba(pictures[vendor][code]))
-        if image.size != (args.size, args.size):
-            image = image.resize((args.size, args.size), Image.Resampling.LANCZOS)
-        save_png(image, args.output, split, folder, f'{vendor}_{code}.png')
-        counts[split] += 1
+    for subgroup, things in classes.items():
+        for split, vendor, code in list_pictures(emoji, subgroup, assign_things(things, TEST_FRACTION[args.split])):
+            image = compose_on_white(open_rgba(pictures[vendor][code]))
+            if image.size != (args.size, args.size):
+                image = image.resize((args.size, args.size), Image.Resampling.LANCZOS)
+            save_png(image, args.output, split, get_class_name(subgroup), f'{vendor}_{code}.png')
+            counts[split] += 1
     write_readme(args.output, f'Emoji, {args.split} split, {args.num_classes} classes', counts, LICENCES)
     _logger.info(f'Wrote {args.output}: {counts}')
 

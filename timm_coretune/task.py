@@ -15,6 +15,7 @@ from timm.utils import unwrap_model
 
 from .checks import check_target
 from .loss import TaskLoss, create_method
+from .loss.parts.bank import Bank
 from .loss.parts.forward import ClassifierInput, features_and_logits, forward_maps
 from .mixup import protect_draws
 from .timm_model import (
@@ -44,6 +45,11 @@ class CoreTuningModule(nn.Module):
         self.model: Any = model
         self.criterion = criterion
         self._classifier_input = ClassifierInput()
+        # DistributedDataParallel sends all buffers about in every step, but a bank is large, and the same everywhere
+        banks = {name: part for name, part in self.named_modules() if isinstance(part, Bank)}
+        self._ddp_params_and_buffers_to_ignore = [
+            f'{name}.{buffer}' for name, bank in banks.items() for buffer, _ in bank.named_buffers()
+        ]
 
     def no_weight_decay(self) -> Set[str]:
         return no_weight_decay(self.model, 'model.')

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from methods import Step, bi_tuning, dr_tune, ldifs
 from reference import array, generator
 
+from timm_coretune import CoreTuningTask
+from timm_coretune.distributed import GlobalBatch
 from timm_coretune.loss import BiTuningLoss, DRTuneLoss, LDIFSLoss
 from timm_coretune.loss.parts.bank import Bank
 from timm_coretune.loss.parts.forward import forward_maps
@@ -131,20 +133,21 @@ def test_the_prototypes_of_bi_tuning_train_the_features_alone():
     assert found[1] is None
 
 
-def test_a_bank_keeps_the_newest_rows_of_each_group_and_never_those_without_a_class():
-    bank = Bank(3, {'row': 1}, num_groups=2)
-    kept = {0: [], 1: []}
+@pytest.mark.parametrize('num_classes', [None, 2])
+def test_a_bank_keeps_the_newest_rows_and_never_those_without_a_class(num_classes):
+    bank = Bank(3, {'row': 1}, num_classes)
+    kept = {}
     number = 0
-    for groups in ([0, 1, -1, 0], [0, 0, 0, 0, 1], [-1], [1, 1], []):
-        group = torch.tensor(groups, dtype=torch.int64)
-        rows = torch.arange(number, number + len(groups)) + 1.0
-        number += len(groups)
-        bank.add(group, group, row=rows[:, None])
-        for g, row in zip(groups, rows.tolist(), strict=True):
-            if g >= 0:
-                kept[g] = [*kept[g], row][-3:]
-        for g, expected in kept.items():
-            assert sorted(bank.row[bank.label == g].flatten().tolist()) == sorted(expected)
+    for labels in ([0, 1, -1, 0], [0, 0, 0, 0, 1], [-1], [1, 1], []):
+        rows = torch.arange(number, number + len(labels)) + 1.0
+        number += len(labels)
+        bank.add(GlobalBatch.create(len(labels)), torch.tensor(labels, dtype=torch.int64), row=rows[:, None])
+        for label, row in zip(labels, rows.tolist(), strict=True):
+            if label >= 0:
+                group = label if num_classes else 'all'
+                kept[group] = [*kept.get(group, []), (label, row)][-3:]
+        found = zip(bank.label.tolist(), bank.row.flatten().tolist(), strict=True)
+        assert sorted(row for row in found if row[0] >= 0) == sorted(row for rows in kept.values() for row in rows)
         assert bank.label[-1] == -1
         assert bank.row[-1] == 0
 
@@ -155,3 +158,111 @@ def test_the_key_encoder_copies_running_statistics():
     assert torch.equal(loop.criterion.encoder.model.bn1.running_mean, loop.model.bn1.running_mean)
     assert not torch.equal(loop.pretrained.bn1.running_mean, loop.model.bn1.running_mean)
     assert F.mse_loss(loop.criterion.encoder.model.conv1[0].weight, loop.model.conv1[0].weight) > 0
+
+
+# models and input that fit, and those that do not
+
+
+class Patches(dict):
+    """A dictionary of patches, as timm's loader of images of several sizes makes them."""
+
+    def __init__(self):
+        rows, columns = torch.meshgrid(torch.arange(2), torch.arange(3), indexing='ij')
+        coordinates = torch.stack([rows.flatten(), columns.flatten()], dim=-1)
+        super().__init__(
+            patches=torch.randn(4, 6, 16 * 16 * 3, generator=generator(0)),
+            patch_coord=coordinates.expand(4, -1, -1),
+            patch_valid=torch.arange(6) < torch.tensor([[6], [6], [4], [3]]),
+        )
+
+
+@pytest.mark.parametrize('loss', [DRTuneLoss, BiTuningLoss, LDIFSLoss])
+def test_dictionaries_of_patches_give_the_features_of_the_copy_or_a_clear_error(loss):
+    model = timm.create_model(
+        'naflexvit_base_patch16_gap', num_classes=NUM_CLASSES, depth=1, embed_dim=24, num_heads=2
+    )  # fmt: skip
+    task = CoreTuningTask(model, loss(24), verbose=False)
+    task.get_trainable_module().train()
+    target = torch.tensor([0, 1, 0, 2])
+    if loss is LDIFSLoss:
+        with pytest.raises(ValueError, match='Expected images .*LDIFSLoss compares feature maps, got a dictionary'):
+            task(Patches(), target)
+        return
+    task(Patches(), target)['loss'].backward()
+    inputs = []
+    model.get_classifier().register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    model.eval()(Patches())
+    rows = task.criterion.bank.pretrained if loss is DRTuneLoss else task.criterion.queue.feature[:, :-1]
+    label = task.criterion.bank.label if loss is DRTuneLoss else task.criterion.queue.label
+    for features, y in zip(inputs[0], target, strict=True):
+        similarity = torch.cosine_similarity(rows[label == y], features[None])
+        assert similarity.max() == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize('loss', [DRTuneLoss, BiTuningLoss])
+def test_a_classifier_that_is_a_convolution_is_one_that_is_linear(loss):
+    task = CoreTuningTask(timm.create_model('resnetv2_18', num_classes=3), loss(512), verbose=False)
+    classifier = task.get_eval_model().get_classifier()
+    assert isinstance(classifier, torch.nn.Conv2d)
+    task.get_trainable_module().train()
+    task(torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 0, 2]))['loss'].backward()
+    assert classifier.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ('loss', 'model', 'message'),
+    [
+        (
+            DRTuneLoss,
+            'crossvit_tiny_240',
+            r'one classifier that takes features \(N, 288\), got CrossVit with Linear, Lin',
+        ),
+        (BiTuningLoss, 'crossvit_tiny_240', 'one linear classifier, got CrossVit with Linear, Linear'),
+        (BiTuningLoss, 'repvit_m1', 'one linear classifier, got RepVit with RepVitClassifier'),
+    ],
+)
+def test_models_that_do_not_fit_are_refused(loss, model, message):
+    model = timm.create_model(model, num_classes=3)
+    with pytest.raises(ValueError, match=message):
+        CoreTuningTask(model, loss(get_feature_dim(model)))
+
+
+def test_a_model_without_feature_maps_is_refused():
+    model = timm.create_model('test_vit', num_classes=3)
+    model.feature_info = []
+    with pytest.raises(ValueError, match='feature_info and forward_intermediates.*VisionTransformer without.*l2-sp'):
+        CoreTuningTask(model, 'ldifs')
+
+
+@pytest.mark.parametrize('loss', [DRTuneLoss, BiTuningLoss])
+def test_what_is_remembered_must_be_that_of_all_processes(loss):
+    with pytest.raises(ValueError, match='gather=True.*the same on all processes.*--no-coretune-gather'):
+        loss(8, gather=False)
+
+
+@pytest.mark.parametrize('loss', [DRTuneLoss, BiTuningLoss, LDIFSLoss])
+def test_a_loop_of_ones_own_is_told_to_attach_the_model(loss):
+    features, classifier = torch.randn(4, 8), torch.nn.Linear(8, 3)
+    given = {'input': torch.randn(4, 3, 8, 8), 'classifier': classifier, 'maps': []}
+    further = {name: given[name] for name in loss.requires}
+    with pytest.raises(RuntimeError, match=r'criterion.attach\(model\) before the first step'):
+        loss(8)(features, classifier(features), torch.tensor([0, 1, 2, 0]), **further)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [lambda: DRTuneLoss(8, weight=0.0), lambda: DRTuneLoss(8, bank_size=0), lambda: LDIFSLoss(8, weight=-1.0),
+     lambda: BiTuningLoss(8, momentum=1.5), lambda: BiTuningLoss(8, temperature=0.0)],
+)  # fmt: skip
+def test_arguments_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError, match='Expected .*got'):
+        wrong()
+
+
+@pytest.mark.parametrize('loss', [DRTuneLoss, BiTuningLoss])
+def test_processes_do_not_send_each_other_what_all_of_them_remember(loss):
+    task = CoreTuningTask(timm.create_model('test_vit', num_classes=3), loss(64), verbose=False)
+    module = task.get_trainable_module()
+    ignored = set(module._ddp_params_and_buffers_to_ignore)
+    assert ignored <= {name for name, _ in module.named_buffers()}
+    assert {'tuned' if loss is DRTuneLoss else 'feature', 'label'} <= {name.split('.')[-1] for name in ignored}

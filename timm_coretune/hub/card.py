@@ -23,10 +23,12 @@ _RECIPE = {
         *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
         *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
     ),
-    'coretune': (
-        *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
-        *('coretune_min_negative_lam', 'coretune_smooth', 'coretune_smooth_weight', 'coretune_mixtures'),
-        *('coretune_positive_candidates', 'projection_dim', 'no_coretune_gather'),
+    'method': (
+        *('method', 'method_kwargs', 'contrast_weight', 'contrast_temperature', 'projection_dim', 'no_coretune_gather'),
+    ),
+    'core': (
+        *('coretune_alpha', 'coretune_min_positive_lam', 'coretune_min_negative_lam', 'coretune_smooth'),
+        *('coretune_smooth_weight', 'coretune_mixtures', 'coretune_positive_candidates'),
     ),
     'segmentation': ('segmentation', 'segmentation_head', 'anchors_per_image', 'reduce_zero_label'),
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
@@ -217,7 +219,8 @@ def _usage(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
 
 
 def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
-    how = 'Fine-tuned with cross-entropy' if facts.recipe and not facts.recipe.get('coretune') else 'Core-tuned'
+    method = _method(facts.recipe)
+    how = {'core': 'Core-tuned', None: 'Fine-tuned with cross-entropy'}.get(method, f'Fine-tuned by {method}')
     start = f'[{facts.base_model}](https://huggingface.co/{facts.base_model})' if facts.base_model else facts.start
     used = config['pretrained_cfg']
     size, crop = used['input_size'], f', crop {used["crop_pct"]}'
@@ -272,10 +275,19 @@ def _figures(facts: CardFacts) -> Optional[str]:
     return '\n'.join(lines)
 
 
+def _method(recipe: Dict[str, Any]) -> Optional[str]:
+    """Name of the method of tuning, None for cross-entropy. Without a recipe it is Core-tuning."""
+    if not recipe or recipe.get('coretune'):
+        return 'core'
+    return None if recipe.get('method') == 'plain' else recipe.get('method')
+
+
 def _recipe(facts: CardFacts) -> Optional[str]:
-    keys = [key for needed, group in _RECIPE.items() if not needed or facts.recipe.get(needed) for key in group]
+    method = _method(facts.recipe)
+    chosen = {**facts.recipe, 'method': method, 'core': method == 'core'}
+    keys = [key for needed, group in _RECIPE.items() if not needed or chosen.get(needed) for key in group]
     # an option that is 0, False or None was not used
-    options = [(key, facts.recipe[key]) for key in keys if facts.recipe.get(key)]
+    options = [(key, chosen[key]) for key in keys if chosen.get(key)]
     options = [(key, value) for key, value in options if value != _WITHOUT_EFFECT.get(key)]
     if not options:
         return None

@@ -88,12 +88,7 @@ class DRTuneLoss(TaskLoss):
         label = batch.gather(hard_label(target))
         task_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
         pretrained = self.attached(self.pretrained)(input).to(features.dtype)
-        self.bank.add(
-            label,
-            torch.zeros_like(label),
-            pretrained=batch.gather(pretrained),
-            tuned=batch.gather(features.detach()),
-        )
+        self.bank.add(batch, label, pretrained=pretrained, tuned=features)
         bank_label = self.bank.label
         # not in no_grad(): autocast would keep the weights that it casts there for later calls, without their gradient
         scores = classify(classifier, self.bank.tuned.to(features.dtype)).detach()

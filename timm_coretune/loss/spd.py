@@ -68,10 +68,9 @@ class SPDLoss(TaskLoss):
         """
         if self.pretrained is None:
             raise RuntimeError('Expected the pretrained weights. Call attach(model) of the loss first.')
-        inner: torch.optim.Optimizer = getattr(optimizer, 'optimizer', optimizer)  # that of accelerate's
-        inner = getattr(
-            inner, '_base_optimizer', inner
-        )  # timm's Lookahead calls no hooks, but the optimizer in it does
+        # that in accelerate's wrapper, and that in timm's Lookahead, as neither wrapper calls hooks
+        inner: torch.optim.Optimizer = getattr(optimizer, 'optimizer', optimizer)
+        inner = getattr(inner, '_base_optimizer', inner)
         if not getattr(type(inner).step, 'hooked', False):
             raise ValueError(
                 f'Expected an optimizer whose step calls its hooks, as those of torch and timm do, got '

@@ -1,23 +1,26 @@
 """Rows that a loss remembers from one step to the next"""
 
-from typing import Dict
+from typing import Dict, Optional
 
 import torch
 import torch.nn as nn
 
+from ...distributed import GlobalBatch
+
 
 class Bank(nn.Module):
-    """The newest rows of each group, in buffers. It is the same on all processes if it is given the rows of all.
+    """The newest rows, of all classes together or of each class, in buffers.
 
-    Its tensors have one row more than `num_groups * size`: it stays empty, as rows without a group are written there.
+    It holds the rows of all processes in the order in which one process would read them, so it is the same on all, and
+    on any number of them. Its tensors have one row more, which stays empty: rows without a class are written there.
 
     Args:
-        size: Number of rows of a group, >= 1.
+        size: Number of rows, >= 1.
         widths: Width of each column of the bank, by its name.
-        num_groups: Number of groups.
+        num_classes: When given, the bank has `size` rows for each class.
 
     Attributes:
-        label: Class of each row (num_groups * size + 1,) int64, -1 where the bank is empty.
+        label: Class of each row (num_rows + 1,) int64, -1 where the bank is empty.
 
     Raises:
         ValueError: size is less than 1.
@@ -26,28 +29,34 @@ class Bank(nn.Module):
     label: torch.Tensor
     position: torch.Tensor
 
-    def __init__(self, size: int, widths: Dict[str, int], num_groups: int = 1):
+    def __init__(self, size: int, widths: Dict[str, int], num_classes: Optional[int] = None):
         super().__init__()
         if size < 1:
             raise ValueError(f'Expected a bank of 1 row or more, got {size}.')
         self.size = size
-        self.num_groups = num_groups
-        num_rows = num_groups * size + 1
+        self.by_class = num_classes is not None
+        self.num_groups = 1 if num_classes is None else num_classes
+        num_rows = self.num_groups * size + 1
         for name, width in widths.items():
             self.register_buffer(name, torch.zeros(num_rows, width))
         self.register_buffer('label', torch.full((num_rows,), -1))
-        self.register_buffer('position', torch.zeros(num_groups, dtype=torch.int64))
+        self.register_buffer('position', torch.zeros(self.num_groups, dtype=torch.int64))
 
     @torch.no_grad()
-    def add(self, label: torch.Tensor, group: torch.Tensor, **columns: torch.Tensor) -> None:
-        """Overwrite the oldest rows of each group. Shapes are static, and nothing waits for the device.
+    def add(self, batch: GlobalBatch, label: torch.Tensor, **columns: torch.Tensor) -> None:
+        """Overwrite the oldest rows. Shapes are static, and nothing waits for the device.
 
         Args:
-            label: Class of the new rows of all processes (N,) int64. Rows with a negative one are left out.
-            group: Group of each row (N,) int64, of any value where the label is negative.
-            **columns: The new rows (N, width) by the name of their column.
+            batch: The global batch.
+            label: Class of the rows of all processes (N,) int64. Rows with a negative one are left out.
+            **columns: The new rows of this process (B, width) by the name of their column.
         """
-        group = group.masked_fill(label < 0, -1)
+        columns = {name: batch.gather(rows.detach()) for name, rows in columns.items()}
+        order = batch.reading_order(label.device)
+        if order is not None:
+            label = label.index_select(0, order)
+            columns = {name: rows.index_select(0, order) for name, rows in columns.items()}
+        group = (label if self.by_class else torch.zeros_like(label)).masked_fill(label < 0, -1)
         same = group[:, None] == group
         num_earlier = same.tril(-1).sum(dim=1)
         # of more rows than a group holds, the last ones stay

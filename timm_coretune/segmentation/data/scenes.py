@@ -65,7 +65,7 @@ class FashionScenes:
             )  # iteration over a source ends with IndexError
         digest = hashlib.blake2b(f'{self.split},{index}'.encode(), digest_size=8).digest()
         draws = np.random.default_rng(int.from_bytes(digest, 'little'))
-        scene = _texture(draws)
+        scene = draw_texture(draws)
         mask = np.zeros((SCENE_SIZE, SCENE_SIZE), np.uint8)
         region = np.zeros_like(mask)
         for number in range(1, draws.integers(1, MAX_GARMENTS, endpoint=True) + 1):
@@ -88,7 +88,7 @@ class FashionScenes:
         return f'{self.path} {self.split}[{index}]'
 
 
-def _texture(draws: np.random.Generator) -> np.ndarray:
+def draw_texture(draws: np.random.Generator) -> np.ndarray:
     """Draw three gratings of random direction, width and colour, and noise: (SCENE_SIZE, SCENE_SIZE, 3) in [0, 255]."""
     scene = np.empty((SCENE_SIZE, SCENE_SIZE, 3), np.float32)
     scene[:] = draws.uniform(60, 190, 3)
