@@ -17,6 +17,7 @@ from PIL import Image
 from runs import results_of, rows_of
 from studies.file import read_study, select
 from studies.measure import interval_of
+from studies.picture import draw
 from studies.plan import Cell, Stage, make_run, tune
 from studies.report import END, begin_of, render, write_tables
 from studies.results import COLUMNS, Results, choice_of, num_missing
@@ -193,6 +194,14 @@ def test_table_has_means_paired_differences_and_what_was_chosen(written):
     assert re.search(r'21 runs, 10\.5 hours .* timm_coretune abc\.\n1 line', '\n'.join(lines))
 
 
+def test_picture_has_the_arms_that_were_tested(written, tmp_path):
+    study, results = written
+    draw(study, study.cells, results, str(tmp_path / 'picture.svg'))
+    texts = re.findall('<!-- (.*) -->', (tmp_path / 'picture.svg').read_text())  # matplotlib draws letters as paths
+    assert [text for text in texts if text in ('CE', 'CORE', 'SCL', 'LATE', 'D; N')] == ['CORE', 'SCL', 'D; N']
+    assert 'top-1 minus CE, paired, 95 % interval' in texts
+
+
 def test_best_rate_at_the_end_of_all_rates_is_marked(written):
     study, results = written
     late = study.cells[3]
@@ -315,10 +324,10 @@ def test_failed_run_is_noted_and_diverged_one_is_a_result(tmp_path, capsys):
     plan = yaml.safe_load((tmp_path / 'study.yaml').read_text())
     plan['arms'] = {
         'plain': {'flags': '--data-dir {data}/nowhere'},
-        'wild': {'flags': '--lr-cycle-limit 1 --opt-kwargs maximize=True'},
+        'wild': {},
         'refused': {'flags': '--no-such-flag'},
     }
-    plan['lrs'] = [1e6, 1e7, 1e8]
+    plan['lrs'] = [1e30, 1e31, 1e32]
     plan['test']['seeds'] = [0]
     (tmp_path / 'study.yaml').write_text(yaml.safe_dump(plan))
     assert main(words) == 1

@@ -1,5 +1,6 @@
 """Draws the differences of a study to its baseline"""
 
+import textwrap
 from typing import Sequence
 
 from .measure import difference, tables_of
@@ -26,16 +27,16 @@ def draw(study: Study, cells: Sequence[Cell], results: Results, path: str) -> No
             panels.append((heading(study, baseline.cell), found))
     if not panels:
         raise ValueError(f'Expected a tested arm beside {study.baseline} in {results.path!r}, there is none yet.')
-    heights = [len(found) + 1.5 for _, found in panels]
-    figure = Figure(figsize=(8, 0.28 * sum(heights) + 0.6), layout='constrained')
+    heights = [len(found) + 2 for _, found in panels]
+    figure = Figure(figsize=(9, 0.32 * sum(heights) + 0.6), layout='constrained')
     FigureCanvasAgg(figure)
     axes = figure.subplots(len(panels), 1, squeeze=False, sharex=True, height_ratios=heights)[:, 0]
     for axis, (name, found) in zip(axes, panels, strict=True):
         means, halves = [i.mean for _, i in found], [i.half for _, i in found]
         axis.axvline(0, color='0.6', linewidth=1)
         axis.errorbar(means, range(len(found)), xerr=halves, fmt='o', capsize=3, markersize=4, color='tab:blue')
-        axis.set_yticks(range(len(found)), [arm for arm, _ in found], fontsize=8)
+        axis.set_yticks(range(len(found)), [textwrap.fill(arm, 45) for arm, _ in found], fontsize=7)
         axis.set_ylim(len(found) - 0.5, -0.5)
-        axis.set_title(name, loc='left', fontsize=9)
+        axis.set_title(textwrap.fill(name, 75), loc='left', fontsize=8)
     axes[-1].set_xlabel(f'{title} minus {study.titles[study.baseline]}, paired, 95 % interval')
     figure.savefig(path, dpi=150)
