@@ -103,8 +103,13 @@ def pixel_objective(
     contrast_weight: float = 0.1,
     temperature: float = 0.07,
     label_smoothing: float = 0.0,
+    smooth: str = 'both',
+    smooth_weight: Optional[float] = None,
 ) -> Dict[str, float]:
-    """The losses of a batch, with mixtures of anchors that are built and classified one by one."""
+    """The losses of a batch, with mixtures of anchors that are built and classified one by one.
+
+    smooth names the mixtures of the cross-entropy. Their mean has the weight smooth_weight; None is the mean of all.
+    """
     height, width = pixels.features.shape[2:]
     cells = [label_in_the_middle(mask, height, width) for mask in pixels.padded.tolist()]
     label = torch.tensor([[-1 if y == IGNORED else y for y in row] for row in cells])
@@ -134,10 +139,13 @@ def pixel_objective(
         t = soft_target(classes, len(classifier[1]), label_smoothing)
         positive, negative = mixtures(f, mined, random_negative, a, b)
         positive_target, negative_target = mixtures(t, mined, random_negative, a, b)
-        parts.append(cross_entropy(affine(positive, classifier), positive_target))
+        if smooth == 'both':
+            parts.append(cross_entropy(affine(positive, classifier), positive_target))
         if negative is not None:
             parts.append(cross_entropy(affine(negative, classifier), negative_target))
     task_loss = sum(parts) / len(parts)
+    if smooth_weight is not None:
+        task_loss = dense + smooth_weight * sum(parts[1:]) / max(len(parts) - 1, 1)
     losses = {'loss': task_loss, 'task_loss': task_loss, 'dense_loss': dense}
     if projector is None:
         return losses

@@ -86,6 +86,8 @@ def losses_by_loops(task, images, target, draws):
         contrast_weight=criterion.contrast_weight,
         temperature=criterion.contrast.temperature,
         label_smoothing=criterion.label_smoothing,
+        smooth=criterion.smooth,
+        smooth_weight=criterion.smooth_weight,
     )
 
 
@@ -96,7 +98,8 @@ def scalars(result):
 # The losses of a step
 
 CASES = {
-    'as published': {},
+    'as published': {'smooth': 'both'},
+    'by default': {},
     'no contrast': {'contrast_weight': 0.0},
     'no mixtures': {'mixup_enabled': False},
     'neither': {'contrast_weight': 0.0, 'mixup_enabled': False},

@@ -21,6 +21,8 @@ from .focal_supcon import FocalSupConLoss
 from .parts.cross_entropy import finite, infinite_again, nll
 from .parts.projection import ProjectionHead
 
+# arguments of CoreTuningLoss for anchor pixels. Hardest positives fall on few outliers there (docs/concentration.md)
+FOR_PIXELS: Dict[str, Any] = {'smooth': 'negative', 'smooth_weight': 0.3}
 PARTS = {'both': ('positive', 'negative'), 'positive': ('positive',), 'negative': ('negative',), 'none': ()}
 
 

@@ -7,6 +7,7 @@ import torch.nn as nn
 from timm.utils import unwrap_model
 
 from ..loss import TaskLoss
+from ..loss.core_tuning import FOR_PIXELS
 from ..mixup import protect_draws
 from ..task import CoreTuningModule, CoreTuningTask
 from .anchors import sample_anchors
@@ -87,6 +88,9 @@ class SegmentationTask(CoreTuningTask):
     Mining and contrast use anchors, which are pixels of the feature map. Each image gives equally many anchors, from
     all its classes alike and badly predicted pixels first. The cross-entropy of clean images covers all pixels.
 
+    Of Core-tuning's mixtures the classifier learns the semi-hard negatives, with weight 0.3 beside all pixels. In the
+    paper it learns both kinds, each with weight 1: `smooth='both'`. docs/study.md compares the two.
+
     Args:
         model: A model from create_segmentation_model.
         criterion: The loss of the anchors, or its name in timm_coretune.loss.METHODS. When None, a CoreTuningLoss.
@@ -122,6 +126,8 @@ class SegmentationTask(CoreTuningTask):
     ):
         if anchors_per_image < 1:
             raise ValueError(f'Expected anchors_per_image >= 1, got {anchors_per_image}.')
+        if criterion in (None, 'core') and 'smooth' not in loss_kwargs:
+            loss_kwargs = {**FOR_PIXELS, **loss_kwargs}
         self.anchors_per_image = anchors_per_image
         self.ignore_index = ignore_index
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)

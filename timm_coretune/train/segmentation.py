@@ -230,7 +230,7 @@ def create_task(settings: Settings, model: nn.Module, device: torch.device, verb
             loss.task_loss,
             anchors_per_image=loss.anchors_per_image,
             ignore_index=_ignore_index(settings.data),
-            **loss.loss_kwargs(),
+            **loss.loss_kwargs(pixels=True),
             generator=torch.Generator().manual_seed(settings.loop.seed),
             **common,
         )

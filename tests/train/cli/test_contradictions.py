@@ -17,6 +17,7 @@ CONTRADICTIONS = [
     ('--coretune --kd-model-name resnet18', '--kd-model-name: distillation and --coretune'),
     ('--method scl --bce-loss', '--jsd-loss, --bce-loss: with --coretune or a --method'),
     ('--coretune --method scl', '--coretune is --method core: not with another method'),
+    ('--segmentation --method ldifs', '--segmentation: this --method compares whole images'),
     ('--method plain --method-kwargs weight=1', '--method-kwargs needs a --method other than plain'),
     ('--coretune --coretune-smooth none --coretune-smooth-weight 1', '--coretune-smooth-weight: not with'),
     ('--drop-connect 0.1', "--drop-connect: timm's own script reads it nowhere; use --drop-path"),

@@ -279,7 +279,8 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     args.grad_accum_steps = max(1, args.grad_accum_steps)
     args.eval_only = args.eval_only or args.epochs == 0
     args.epochs = args.epochs or 1  # a schedule needs an epoch, though none is trained
-    vars(args).update(dataclasses.asdict(Settings.from_flat(vars(args)).loss.with_defaults()))
+    settings = Settings.from_flat(vars(args))
+    vars(args).update(dataclasses.asdict(settings.loss.with_defaults(settings.data.segmentation)))
     settings = Settings.from_flat(vars(args))
     for problem in find_contradictions(settings):
         parser.error(problem)

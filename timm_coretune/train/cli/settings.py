@@ -13,7 +13,7 @@ from typing import Any, Dict, List, Literal, Mapping, Optional
 
 from ...loss import METHODS
 from ...loss.base import arguments_of, defaults_of
-from ...loss.core_tuning import PARTS
+from ...loss.core_tuning import FOR_PIXELS, PARTS
 from ...segmentation.decoder import Head
 from .flags import flag
 
@@ -209,16 +209,22 @@ class LossSettings:
 
     coretune: bool = flag(False, 'train with Core-tuning, the same as --method core', section=CORE_TUNING)
     method: Optional[str] = flag(
-        None, 'method of tuning (default: plain, which is cross-entropy)', choices=('plain', *METHODS)
+        None,
+        f'method of tuning: plain (cross-entropy), {", ".join(METHODS)} (default: plain)',
+        'NAME',
+        choices=('plain', *METHODS),
     )
     method_kwargs: Dict[str, Any] = flag({}, 'further arguments of the --method, such as weight=0.1', 'K=V')
+    coretune_paper: bool = flag(False, 'Core-tuning of pixels as in the paper too, where other flags do not differ')
     contrast_weight: Optional[float] = flag(
         None, 'weight of the contrastive loss, 0 for none (default: of the method, 0.1 for core)'
     )
     coretune_alpha: float = flag(1.0, 'A of Beta(A, A), from which Core-tuning draws mixing shares, > 0')
     coretune_min_positive_lam: float = flag(0.0, 'least share of the hardest positive in its mixture, 0 to 1')
     coretune_min_negative_lam: float = flag(0.8, 'least share of the random negative in its mixture, 0 to 1')
-    coretune_smooth: Mixtures = flag('both', 'mixtures that the classifier learns')
+    coretune_smooth: Optional[Mixtures] = flag(
+        None, 'mixtures that the classifier learns (default: both; of pixels negative, with a weight of 0.3)'
+    )
     coretune_smooth_weight: Optional[float] = flag(None, 'weight of these mixtures beside the clean cross-entropy, > 0')
     coretune_mixtures: Mixtures = flag('both', 'mixtures that enter the contrastive loss')
     coretune_positive_candidates: int = flag(0, 'random images of the class, the hardest of which is mixed; 0 for all')
@@ -260,8 +266,8 @@ class LossSettings:
         mixed = len(PARTS[self.coretune_mixtures]) if self.task_loss == 'core' else 0
         return num_rows - 1 + mixed
 
-    def with_defaults(self) -> 'LossSettings':
-        """The same with numbers in place of None, where the default is that of the method."""
+    def with_defaults(self, pixels: bool) -> 'LossSettings':
+        """The same with values in place of None, where the default is that of the method, for images or for pixels."""
         defaults = {**defaults_of(METHODS['core']), **defaults_of(METHODS[self.task_loss or 'core'])}
         given: Dict[str, Any] = dict(
             contrast_weight=self.contrast_weight,
@@ -269,20 +275,29 @@ class LossSettings:
             projection_dim=self.projection_dim,
         )
         weight, temperature, projection_dim = (defaults[k] if v is None else v for k, v in given.items())
+        smooth, smooth_weight = self.coretune_smooth, self.coretune_smooth_weight
+        if smooth is None:
+            by_default = {**defaults, **(FOR_PIXELS if pixels and not self.coretune_paper else {})}
+            smooth, smooth_weight = by_default['smooth'], smooth_weight or by_default['smooth_weight']
         return dataclasses.replace(
-            self, contrast_weight=weight, contrast_temperature=temperature, projection_dim=projection_dim
+            self,
+            contrast_weight=weight,
+            contrast_temperature=temperature,
+            projection_dim=projection_dim,
+            coretune_smooth=smooth,
+            coretune_smooth_weight=smooth_weight,
         )
 
-    def loss_kwargs(self) -> Dict[str, Any]:
+    def loss_kwargs(self, pixels: bool = False) -> Dict[str, Any]:
         """Arguments of the task loss, except num_features, which depends on the model."""
-        resolved = self.with_defaults()
+        resolved = self.with_defaults(pixels)
         arguments = dict(
             contrast_weight=resolved.contrast_weight,
             mixup_alpha=self.coretune_alpha,
             min_positive_lam=self.coretune_min_positive_lam,
             min_negative_lam=self.coretune_min_negative_lam,
-            smooth=self.coretune_smooth,
-            smooth_weight=self.coretune_smooth_weight,
+            smooth=resolved.coretune_smooth,
+            smooth_weight=resolved.coretune_smooth_weight,
             mixtures=self.coretune_mixtures,
             positive_candidates=self.coretune_positive_candidates,
             temperature=resolved.contrast_temperature,
