@@ -64,6 +64,28 @@ def test_figures_of_any_kind_are_plain_numbers_of_the_card_or_left_out(model, tm
 
 
 @pytest.mark.parametrize(
+    'recipe, how, shown, hidden',
+    [
+        ({'coretune': True}, 'Core-tuned', ['--coretune', '--coretune-alpha', '--contrast-weight'], ['--method']),
+        ({'method': 'core'}, 'Core-tuned', ['--coretune', '--coretune-alpha', '--contrast-weight'], ['--method']),
+        ({'method': 'scl'}, 'Fine-tuned with scl', ['--method', '--contrast-weight'], ['--coretune-alpha']),
+        (
+            {'method': 'l2-sp', 'method_kwargs': {'weight': 0.5}},
+            *('Fine-tuned with l2-sp', ['--method', '--method-kwargs'], ['--contrast-weight', '--coretune-alpha']),
+        ),
+        ({'method': 'plain'}, 'Fine-tuned with cross-entropy', ['--lr'], ['--method', '--contrast-weight']),
+        ({}, 'Fine-tuned with cross-entropy', ['--lr'], ['--method', '--contrast-weight']),
+    ],
+)
+def test_a_card_names_the_method_and_only_what_has_an_effect_in_it(model, recipe, how, shown, hidden):
+    recipe = {'lr': 0.1, 'contrast_weight': 0.1, 'coretune_alpha': 1.0, **recipe}
+    text = create_card('me/my-model', create_config(model), CardFacts(recipe=recipe)).text
+    assert f'. {how} with `timm_coretune`.' in text
+    assert all(f'| `{flag}` |' in text for flag in shown)
+    assert not any(f'| `{flag}` |' in text for flag in hidden)
+
+
+@pytest.mark.parametrize(
     'channels, mode', [(1, ".convert('L')"), (3, ".convert('RGB')"), (4, ".convert('RGBA')"), (5, '')]
 )
 def test_a_model_of_any_number_of_channels_is_described(tmp_path, channels, mode):

@@ -10,12 +10,14 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.scores import SCORES, Score
+from ..loss import METHODS
 
 _logger = logging.getLogger(__name__)
 
 TAG = 'coretune'
 CLASSIFICATION, SEGMENTATION = 'image-classification', 'image-segmentation'
-# Options of train.py that a card shows. Those under a key have an effect only together with the option of that name.
+# Options of train.py that a card shows. Those under a key have an effect only together with the option of that name, or
+# those under contrasts with a method that contrasts.
 # args.yaml has all options.
 _RECIPE = {
     None: (
@@ -24,10 +26,11 @@ _RECIPE = {
         *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
     ),
     'coretune': (
-        *('coretune', 'contrast_weight', 'coretune_alpha', 'coretune_min_positive_lam', 'contrast_temperature'),
-        *('coretune_min_negative_lam', 'coretune_smooth', 'coretune_smooth_weight', 'coretune_mixtures'),
-        *('coretune_positive_candidates', 'projection_dim', 'no_coretune_gather'),
+        *('coretune', 'coretune_alpha', 'coretune_min_positive_lam', 'coretune_min_negative_lam', 'coretune_smooth'),
+        *('coretune_smooth_weight', 'coretune_mixtures', 'coretune_positive_candidates'),
     ),
+    'method': ('method', 'method_kwargs'),
+    'contrasts': ('contrast_weight', 'contrast_temperature', 'projection_dim', 'no_coretune_gather'),
     'segmentation': ('segmentation', 'segmentation_head', 'anchors_per_image', 'reduce_zero_label'),
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
     'amp': ('amp', 'amp_dtype'),
@@ -217,7 +220,8 @@ def _usage(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
 
 
 def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
-    how = 'Fine-tuned with cross-entropy' if facts.recipe and not facts.recipe.get('coretune') else 'Core-tuned'
+    method = _method(facts.recipe)
+    how = 'Core-tuned' if method == 'core' or not facts.recipe else f'Fine-tuned with {method or "cross-entropy"}'
     start = f'[{facts.base_model}](https://huggingface.co/{facts.base_model})' if facts.base_model else facts.start
     used = config['pretrained_cfg']
     size, crop = used['input_size'], f', crop {used["crop_pct"]}'
@@ -272,10 +276,20 @@ def _figures(facts: CardFacts) -> Optional[str]:
     return '\n'.join(lines)
 
 
+def _method(recipe: Mapping[str, Any]) -> Optional[str]:
+    """Name of the method in METHODS, None for cross-entropy."""
+    method = 'core' if recipe.get('coretune') else recipe.get('method')
+    return None if method == 'plain' else method
+
+
 def _recipe(facts: CardFacts) -> Optional[str]:
-    keys = [key for needed, group in _RECIPE.items() if not needed or facts.recipe.get(needed) for key in group]
+    method = _method(facts.recipe)
+    contrasts = method in METHODS and METHODS[method].contrasts
+    recipe = {**facts.recipe, 'coretune': method == 'core', 'method': method != 'core' and method}
+    used = {**recipe, 'contrasts': contrasts}
+    keys = [key for needed, group in _RECIPE.items() if not needed or used.get(needed) for key in group]
     # an option that is 0, False or None was not used
-    options = [(key, facts.recipe[key]) for key in keys if facts.recipe.get(key)]
+    options = [(key, recipe[key]) for key in keys if recipe.get(key)]
     options = [(key, value) for key, value in options if value != _WITHOUT_EFFECT.get(key)]
     if not options:
         return None
