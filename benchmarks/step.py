@@ -10,6 +10,11 @@ that slows down slows both sides. Four questions:
 - The criterion alone (mining, mixing, projection head, losses, forward and backward; the classifier included) against a
   transcription of the formulas that projects and classifies the 3B mixed rows. Both must give the same loss.
 - Mining and contrastive loss with 32,000 classes against 10.
+
+    python benchmarks/step.py --methods
+
+prints instead what each method of `train.py --method` costs: a whole training step of a resnet18 at 64 px against one
+with cross-entropy, and the memory of what the method keeps beside the model (projector, copies, banks).
 """
 
 import argparse
@@ -19,7 +24,7 @@ import platform
 import resource
 import statistics
 import time
-from typing import Callable, List, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import timm
 import torch
@@ -28,6 +33,7 @@ import torch.nn.functional as F
 from timm.task import ClassificationTask
 
 from timm_coretune import CoreTuningLoss, CoreTuningTask, SegmentationTask, create_segmentation_model
+from timm_coretune.loss import METHODS
 from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation.dense import DenseCrossEntropy
 
@@ -87,10 +93,37 @@ def make_dense_step(task_type: type, batch_size: int, device: torch.device, amp:
     return repeat_step(task, input, target, amp)
 
 
+def make_method_step(method: Optional[str], device: torch.device, amp: bool) -> Tuple[Callable, float]:
+    """A training step of a resnet18 at 64 px with 100 classes, batch 32, and the MiB of what the loss keeps."""
+    torch.manual_seed(0)
+    model = timm.create_model('resnet18', num_classes=100).to(device)
+    if method is None:
+        task = ClassificationTask(model, nn.CrossEntropyLoss(), device=device, verbose=False)
+    else:
+        task = CoreTuningTask(model, method, device=device, verbose=False)
+    kept = [*task.criterion.parameters(), *task.criterion.buffers()]
+    input, target = torch.randn(32, 3, 64, 64, device=device), torch.randint(100, (32,), device=device)
+    return repeat_step(task, input, target, amp), sum(x.numel() * x.element_size() for x in kept) / 2**20
+
+
+def report_methods(num_pairs: int, device: torch.device, amp: bool) -> None:
+    print('| method | step, against cross-entropy | seconds | kept beside the model, MiB |')
+    print('|---|---|---|---|')
+    plain, _ = make_method_step(None, device, amp)
+    for method in METHODS:
+        step, kept = make_method_step(method, device, amp)
+        a, b, ratio = time_pairs(step, plain, num_pairs, device)
+        print(f'| `{method}` | {ratio:.2f} | {a:.4g} / {b:.4g} | {kept:.1f} |', flush=True)
+
+
 def repeat_step(task: nn.Module, input: torch.Tensor, target: torch.Tensor, amp: bool) -> Callable:
     """Forward, backward and update of a batch."""
     optimizer = torch.optim.SGD(task.parameters(), lr=1e-4, momentum=0.9, nesterov=True)
     device = input.device
+    follow = getattr(task, 'after_update', lambda: None)
+    if isinstance(task, CoreTuningTask):
+        task.attach_optimizer(optimizer)
+        task.start(10_000)
     task.get_trainable_module().train()
 
     def step():
@@ -98,6 +131,7 @@ def repeat_step(task: nn.Module, input: torch.Tensor, target: torch.Tensor, amp:
             loss = task(input, target)['loss']
         loss.backward()
         optimizer.step()
+        follow()
         optimizer.zero_grad()
 
     return step
@@ -231,10 +265,15 @@ def main() -> None:
     parser.add_argument('--dense-batch-size', type=int, default=4, metavar='N', help='images to segment (default: 4)')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     parser.add_argument('--amp', action='store_true', help='bfloat16 autocast around the training steps')
+    parser.add_argument('--methods', action='store_true', help='only what each method costs')
     args = parser.parse_args()
     if args.pairs < 7:
         parser.error(f'argument --pairs: expected at least 7 for a median worth quoting, got {args.pairs}')
     device = torch.device(args.device)
+    if args.methods:
+        report_methods(args.pairs, device, args.amp)
+        print(f'\n{describe_machine(device)}; median of {args.pairs} pairs')
+        return
 
     print('| what | against | ratio | seconds |')
     print('|---|---|---|---|')

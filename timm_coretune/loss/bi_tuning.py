@@ -48,7 +48,6 @@ class BiTuningLoss(TaskLoss):
     """
 
     requires = ('input', 'classifier')
-    contrasts = True
     for_pixels = False
     keeps_copy = True
 
