@@ -221,6 +221,12 @@ def test_run_of_the_tuning_that_diverged_is_the_worst(written):
     assert choice_of(late, 'images', results.by_key()).lr == 0.1
 
 
+def test_lines_of_other_flags_are_counted_where_there_are_no_others(written):
+    study, results = written
+    others = [cell._replace(flags=('--new',)) for cell in study.cells]
+    assert render(study, others, results).endswith('22 line(s) of the results are of other flags or settings.')
+
+
 def test_missing_runs_are_counted(written):
     study, results = written
     assert [num_missing(cell, 'images', results) for cell in study.cells] == [0, 0, 0, 6]

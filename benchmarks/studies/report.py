@@ -55,7 +55,9 @@ def render(study: Study, cells: Sequence[Cell], results: Results) -> str:
         num_intervals += sum(difference(arm, baseline, s) is not None for arm in arms[1:] for s in scores)
         used += [row for arm in arms for row in arm.rows]
     if not parts:
-        return 'No run of this study is done yet.'
+        others = len(results.rows())
+        more = f' {others} line(s) of the results are of other flags or settings.' if others else ''
+        return f'No run of this study is done yet.{more}'
     parts.append(_notes(results, used, num_intervals))
     return '\n\n'.join(parts)
 
