@@ -78,11 +78,15 @@ def test_the_contrastive_loss_starts_where_the_log_says(messages, data):
     assert f'ln 33 = {result["contrast_loss"].item() / focal:.2f}' in messages()[0]
 
 
-def test_the_log_shows_the_first_middle_and_last_rate_of_every_group(messages):
+@pytest.mark.parametrize('method', [None, 'dr-tune'])
+def test_the_log_shows_the_first_middle_and_last_rate_of_every_group(method, messages):
     settings = OptimizationSettings(head_lr_scale=10, epochs=8, warmup_epochs=0)
     model = timm.create_model('test_resnet', num_classes=4)
     model.conv1.requires_grad_(False)
-    task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    if method is None:
+        task = ClassificationTask(model, torch.nn.CrossEntropyLoss(), verbose=False)
+    else:  # which keeps a frozen copy of the model
+        task = CoreTuningTask(model, method, verbose=False)
     optimizer = create_optimizer(settings, task, 0.1)
     scheduler, num_epochs = create_schedule(settings, optimizer, 5)
     before = len(messages())

@@ -104,6 +104,7 @@ def log_optimization(
     if len(rates) > 12:
         _logger.info(f'LR of {len(rates) - 12} more groups below these.')
     _warn_of_long_warmup(optimizer, scheduler, end)
-    total = [p for p in unwrap_model(task.get_trainable_module()).parameters() if not p.requires_grad]
+    # not those of a copy that the loss keeps
+    total = [p for p in unwrap_model(task.get_eval_model()).parameters() if not p.requires_grad]
     if total:
         _logger.info(f'Frozen: {sum(p.numel() for p in total):,} parameters in {len(total)} tensors.')
