@@ -42,7 +42,7 @@ def test_the_log_admits_that_a_stream_has_no_counts(messages):
     ids=['one', 'two', 'two-apart', 'small'],
 )
 def test_the_log_says_what_an_image_finds_in_the_contrasted_batch(data, messages, flags, processes, gathered):
-    settings = parse_args(['--data-dir', str(data), '-b', '8', *flags]).settings
+    settings = parse_args(['--coretune', '--data-dir', str(data), '-b', '8', *flags]).settings
     log_contrast(settings, create_datasets(settings.data), processes)
     size = settings.data.batch_size * gathered
     counts = (12, 9, 2, 1)
@@ -59,14 +59,14 @@ def test_the_log_says_what_an_image_finds_in_the_contrasted_batch(data, messages
 
 
 def test_balanced_classes_leave_those_of_one_image_alone_and_need_no_warning(data, messages):
-    settings = parse_args(['--data-dir', str(data), '-b', '4', '--class-balance']).settings
+    settings = parse_args(['--coretune', '--data-dir', str(data), '-b', '4', '--class-balance']).settings
     log_contrast(settings, create_datasets(settings.data), 1)
     assert f'{100 / 24:.1f} % of the images have no other' in messages()[0]
     assert messages('WARNING') == []
 
 
 def test_the_contrastive_loss_starts_where_the_log_says(messages, data):
-    settings = parse_args(['--data-dir', str(data), '-b', '32']).settings
+    settings = parse_args(['--coretune', '--data-dir', str(data), '-b', '32']).settings
     log_contrast(settings, create_datasets(settings.data), 1)
     task = CoreTuningTask(timm.create_model('test_resnet', num_classes=4), verbose=False)
     # embeddings that are all alike are at chance
