@@ -2,9 +2,11 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -293,11 +295,12 @@ def wait_for(condition, seconds=120):
 
 
 @pytest.mark.slow
-def test_study_that_is_killed_continues_where_it_was(tmp_path):
+def test_study_that_is_killed_continues_where_it_was(tmp_path, request):
     words = [*write_study(str(tmp_path)), '--only', 'arm=plain']
     path = tmp_path / 'results.csv'
-    temporary = tmp_path / 'temporary'
-    temporary.mkdir()
+    # the path of a socket in it may have about 100 characters, and tmp_path is long in a process of xdist
+    temporary = Path(tempfile.mkdtemp(prefix='t'))
+    request.addfinalizer(lambda: shutil.rmtree(temporary, ignore_errors=True))
     process = subprocess.Popen([sys.executable, SCRIPT, *words], env={**os.environ, 'TMPDIR': str(temporary)})
     wait_for(lambda: path.exists() and len(rows_of(path)) >= 2 and any(temporary.glob('study-*/run')))
     children = psutil.Process(process.pid).children(recursive=True)
