@@ -16,7 +16,6 @@ Pillow and NumPy give the same bytes.
 """
 
 import argparse
-import hashlib
 import logging
 import os
 from collections import defaultdict
@@ -39,7 +38,7 @@ from PIL import Image
 
 from timm_coretune.segmentation.data.masks import IGNORE_INDEX
 from timm_coretune.segmentation.data.palette import write_mask
-from timm_coretune.segmentation.data.scenes import SCENE_SIZE, draw_texture
+from timm_coretune.segmentation.data.scenes import SCENE_SIZE, draw_texture, draws_of
 
 _logger = logging.getLogger('make_emoji_scenes')
 
@@ -114,8 +113,7 @@ def main() -> None:
     for split, count in counts.items():
         os.makedirs(os.path.join(args.output, split, 'masks'))
         for index in range(count):
-            digest = hashlib.blake2b(f'{args.seed},{split},{index}'.encode(), digest_size=8).digest()
-            scene, mask = draw_scene(members[split], np.random.default_rng(int.from_bytes(digest, 'little')))
+            scene, mask = draw_scene(members[split], draws_of(args.seed, split, index))
             save_png(Image.fromarray(scene), args.output, split, 'images', f'{index:04d}.png')
             write_mask(mask, os.path.join(args.output, split, 'masks', f'{index:04d}.png'))
     with open(os.path.join(args.output, 'classes.txt'), 'w', encoding='utf-8') as file:

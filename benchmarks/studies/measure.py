@@ -4,7 +4,7 @@ import math
 import statistics
 from typing import Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
-from .plan import Cell, Choice, Study, make_run
+from .plan import Cell, Choice, Study, runs_to_test, runs_to_tune
 from .results import Results, choice_of, identity
 from .train import DIVERGED
 
@@ -63,16 +63,12 @@ def interval_of(differences: Sequence[float]) -> Interval:
 def measure(cell: Cell, kind: str, rows: Mapping[Tuple[str, ...], Row]) -> Measured:
     """Collect what the results have of a cell."""
     choice = choice_of(cell, kind, rows)
-    tests = {}
+    tests: Dict[int, Row] = {}
     lrs = cell.lrs if choice is None else choice.lrs
-    settings = [(lr, weight) for lr in lrs for weight in cell.weights]
-    runs = [make_run(cell, 'tune', *setting, seed) for setting in settings for seed in cell.tune.seeds]
-    used = [rows[key] for key in map(identity, (run.key for run in runs)) if key in rows]
+    used = [rows[key] for key in (identity(run.key) for run in runs_to_tune(cell, lrs)) if key in rows]
     if choice is not None:
-        for seed in cell.test.seeds:
-            row = rows.get(identity(make_run(cell, 'test', choice.lr, choice.weight, seed).key))
-            if row is not None:
-                tests[seed] = row
+        keys = {seed: identity(run.key) for seed, run in runs_to_test(cell, choice).items()}
+        tests = {seed: rows[key] for seed, key in keys.items() if key in rows}
     return Measured(cell, choice, tests, [*used, *tests.values()])
 
 

@@ -117,6 +117,17 @@ def make_run(cell: Cell, stage: str, lr: float, weight: Optional[float], seed: i
     return Run(key, flags)
 
 
+def runs_to_tune(cell: Cell, lrs: Sequence[float]) -> List[Run]:
+    """The runs that choose among these learning rates and all strengths."""
+    settings = [(lr, weight) for lr in lrs for weight in cell.weights]
+    return [make_run(cell, 'tune', *setting, seed) for setting in settings for seed in cell.tune.seeds]
+
+
+def runs_to_test(cell: Cell, choice: Choice) -> Dict[int, Run]:
+    """The runs with the chosen setting, by seed."""
+    return {seed: make_run(cell, 'test', choice.lr, choice.weight, seed) for seed in cell.test.seeds}
+
+
 def step_beyond(lrs: Sequence[float], upwards: bool) -> float:
     """The next learning rate of a geometric grid, in its own ratio, rounded to three digits."""
     end, neighbour = (lrs[-1], lrs[-2]) if upwards else (lrs[0], lrs[1])

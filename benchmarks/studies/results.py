@@ -7,7 +7,7 @@ from typing import Dict, List, Mapping, Optional, Tuple
 
 from filelock import FileLock
 
-from .plan import SCORES, Cell, Choice, Run, make_run, tune
+from .plan import SCORES, Cell, Choice, Run, runs_to_test, runs_to_tune, tune
 from .train import DIVERGED
 
 KEY = ('data', 'network', 'labels', 'arm', 'lr', 'weight', 'seed', 'stage', 'flags')
@@ -105,11 +105,8 @@ def choice_of(cell: Cell, kind: str, rows: Mapping[Tuple[str, ...], Mapping[str,
 def num_missing(cell: Cell, kind: str, results: Results) -> int:
     """Number of runs of a cell that are not in the results, without learning rates beyond its own."""
     rows = results.by_key()
-    settings = [(lr, weight) for lr in cell.lrs for weight in cell.weights]
-    runs = [make_run(cell, 'tune', *setting, seed) for setting in settings for seed in cell.tune.seeds]
-    missing = sum(identity(run.key) not in rows for run in runs)
+    missing = sum(identity(run.key) not in rows for run in runs_to_tune(cell, cell.lrs))
     choice = choice_of(cell, kind, rows)
     if choice is None:
         return missing + len(cell.test.seeds)
-    tests = [make_run(cell, 'test', choice.lr, choice.weight, seed) for seed in cell.test.seeds]
-    return sum(identity(run.key) not in rows for run in tests)
+    return sum(identity(run.key) not in rows for run in runs_to_test(cell, choice).values())

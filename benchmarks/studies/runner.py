@@ -11,7 +11,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Dict, List, Mapping
 
-from .plan import SCORES, Cell, Run, Study, make_run, tune
+from .plan import SCORES, Cell, Run, Study, make_run, runs_to_test, tune
 from .results import Results, num_missing, score_of
 from .train import Forge, TrainError
 
@@ -102,8 +102,7 @@ class Runner:
         except TrainError as e:
             self.note(f'{cell.data} {cell.network} {cell.labels} {cell.arm}, tuning: {e}')
             return
-        for seed in cell.test.seeds:
-            run = make_run(cell, 'test', choice.lr, choice.weight, seed)
+        for run in runs_to_test(cell, choice).values():
             try:
                 self.score(run)
             except TrainError as e:

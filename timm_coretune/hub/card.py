@@ -10,7 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..evaluation.scores import SCORES, Score
-from ..loss import METHODS
+from ..loss import METHODS, resolve_method
 
 _logger = logging.getLogger(__name__)
 
@@ -278,8 +278,7 @@ def _figures(facts: CardFacts) -> Optional[str]:
 
 def _method(recipe: Mapping[str, Any]) -> Optional[str]:
     """Name of the method in METHODS, None for cross-entropy."""
-    method = 'core' if recipe.get('coretune') else recipe.get('method')
-    return None if method == 'plain' else method
+    return resolve_method(bool(recipe.get('coretune')), recipe.get('method'))
 
 
 def _recipe(facts: CardFacts) -> Optional[str]:

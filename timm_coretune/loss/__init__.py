@@ -1,6 +1,6 @@
 """Losses on features and logits, with one file per paper"""
 
-from typing import Any, Dict, Type
+from typing import Any, Dict, Optional, Type
 
 from .base import TaskLoss as TaskLoss
 from .base import arguments_of
@@ -30,6 +30,13 @@ METHODS: Dict[str, Type[TaskLoss]] = {
 }  # by the names of train.py --method, where plain is cross-entropy without a loss of this package
 # by their names in timm's loss factory
 LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss, **{k: v for k, v in METHODS.items() if k != 'core'}}
+_OF_ALL = frozenset({'num_features', 'generator', 'uneven_batches'})  # arguments that are no choice of a method
+
+
+def resolve_method(coretune: bool, method: Optional[str]) -> Optional[str]:
+    """Name in METHODS of what --coretune and --method ask for, None for cross-entropy."""
+    name = 'core' if coretune else method
+    return None if name == 'plain' else name
 
 
 def create_method(name: str, num_features: int, **kwargs: Any) -> TaskLoss:
@@ -53,6 +60,3 @@ def create_method(name: str, num_features: int, **kwargs: Any) -> TaskLoss:
         )
     create: Any = METHODS[name]
     return create(num_features, **kwargs)
-
-
-_OF_ALL = frozenset({'num_features', 'generator', 'uneven_batches'})

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from typing import Iterable, Optional, Tuple
+from typing import Any, Iterable, Optional, Tuple
 
 import numpy as np
 from PIL import Image
@@ -63,8 +63,7 @@ class FashionScenes:
             raise IndexError(
                 f'Expected a scene in [0, {self.num_scenes - 1}], got {index}.'
             )  # iteration over a source ends with IndexError
-        digest = hashlib.blake2b(f'{self.split},{index}'.encode(), digest_size=8).digest()
-        draws = np.random.default_rng(int.from_bytes(digest, 'little'))
+        draws = draws_of(self.split, index)
         scene = draw_texture(draws)
         mask = np.zeros((SCENE_SIZE, SCENE_SIZE), np.uint8)
         region = np.zeros_like(mask)
@@ -86,6 +85,12 @@ class FashionScenes:
 
     def name(self, index: int) -> str:
         return f'{self.path} {self.split}[{index}]'
+
+
+def draws_of(*key: Any) -> np.random.Generator:
+    """Random numbers of the scene with this key, such as its split and index. They do not depend on other scenes."""
+    digest = hashlib.blake2b(','.join(map(str, key)).encode(), digest_size=8).digest()
+    return np.random.default_rng(int.from_bytes(digest, 'little'))
 
 
 def draw_texture(draws: np.random.Generator) -> np.ndarray:

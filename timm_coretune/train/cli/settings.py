@@ -11,7 +11,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Mapping, Optional
 
-from ...loss import METHODS
+from ...loss import METHODS, resolve_method
 from ...loss.base import arguments_of, defaults_of
 from ...loss.core_tuning import FOR_PIXELS, PARTS
 from ...segmentation.decoder import Head
@@ -257,9 +257,7 @@ class LossSettings:
     @property
     def task_loss(self) -> Optional[str]:
         """Name of the loss in METHODS, None for plain tuning and distillation."""
-        if self.coretune:
-            return 'core'
-        return None if self.method == 'plain' else self.method
+        return resolve_method(self.coretune, self.method)
 
     def num_candidates(self, num_rows: int) -> int:
         """Number of rows that an anchor is compared with: the others of num_rows in the batch, and its mixtures."""
