@@ -150,7 +150,7 @@ def test_images_and_pixels_offer_the_same_functions():
         for module in (classification, segmentation)
     ]
     only_of_images = kinds[0].keys() - kinds[1].keys()
-    assert only_of_images == {'create_criterion'}
+    assert only_of_images == set()
     assert {name: kinds[0][name] for name in kinds[1]} == kinds[1]
     assert len(kinds[1]) == 10
     assert {classification.CONFIG, segmentation.CONFIG} == {'config.json', 'segmentation.json'}

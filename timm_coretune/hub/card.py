@@ -23,6 +23,7 @@ _RECIPE = {
     None: (
         *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
         *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
+        *('loss', 'loss_class_weight', 'loss_pos_weight', 'stop_epoch'),
         *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
     ),
     'coretune': (

@@ -41,6 +41,7 @@ class LoopConfig:
         uneven_batches: Whether processes may hold batches of different sizes.
         log_interval: Updates between log lines.
         val_interval: Epochs between validations.
+        save_epochs: Numbers of epochs after which there is a validation too, and the record keeps the state.
         recovery_interval: Updates between training states saved within an epoch, 0 for none.
         synchronize_step: Wait for the device after every update.
         dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', 'none' or ''.
@@ -61,6 +62,7 @@ class LoopConfig:
     uneven_batches: bool = False
     log_interval: int = 50
     val_interval: int = 1
+    save_epochs: Tuple[int, ...] = ()
     recovery_interval: int = 0
     synchronize_step: bool = False
     dist_bn: str = 'reduce'
@@ -399,7 +401,8 @@ class Trainer:
             self._distribute_batch_norm()
             metric = None
             name = 'loss' if validation_loader is None else config.eval_metric
-            if (epoch + 1) % config.val_interval == 0 or epoch + 1 == epochs.stop:
+            is_due = (epoch + 1) % config.val_interval == 0 or epoch + 1 in (*config.save_epochs, epochs.stop)
+            if is_due:
                 eval_metrics = self.evaluate(validation_loader) if validation_loader is not None else None
                 metric = train_metrics['loss'] if eval_metrics is None else eval_metrics[config.eval_metric]
                 is_best = is_better(name, metric, self.best[0])

@@ -29,7 +29,14 @@ from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
 from .loss_meter import DivergedError
 from .model import check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
-from .optimization import clip_gradients, count_accumulated, create_optimizer, create_schedule, resolve_lr
+from .optimization import (
+    clip_gradients,
+    count_accumulated,
+    create_optimizer,
+    create_schedule,
+    epochs_to_train,
+    resolve_lr,
+)
 from .processes import check_strategy, create_accelerator, precision_of, start_trackers
 from .run.finish import continue_command, draw_tables, log_best, print_results, push, reason_to_stop
 from .run.first_lines import log_average, log_data, log_optimization, log_update_size
@@ -107,6 +114,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         uneven_batches=data.naflex_loader,
         log_interval=loop.log_interval,
         val_interval=loop.val_interval,
+        save_epochs=tuple(settings.output.save_epochs),
         recovery_interval=settings.output.recovery_interval,
         synchronize_step=loop.synchronize_step,
         dist_bn='' if settings.model.sync_bn else loop.dist_bn,
@@ -134,8 +142,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         warn_of_random_weights(settings, state_path)
     with asked_by('--aa, --interpolation and other flags of images and batches'):
         loaders = kind.create_loaders(settings, data_config, model, datasets, accelerator)
-    with asked_by('--kd-model-name and other flags of the loss'):
-        task = kind.create_task(settings, model, accelerator.device, is_main)
+    with asked_by('--loss, --kd-model-name and other flags of the loss'):
+        task = kind.create_task(settings, model, datasets, accelerator.device, is_main)
     log_data(datasets)
     name = settings.loss.task_loss
     if name is not None and METHODS[name].contrasts and datasets.train is not None:
@@ -220,9 +228,10 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
     trainer.best = continuation.best
     if continuation.loop_state:
         trainer.load_state_dict(continuation.loop_state)
-    epochs, over = range(start_epoch, num_epochs), ''
+    num_wanted = epochs_to_train(num_epochs, settings.loop.stop_epoch, settings.output.save_epochs)
+    epochs, over = range(start_epoch, num_wanted), ''
     if state_path is not None and settings.loop.start_epoch is None and not start_batch:
-        over = reason_to_stop(trainer, epochs)
+        over = reason_to_stop(trainer, epochs, num_epochs)
     if record is not None and not (over and os.path.exists(record.path(ARGS_NAME))):  # what trained stays in the file
         came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
         came_to += f', device {accelerator.device.type}, {num_processes} process(es)'

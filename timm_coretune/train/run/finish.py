@@ -61,20 +61,25 @@ def continue_command(argv: List[str], folder: str) -> str:
     return join_command(['accelerate', 'launch', *script, *words])
 
 
-def reason_to_stop(trainer: Trainer, epochs: range) -> str:
+def reason_to_stop(trainer: Trainer, epochs: range, num_epochs: int) -> str:
     """Why a run that is continued has nothing left to train, in one sentence. Empty if it has.
 
     Args:
         trainer: Has the best score of the run so far.
-        epochs: Epochs that are left.
+        epochs: Epochs that are left, up to the one at which the run stops.
+        num_epochs: Epochs of the schedule.
     """
     done = f'This run is over: all its {epochs.stop} epochs are trained'
+    flag = 'more --epochs'
+    if epochs.stop < num_epochs:
+        done = f'This run has trained {epochs.stop} of {num_epochs} epochs, after which --stop-epoch stops it'
+        flag = 'a larger --stop-epoch'
     if len(epochs):
         if trainer.best[1] is None or not trainer.is_out_of_patience(epochs.start - 1):
             return ''
         config = trainer.config
         done = f'This run is over: it stopped after {config.patience} validations without a better {config.eval_metric}'
-    flag = 'a larger --patience' if len(epochs) else 'more --epochs'
+        flag = 'a larger --patience'
     return f'{done}, so nothing is trained; ask for {flag} to train on, or for another --experiment to start anew.'
 
 
