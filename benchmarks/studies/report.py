@@ -74,11 +74,11 @@ def _mean_over(study: Study, tables: Sequence[Sequence[Measured]]) -> str:
             paired = [difference(arm, baseline, score) for score in scores]
             if all(p is not None for p in paired):
                 found.setdefault(arm.cell.arm, []).append([p.mean for p in paired if p is not None])
-    lines = [
-        f'| {study.titles[arm]} | {" | ".join(f"{statistics.mean(column):+.2f}" for column in zip(*rows, strict=True))} |'
-        for arm, rows in found.items()
-        if len(rows) == len(tables)
-    ]
+    lines = []
+    for arm, rows in found.items():
+        if len(rows) == len(tables):
+            means = [f'{statistics.mean(column):+.2f}' for column in zip(*rows, strict=True)]
+            lines.append(f'| {study.titles[arm]} | {" | ".join(means)} |')
     head = ['arm', *(f'{title}, minus {study.titles[study.baseline]}' for title in scores.values())]
     return '\n'.join(
         [f'### Mean over the {len(tables)} tables', '', f'| {" | ".join(head)} |', '|---' * len(head) + '|', *lines]
