@@ -80,6 +80,10 @@ class LoggedRun:
         self.reader.join()
         return status
 
+    def count(self, pattern: 're.Pattern[str]') -> int:
+        """Number of lines that match."""
+        return sum(pattern.search(line.text) is not None for line in self.lines)
+
     @property
     def text(self) -> str:
         return '\n'.join(line.text for line in self.lines)
@@ -100,7 +104,10 @@ def stop(run: LoggedRun, single: Optional[int]) -> None:
 
 def continuing_words(log: str) -> List[str]:
     """The words that follow the launcher in the command that a run prints when it is stopped."""
-    (line,) = [line for line in log.split('\n') if line.startswith(_LAUNCHED)]
+    lines = [line for line in log.split('\n') if line.startswith(_LAUNCHED)]
+    if len(lines) != 1:
+        raise SystemExit(f'Expected one command that continues, got {len(lines)} in:\n{log}')
+    (line,) = lines
     return shlex.split(line.removeprefix(_LAUNCHED))
 
 
@@ -134,9 +141,9 @@ def main() -> None:
         unbroken = LoggedRun(command('unbroken', '-j', '0'))
         if unbroken.wait():
             raise SystemExit(unbroken.text)
-        training = unbroken.lines[-1].seconds - unbroken.seconds_of(_FIRST_UPDATE)
+        num_epochs = unbroken.count(_END_OF_TRAINING)
+        training = unbroken.seconds_of(_LAST_SCORES, num_epochs - 1) - unbroken.seconds_of(_FIRST_UPDATE)
         validation = unbroken.seconds_of(_LAST_SCORES) - unbroken.seconds_of(_END_OF_TRAINING)
-        num_epochs = sum(_END_OF_TRAINING.search(line.text) is not None for line in unbroken.lines)
         expected = fingerprint(os.path.join(output, 'unbroken'))
         good, num_validations = 0, 0
         for number in range(args.runs):
@@ -153,7 +160,7 @@ def main() -> None:
                 if run.process.poll() is None:
                     stop(run, single)
                 status = run.wait()
-                if status:
+                if run.count(_LAST_SCORES) < num_epochs:
                     break
                 shutil.rmtree(folder)  # it was over before
             place = place_of(folder)
