@@ -75,8 +75,8 @@ def describe_continuation(argv: List[str], record: RunRecord, accelerator: Accel
         )
     # the file of a state may be complete although the record has not noted it yet
     if record.last_state or (record.folder and find_newest_state(record.folder)):
-        also = ' and with what accelerate launch was given' if accelerator.num_processes > 1 else ''
-        return f'. Continue with{also}:\n{continue_command(argv, record.folder)}'
+        also = '\nAdd what accelerate launch was given, such as --config_file.' if accelerator.num_processes > 1 else ''
+        return f'. Continue with:\n{continue_command(argv, record.folder)}{also}'
     return ' in the first epoch, before a checkpoint: start anew to continue.'
 
 
