@@ -28,7 +28,7 @@ TIERS = [
     ('segmentation/task', 'segmentation/export', 'segmentation/predict'),
     ('segmentation/__init__', 'segmentation/__main__', 'register'),
     ('__init__',),
-    ('train/cli',),
+    ('train/cli', 'train/preemption'),
     ('train/data',),
     ('train/image_size', 'train/weights'),
     ('train/freezing', 'train/loss_meter', 'train/processes', 'train/model'),

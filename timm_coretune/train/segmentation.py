@@ -44,6 +44,7 @@ from .data.loaders import Loaders, check_fills_a_batch
 from .data.opening import get_img_mode
 from .data.shares import take_fraction
 from .data.splits import check_disjoint, real_paths
+from .data.workers import outliving_signals
 from .model import create_backbone, load_initial_checkpoint, log_preprocessing
 
 _logger = logging.getLogger(__name__)
@@ -138,13 +139,14 @@ def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) 
 
 
 def _create_loader(settings: DataSettings, dataset: SegmentationDataset, **kwargs: Any) -> DataLoader:
-    return DataLoader(
+    loader: DataLoader = DataLoader(
         dataset,
         num_workers=settings.workers,
         pin_memory=settings.pin_mem,
         persistent_workers=settings.workers > 0,
         **kwargs,
     )
+    return outliving_signals(loader)
 
 
 def _create_train_loader(

@@ -411,6 +411,9 @@ class LoopSettings:
 
     metrics: str = flag('', 'further scores, comma-separated: confusion, per-class, ece', 'LIST', section=TUNING)
     patience: Optional[int] = flag(None, 'stop after N validations without improvement')
+    time_limit: Optional[float] = flag(
+        None, 'save a state and exit with status 143 so long after the start of the process', 'MINUTES'
+    )
     eval_only: bool = flag(False, 'only validate, the same as --epochs 0')
 
 

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
+from accelerate import Accelerator
+
 from ...evaluation.scores import SCORES, describe_value, for_ranking
 from ...hub.connection import NOT_PUSHED, HubError
 from ...hub.push import push_command, push_run
@@ -23,6 +25,8 @@ from ...run_folder import (
 from ..cli.arguments import create_parser
 from ..cli.settings import OutputSettings
 from ..loop import Trainer
+from ..processes import is_sharded
+from .folder import find_newest_state
 from .record import RunRecord
 
 _logger = logging.getLogger(__name__)
@@ -59,6 +63,21 @@ def continue_command(argv: List[str], folder: str) -> str:
     installed = os.path.basename(sys.argv[0]) in ('__main__.py', 'timm-coretune', 'timm-coretune-train')
     script = ['-m', 'timm_coretune.train'] if installed else [sys.argv[0]]
     return join_command(['accelerate', 'launch', *script, *words])
+
+
+def describe_continuation(argv: List[str], record: RunRecord, accelerator: Accelerator) -> str:
+    """How a run that stopped before its end is continued: the end of a sentence that begins with why it stopped."""
+    if is_sharded(accelerator):
+        return (
+            f'. {accelerator.distributed_type.value} shards the state, so none is saved and the run cannot be '
+            f'continued. Weights of the best epoch so far, if one has ended, are in {BEST_WEIGHTS_NAME}: a new run can '
+            'start from them with --initial-checkpoint.'
+        )
+    # the file of a state may be complete although the record has not noted it yet
+    if record.last_state or (record.folder and find_newest_state(record.folder)):
+        also = '\nAdd what accelerate launch was given, such as --config_file.' if accelerator.num_processes > 1 else ''
+        return f'. Continue with:\n{continue_command(argv, record.folder)}{also}'
+    return ' in the first epoch, before a checkpoint: start anew to continue.'
 
 
 def reason_to_stop(trainer: Trainer, epochs: range, num_epochs: int) -> str:
