@@ -25,6 +25,7 @@ _MAY_DIFFER = {
     *('stop_epoch', 'save_epochs', 'time_limit'),
 }
 
+_DEFAULT_BEFORE = {'decay_epochs': 90}  # defaults of earlier versions that None stands for now
 ROWS_KEY = 'rows'  # where a state keeps the rows of the summary, in what it keeps of the loop
 Best = Tuple[Optional[float], Optional[int]]
 _GENERATORS = ('generator', '_extra_state')  # states of random generators, which a state may lack
@@ -126,7 +127,9 @@ def without_lost_checkpoint(settings: Settings, state_path: Optional[str]) -> Se
 
 def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> List[str]:
     names = sorted((before.keys() & now.keys()) - _MAY_DIFFER)
-    return [f'{name} {before[name]} -> {now[name]}' for name in names if before[name] != now[name]]
+    found = [name for name in names if before[name] != now[name]]
+    same = [name for name in found if now[name] is None and before[name] == _DEFAULT_BEFORE.get(name)]
+    return [f'{name} {before[name]} -> {now[name]}' for name in found if name not in same]
 
 
 def _flatten(state: Mapping[str, Any], prefix: str = '') -> Dict[str, torch.Tensor]:
