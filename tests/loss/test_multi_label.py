@@ -140,7 +140,7 @@ def test_the_criterion_sees_clean_and_mixed_rows():
 
     features, logits, target = batch_of(8)
     criterion = Recorder()
-    loss_of(criterion=criterion).losses(features, logits, target)
+    loss_of(classification_loss=criterion).losses(features, logits, target)
     clean, positive, negative = criterion.seen
     assert torch.equal(clean, target)
     assert positive.shape == negative.shape == target.shape
@@ -193,4 +193,4 @@ def test_bfloat16_is_near_float32(kind):
 
 def test_a_criterion_needs_multi_label():
     with pytest.raises(ValueError, match='multi_label=True'):
-        CoreTuningLoss(DIM, criterion=nn.BCEWithLogitsLoss())
+        CoreTuningLoss(DIM, classification_loss=nn.BCEWithLogitsLoss())

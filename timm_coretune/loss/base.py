@@ -42,9 +42,10 @@ class TaskLoss(nn.Module):
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
-        criterion: With multi_label, the loss of logits and multi-hot targets in place of the cross-entropy: a module
-            that returns the mean over rows, such as those of timm.loss.create_classification_loss(multi_label=True).
-            Any label smoothing is its own. When None, binary cross-entropy with label_smoothing.
+        classification_loss: With multi_label, the loss of logits and multi-hot targets in place of the cross-entropy. A
+            module that returns the mean over rows, such as those of
+            timm.loss.create_classification_loss(multi_label=True). Any label smoothing is its own. When None, binary
+            cross-entropy with label_smoothing.
 
     Attributes:
         num_features: Width D of the features, None if any width is accepted.
@@ -60,8 +61,8 @@ class TaskLoss(nn.Module):
             in size. When False, the training loop scales the loss to make it so.
 
     Raises:
-        ValueError: label_smoothing is out of its range, the loss has no meaning for several labels, or a criterion is
-            given without multi_label.
+        ValueError: label_smoothing is out of its range, the loss has no meaning for several labels, or a
+            classification_loss is given without multi_label.
     """
 
     num_features: Optional[int] = None
@@ -80,7 +81,7 @@ class TaskLoss(nn.Module):
         label_smoothing: float = 0.0,
         generator: Optional[torch.Generator] = None,
         multi_label: bool = False,
-        criterion: Optional[nn.Module] = None,
+        classification_loss: Optional[nn.Module] = None,
     ):
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
@@ -90,12 +91,13 @@ class TaskLoss(nn.Module):
         self.label_smoothing = label_smoothing
         if multi_label and not self.for_multi_label:
             raise ValueError(f'{type(self).__name__} compares images by their one class, got multi_label=True.')
-        if criterion is not None and not multi_label:
-            raise ValueError(f'Expected multi_label=True with a criterion, got {type(criterion).__name__} without.')
+        if classification_loss is not None and not multi_label:
+            name = type(classification_loss).__name__
+            raise ValueError(f'Expected multi_label=True with a classification_loss, got {name} without.')
         self.multi_label = multi_label
-        if multi_label and criterion is None:
-            criterion = create_classification_loss(multi_label=True, smoothing=label_smoothing)
-        self.criterion = criterion
+        if multi_label and classification_loss is None:
+            classification_loss = create_classification_loss(multi_label=True, smoothing=label_smoothing)
+        self.classification_loss = classification_loss
         self.generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
 
     def attach(self, model: nn.Module) -> None:
@@ -215,27 +217,27 @@ class TaskLoss(nn.Module):
         if clean_loss is not None:
             return clean_loss
         if self.multi_label:
-            return self.criterion_loss(logits, target, label, batch)
+            return self.multi_label_loss(logits, target, label, batch)
         left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         target = target if target.ndim == 2 else target.long()
         loss = infinite_again(nll(at_least_float32(logits).log_softmax(dim=-1), target, self.label_smoothing))
         return batch.mean(loss.masked_fill(left_out, 0.0).sum(), label)
 
-    def criterion_loss(
+    def multi_label_loss(
         self,
         logits: torch.Tensor,
         target: torch.Tensor,
         label: torch.Tensor,
         batch: GlobalBatch,
     ) -> torch.Tensor:
-        """The criterion for logits and multi-hot targets of the rows of this process (B, C), a scalar.
+        """The classification loss for logits and multi-hot targets of the rows of this process (B, C), a scalar.
 
         Its average over processes is the mean over all rows.
         """
         logits = finite(logits)  # one of -inf excludes a class
         if len(logits) == 0:  # whose mean would be NaN
             return logits.sum()
-        loss = cast(nn.Module, self.criterion)(logits, target.to(logits.dtype))
+        loss = cast(nn.Module, self.classification_loss)(logits, target.to(logits.dtype))
         return loss if min(batch.sizes) == max(batch.sizes) else batch.mean(loss * len(logits), label)
 
     def losses(

@@ -38,9 +38,9 @@ class CoreTuningLoss(TaskLoss):
     infinite if its target has a share of such a class.
 
     With multi_label, images have several labels or none. Label sets take the place of classes in mining (see
-    `mining.label_sets`) and contrast (see `FocalSupConLoss`). Multi-hot targets are mixed, and the criterion of logits
-    and targets takes the place of the cross-entropy. An image that shares a label with all others has no semi-hard
-    negative. It stands there itself in its place, unless no image has one.
+    `mining.label_sets`) and contrast (see `FocalSupConLoss`). Multi-hot targets are mixed, and the
+    classification_loss takes the place of the cross-entropy. An image that shares a label with all others has no
+    semi-hard negative. The image itself takes its place, unless no image of the batch has one.
 
     With several processes, pairs are mined over the rows of all, and each process averages over its own anchors. The
     gradients that DistributedDataParallel averages are then those of one process with the global batch. Gradient
@@ -71,8 +71,8 @@ class CoreTuningLoss(TaskLoss):
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
-        criterion: With multi_label, the loss in place of the cross-entropy, see TaskLoss. It gets soft targets too, of
-            mixtures.
+        classification_loss: With multi_label, the loss in place of the cross-entropy, see TaskLoss. It gets the soft
+            targets of mixtures too.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -108,9 +108,9 @@ class CoreTuningLoss(TaskLoss):
         smooth_weight: Optional[float] = None,
         mixtures: str = 'both',
         multi_label: bool = False,
-        criterion: Optional[nn.Module] = None,
+        classification_loss: Optional[nn.Module] = None,
     ):
-        super().__init__(gather, uneven_batches, label_smoothing, generator, multi_label, criterion)
+        super().__init__(gather, uneven_batches, label_smoothing, generator, multi_label, classification_loss)
         if num_features < 1 or projection_dim < 1:
             raise ValueError(
                 f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '
@@ -235,7 +235,7 @@ class CoreTuningLoss(TaskLoss):
         all_logits = finite(batch.gather(logits)) if mixed_logits is None else logits
         all_target = batch.gather(target if target.ndim == 2 else target.long())
         if self.multi_label:
-            return self._multi_label_loss(clean_loss, all_logits, all_target, label, batch, mixtures, mixed_logits)
+            return self._mixed_loss_of_sets(clean_loss, all_logits, all_target, label, batch, mixtures, mixed_logits)
         left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
         for part, name in enumerate(PARTS[self.smooth]):
@@ -254,7 +254,7 @@ class CoreTuningLoss(TaskLoss):
             num_parts = num_parts + ((label >= 0).any() if name == 'positive' else mixtures.has_negative.any())
         return self._weigh(clean_loss, batch.mean(total, label), num_parts)
 
-    def _multi_label_loss(
+    def _mixed_loss_of_sets(
         self,
         clean_loss: torch.Tensor,
         all_logits: torch.Tensor,
@@ -268,7 +268,7 @@ class CoreTuningLoss(TaskLoss):
         for part, name in enumerate(PARTS[self.smooth]):
             mixture = getattr(mixtures, name)
             mixed_rows = mixture.mix(all_logits) if mixed_logits is None else mixed_logits[part]
-            part_loss = self.criterion_loss(mixed_rows, mixture.mix(all_target), label, batch)
+            part_loss = self.multi_label_loss(mixed_rows, mixture.mix(all_target), label, batch)
             # a missing semi-hard negative is the anchor itself; there is no such part if all of them are missing
             exists = mixtures.has_negative if name == 'negative' else torch.ones_like(mixtures.has_negative)
             exists = batch.gather(exists.long()).any()

@@ -14,12 +14,15 @@ from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
 
 from ..data.class_balance import expected_positives
 from ..evaluation.classification import ClassificationEvaluator
+from ..evaluation.multi_label import MultiLabelEvaluator
+from ..evaluation.scores import Evaluator
 from ..export import create_config, fit_channels, write_json
 from ..redaction import python_path, redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
@@ -40,7 +43,13 @@ CONFIG = CONFIG_NAME  # name of the file that describes the model in a run folde
 def open_datasets(settings: Settings) -> Datasets:
     """Open the validation split and, unless nothing is trained, the training split."""
     with_training = not settings.loop.eval_only
-    datasets = create_datasets(settings.data, with_training, settings.loop.seed, read_model_classes(settings.model))
+    datasets = create_datasets(
+        settings.data,
+        with_training,
+        settings.loop.seed,
+        read_model_classes(settings.model),
+        settings.model.num_classes,
+    )
     _check_several_classes(datasets, settings.model.num_classes)
     return datasets
 
@@ -110,6 +119,19 @@ def create_criterion(loss: LossSettings, mixes_pixels: bool = False, aug_splits:
     return create_classification_loss('ce', smoothing=loss.smoothing, soft_targets=mixes_pixels)
 
 
+def create_multi_label_criterion(loss: LossSettings, mixes_pixels: bool = False) -> nn.Module:
+    """Create the loss of images with several labels. Pixel mixup smooths its soft targets by itself."""
+    return create_classification_loss(
+        'bce',
+        multi_label=True,
+        smoothing=loss.smoothing,
+        soft_targets=mixes_pixels,
+        bce_target_thresh=loss.bce_target_thresh,
+        bce_sum=loss.bce_sum,
+        pos_weight=loss.bce_pos_weight,
+    )
+
+
 def _create_distillation_task(loss: LossSettings, model: nn.Module, **kwargs: Any) -> TrainingTask:
     kwargs.update(
         student_model=model,
@@ -137,17 +159,24 @@ def create_task(settings: Settings, model: nn.Module, device: torch.device, verb
     loss, data = settings.loss, settings.data
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
+    several: Dict[str, Any] = {}
+    if data.is_multi_label:
+        several = dict(multi_label=True, classification_loss=create_multi_label_criterion(loss, data.mixes_pixels))
     if loss.task_loss is not None:
-        if data.mixes_pixels:
+        if data.mixes_pixels and not data.is_multi_label:
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
         return CoreTuningTask(
             model,
             loss.task_loss,
             **loss.loss_kwargs(),
+            **several,
             generator=torch.Generator().manual_seed(settings.loop.seed),
             uneven_batches=data.naflex_loader,  # batches of different sequence lengths differ in size
             **common,
         )
+    if data.is_multi_label:
+        criterion = several['classification_loss'].to(device)
+        return MultiLabelClassificationTask(model, criterion, threshold=data.multilabel_threshold, **common)
     common['criterion'] = create_criterion(loss, data.mixes_pixels, data.aug_splits).to(device)
     if loss.kd_model_name:
         return _create_distillation_task(loss, model, **common)
@@ -159,8 +188,11 @@ def create_evaluator(
     num_classes: int,
     class_names: Optional[List[str]],
     device: torch.device,
-) -> ClassificationEvaluator:
+) -> Evaluator:
     """Create what computes the validation metrics."""
+    if settings.data.is_multi_label:
+        threshold, metrics = settings.data.multilabel_threshold, split_names(settings.loop.metrics)
+        return MultiLabelEvaluator(device, threshold, metrics, num_classes, class_names)
     return ClassificationEvaluator(device, split_names(settings.loop.metrics), num_classes, class_names)
 
 
