@@ -3,6 +3,10 @@
 import pytest
 import torch
 import torch.nn as nn
+from multi_label_worker import CASES as CASES_OF_TWO
+from multi_label_worker import METHODS as METHODS_OF_TWO
+from multi_label_worker import WORLD_SIZE, scores, step
+from ranks import launch_ranks
 from timm.data.target_transforms import MultiLabelTarget
 
 from tests.helpers import multi_label_reference as reference
@@ -194,3 +198,20 @@ def test_bfloat16_is_near_float32(kind):
 def test_a_criterion_needs_multi_label():
     with pytest.raises(ValueError, match='multi_label=True'):
         CoreTuningLoss(DIM, classification_loss=nn.BCEWithLogitsLoss())
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(tmp_path):
+    ranks = launch_ranks('multi_label_worker.py', WORLD_SIZE, tmp_path)
+    for method in METHODS_OF_TWO:
+        for case in CASES_OF_TWO:
+            one, found = step(method, case), [rank[method, case] for rank in ranks]
+            for name, value in one['losses'].items():
+                mean = sum(rank['losses'][name] for rank in found) / WORLD_SIZE
+                torch.testing.assert_close(mean, value, rtol=1e-10, atol=0, msg=f'{method} {case} {name}')
+            for rank in found:
+                torch.testing.assert_close(rank['gradients'], one['gradients'], rtol=1e-8, atol=1e-12)
+    expected = scores()
+    for rank in ranks:
+        for got, wanted in zip(rank['scores'], expected, strict=True):
+            assert got == pytest.approx(wanted) if isinstance(got, dict) else got == wanted
