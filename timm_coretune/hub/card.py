@@ -23,7 +23,7 @@ _RECIPE = {
     None: (
         *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
         *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
-        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
+        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed', 'task'),
     ),
     'coretune': (
         *('coretune', 'coretune_alpha', 'coretune_min_positive_lam', 'coretune_min_negative_lam', 'coretune_smooth'),
@@ -40,7 +40,7 @@ _PRINT_SEVERAL = """names = model.pretrained_cfg.get('label_names') or range(len
 print({name: float(p) for name, p in zip(names, probabilities, strict=True)})
 ```"""
 # values with which an option has no effect, so that a card does not show it
-_WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1}
+_WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1, 'task': 'classification'}
 _USAGE = {
     CLASSIFICATION: """```python
 import timm

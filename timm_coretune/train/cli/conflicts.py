@@ -184,7 +184,7 @@ def _of_several_labels(settings: Settings) -> Conditions:
             any((data.segmentation, data.class_balance, loss.jsd_loss, loss.kd_model_name))
         ),
         f'--task multilabel: --method {loss.method} compares images by their one class; choose one that '
-        'docs/methods.md marks for several labels': loss.task_loss and not METHODS[loss.task_loss].for_multi_label,
+        'docs/multilabel.md lists': loss.task_loss and not METHODS[loss.task_loss].for_multi_label,
         '--task multilabel needs --data-dir or --dataset: the images of the bundled sample have one label each': (
             not data.dataset and _is_sample(data.data_dir)
         ),
