@@ -135,8 +135,10 @@ class GlobalBatch:
 
         Args:
             total: Sum of the losses of the rows of this process, a scalar.
-            label: Class of the rows of all processes, negative for rows without a label (N,) int64.
+            label: Class of the rows of all processes, negative for rows that take no part (N,) int64. Or label sets
+                (N, C), which all take part.
         """
+        label = label if label.ndim == 1 else label.amax(dim=1)
         return total * self.world_size / (label >= 0).sum().clamp(min=1)
 
     def own_rows(self, device: torch.device) -> torch.Tensor:

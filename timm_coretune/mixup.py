@@ -21,6 +21,7 @@ from torch import library
 
 from .checks import check_features, check_not_recomputed, check_target
 from .mining import at_least_float32, hard_label, select_hard_pairs
+from .mining.label_sets import select_hard_pairs_of_sets
 
 
 class Mixture(NamedTuple):
@@ -81,7 +82,7 @@ class HardMixtures(NamedTuple):
         positive: Hard positives, mixed from the hardest positive and the hardest negative.
         negative: Semi-hard negatives, mixed from a random negative and the anchor.
         has_negative: Whether the batch has an image of another class (B,) bool. Where it has none, the hard positive
-            is the hardest positive alone, and the semi-hard negative must not be used.
+            is the hardest positive alone, and the semi-hard negative, which is the anchor itself, must not be used.
     """
 
     positive: Mixture
@@ -244,12 +245,13 @@ class HardPairMixup:
 
         Args:
             features: As for `mining.select_hard_pairs`.
-            label: As for `mining.select_hard_pairs`.
+            label: As for `mining.select_hard_pairs`, or label sets (N, C) as for `mining.label_sets`.
             draws: Random numbers of the batch, from `draw`.
             anchor: As for `mining.select_hard_pairs`.
             order: As for `mining.select_hard_pairs`.
         """
-        hard_positive, hard_negative, random_negative, has_negative = select_hard_pairs(
+        select = select_hard_pairs if label.ndim == 1 else select_hard_pairs_of_sets
+        hard_positive, hard_negative, random_negative, has_negative = select(
             features,
             label,
             draws.random_negative,

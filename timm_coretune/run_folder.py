@@ -21,6 +21,7 @@ SEGMENTATION_CONFIG_NAME = 'segmentation.json'  # load_segmentation_model rebuil
 # tables with a row for each class, from the best epoch
 CONFUSION_NAME = 'confusion.csv'
 PER_CLASS_NAME = 'per_class.csv'
+OUTPUTS_NAME = 'predictions.safetensors'  # logits and targets of the validation, from the best epoch
 # pictures
 CURVES_NAME = 'curves.png'
 CONFUSION_PICTURE_NAME = 'confusion.png'

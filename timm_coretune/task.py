@@ -13,7 +13,6 @@ import torch.nn as nn
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
-from .checks import check_target
 from .loss import TaskLoss, create_method
 from .loss.parts.bank import Bank
 from .loss.parts.forward import ClassifierInput, features_and_logits, forward_maps
@@ -260,7 +259,7 @@ class CoreTuningTask(TrainingTask):
 
         Args:
             input: Images (B, 3, H, W), or patches in a dictionary, each of whose tensors has a row for each image.
-            target: Class indices (B,) or soft targets (B, C).
+            target: Class indices (B,) or soft targets (B, C). With a loss for several labels, multi-hot targets (B, C).
 
         Returns:
             Scalars in nats: 'loss' to minimise and its parts, for Core-tuning 'task_loss' and, unless its weight is 0,
@@ -271,7 +270,7 @@ class CoreTuningTask(TrainingTask):
         """
         module = unwrap_model(self.trainable_module)
         batch_size = (input if isinstance(input, torch.Tensor) else next(iter(input.values()))).shape[0]
-        check_target(target, batch_size, module.model.num_classes)
+        module.criterion.check_target(target, batch_size, module.model.num_classes)
         prepared = protect_draws(module.criterion.prepare(batch_size, target.device))
         with module.listening():
             return self.trainable_module(input, target, *prepared)

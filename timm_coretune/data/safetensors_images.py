@@ -16,7 +16,7 @@ class ImageSplit(NamedTuple):
 
     Attributes:
         image: Pixels (N, H, W) of grey images or (N, H, W, 3) of colour images, uint8.
-        label: Class of every image (N,), integers of any width.
+        label: Class of every image (N,), integers of any width. Or multi-hot rows (N, C) of any dtype.
         class_names: Names of the classes by index, None when the file has none.
     """
 
@@ -67,9 +67,15 @@ def read_split(path: str, split: str) -> ImageSplit:
             f'Expected {split}.image as uint8 (N, H, W) or (N, H, W, 3), got {image.dtype} {tuple(image.shape)} in '
             f'{path!r}.'
         )
-    if label.shape != image.shape[:1] or label.is_floating_point() or len(label) == 0:
+    is_multi_hot = label.ndim == 2 and label.shape[1] > 0
+    if (
+        label.shape[:1] != image.shape[:1]
+        or len(label) == 0
+        or not (is_multi_hot or (label.ndim == 1 and not label.is_floating_point()))
+    ):
         raise ValueError(
-            f'Expected {split}.label as integers ({len(image)},), got {label.dtype} {tuple(label.shape)} in {path!r}.'
+            f'Expected {split}.label as integers ({len(image)},), or as a multi-hot row for each image, got '
+            f'{label.dtype} {tuple(label.shape)} in {path!r}.'
         )
     return ImageSplit(image, label, class_names)
 

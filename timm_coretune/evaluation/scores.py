@@ -33,6 +33,9 @@ class Score(NamedTuple):
 SCORES: Dict[str, Score] = {
     'top1': Score('Top-1 accuracy', 'Acc@1', PERCENT, True, 'accuracy'),
     'top5': Score('Top-5 accuracy', 'Acc@5', PERCENT, True, 'top_5_accuracy'),
+    'map': Score('Mean average precision', 'mAP', PERCENT, True, 'mean_average_precision'),
+    'micro_f1': Score('Micro F1', 'micro F1', PERCENT, True, 'f1'),
+    'sample_f1': Score('Mean F1 of the images', 'sample F1', PERCENT, True, 'f1'),
     'macro_f1': Score('Macro F1', 'F1', PERCENT, True, 'f1'),
     'ece': Score('Expected calibration error', 'ECE', PERCENT, False, 'expected_calibration_error'),
     'miou': Score('mIoU', 'mIoU', PERCENT, True, 'mean_iou'),
@@ -45,6 +48,10 @@ SCORES: Dict[str, Score] = {
 OF_IMAGES = ('loss', 'top1', 'top5')
 # values of --metrics, with the score that each adds; None adds a table only
 FURTHER_OF_IMAGES: Dict[str, Optional[str]] = {'confusion': None, 'per-class': 'macro_f1', 'ece': 'ece'}
+# scores of every classifier of images with several labels
+OF_LABEL_SETS = ('loss', 'map', 'micro_f1', 'macro_f1', 'sample_f1')
+# values of --metrics for it, which add tables only
+FURTHER_OF_LABEL_SETS = ('per-class', 'predictions')
 # scores of every segmentation model
 OF_PIXELS = ('loss', 'miou', 'pa', 'mpa', 'fwiou')
 
@@ -55,7 +62,7 @@ class Evaluator(Protocol):
     def reset(self) -> None: ...
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
-        """Take logits in float32 and targets int64 of a batch."""
+        """Take logits in float32 and targets of a batch, int64, or multi-hot in float32."""
 
     def compute(self) -> Dict[str, float]:
         """The scores by name, over all processes."""

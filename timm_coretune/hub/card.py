@@ -24,7 +24,7 @@ _RECIPE = {
         *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
         *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
         *('loss', 'loss_class_weight', 'loss_pos_weight', 'stop_epoch'),
-        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
+        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed', 'task'),
     ),
     'coretune': (
         *('coretune', 'coretune_alpha', 'coretune_min_positive_lam', 'coretune_min_negative_lam', 'coretune_smooth'),
@@ -36,8 +36,12 @@ _RECIPE = {
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
     'amp': ('amp', 'amp_dtype'),
 }
+# end of the usage of a classifier whose images have several labels
+_PRINT_SEVERAL = """names = model.pretrained_cfg.get('label_names') or range(len(probabilities))
+print({name: float(p) for name, p in zip(names, probabilities, strict=True)})
+```"""
 # values with which an option has no effect, so that a card does not show it
-_WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1}
+_WITHOUT_EFFECT = {'grad_accum_steps': 1, 'head_lr_scale': 1, 'label_fraction': 1, 'task': 'classification'}
 _USAGE = {
     CLASSIFICATION: """```python
 import timm
@@ -216,7 +220,10 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
 
 def _usage(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
     mode = _MODES.get(config['pretrained_cfg']['input_size'][0])
-    text = _USAGE[facts.task].replace(".convert('MODE')", f'.convert({mode!r})' if mode else '')
+    text = _USAGE[facts.task]
+    if facts.recipe.get('task') == 'multilabel':
+        text = text[: text.index('index = ')].replace('softmax(dim=-1)', 'sigmoid()') + _PRINT_SEVERAL
+    text = text.replace(".convert('MODE')", f'.convert({mode!r})' if mode else '')
     return text.replace('REPO_ID', repo_id)
 
 

@@ -4,16 +4,18 @@
 """
 
 import inspect
-from typing import Any, Callable, Dict, FrozenSet, Optional, Sequence, Tuple, Type
+from typing import Any, Callable, Dict, FrozenSet, Optional, Sequence, Tuple, Type, cast
 
 import torch
 import torch.nn as nn
+from timm.loss import create_classification_loss
 from timm.utils import unwrap_model
 
 from ..checks import check_features, check_not_recomputed, check_target
 from ..distributed import GlobalBatch, process_index_and_count
-from ..mining import at_least_float32
-from .parts.cross_entropy import infinite_again, nll
+from ..mining import at_least_float32, hard_label
+from ..mining.label_sets import check_multi_label, label_sets
+from .parts.cross_entropy import finite, infinite_again, nll
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]
 _FIX = {
@@ -42,6 +44,11 @@ class TaskLoss(nn.Module):
             rows, as in timm's losses, and not over the weights. When None, every class has the weight 1.
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
+        multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
+        classification_loss: With multi_label, the loss of logits and multi-hot targets in place of the cross-entropy. A
+            module that returns the mean over rows, such as those of
+            timm.loss.create_classification_loss(multi_label=True). Any label smoothing is its own. When None, binary
+            cross-entropy with label_smoothing.
 
     Attributes:
         num_features: Width D of the features, None if any width is accepted.
@@ -50,13 +57,15 @@ class TaskLoss(nn.Module):
         map_indices: Indices of the feature maps of which 'maps' are the averages, as `forward_intermediates` of a timm
             model counts them. `attach` sets it.
         contrasts: Whether the rows of a batch are compared with each other, so that its size matters.
+        for_multi_label: Whether the loss has a meaning for images with several labels.
         for_pixels: Whether the loss has a meaning for anchor pixels. `SegmentationTask` takes no other.
         keeps_copy: Whether the loss keeps a copy of the model, whole on each process. FSDP cannot train it.
         is_global_mean: Whether averaging the loss over processes gives the mean over all rows, even if batches differ
             in size. When False, the training loop scales the loss to make it so.
 
     Raises:
-        ValueError: label_smoothing or class_weight is out of its range.
+        ValueError: label_smoothing or class_weight is out of its range, the loss has no meaning for several labels, or
+            an argument does not go with multi_label.
     """
 
     num_features: Optional[int] = None
@@ -64,6 +73,7 @@ class TaskLoss(nn.Module):
     map_indices: Tuple[int, ...] = ()
     contrasts: bool = False
     for_pixels: bool = True
+    for_multi_label: bool = True
     keeps_copy: bool = False
     is_global_mean: bool = True
 
@@ -74,6 +84,8 @@ class TaskLoss(nn.Module):
         label_smoothing: float = 0.0,
         generator: Optional[torch.Generator] = None,
         class_weight: Optional[Sequence[float]] = None,
+        multi_label: bool = False,
+        classification_loss: Optional[nn.Module] = None,
     ):
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
@@ -89,6 +101,20 @@ class TaskLoss(nn.Module):
         self.gather = gather
         self.uneven_batches = uneven_batches
         self.label_smoothing = label_smoothing
+        if multi_label and not self.for_multi_label:
+            raise ValueError(f'{type(self).__name__} compares images by their one class, got multi_label=True.')
+        if classification_loss is not None and not multi_label:
+            name = type(classification_loss).__name__
+            raise ValueError(f'Expected multi_label=True with a classification_loss, got {name} without.')
+        if multi_label and class_weight is not None:
+            raise ValueError(
+                'Expected no class_weight with multi_label=True, got one. Give the weights to the classification_loss: '
+                'timm.loss.create_classification_loss(multi_label=True, class_weight=...).'
+            )
+        self.multi_label = multi_label
+        if multi_label and classification_loss is None:
+            classification_loss = create_classification_loss(multi_label=True, smoothing=label_smoothing)
+        self.classification_loss = classification_loss
         self.generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
 
     def attach(self, model: nn.Module) -> None:
@@ -120,6 +146,14 @@ class TaskLoss(nn.Module):
             raise ValueError(
                 f'Expected a class_weight for each of the {logits.shape[1]} classes, got {len(self.class_weight)}.'
             )
+
+    def check_target(self, target: torch.Tensor, batch_size: int, num_classes: int) -> None:
+        """Raise a ValueError unless the target fits the batch, the classes, and whether images have several labels."""
+        (check_multi_label if self.multi_label else check_target)(target, batch_size, num_classes)
+
+    def labels_of(self, target: torch.Tensor) -> torch.Tensor:
+        """What says which rows are positives: the class of each (B,), or with multi_label its label set (B, C)."""
+        return label_sets(target) if self.multi_label else hard_label(target)
 
     def check_given(self, **further: Any) -> None:
         """Raise a ValueError if one of these arguments is None although the loss requires it."""
@@ -172,7 +206,8 @@ class TaskLoss(nn.Module):
         Args:
             features: Pre-logits features (B, D) of any floating dtype.
             logits: Output of the classifier for these features (B, C), any floating dtype.
-            target: Class indices (B,) int64, negative for rows that take no part, or soft targets (B, C).
+            target: Class indices (B,) int64, negative for rows that take no part, or soft targets (B, C). With
+                multi_label multi-hot targets (B, C).
             *prepared: What `prepare` returned.
             clean_loss: Cross-entropy of the batch, a scalar, if the task has computed it. In segmentation it is the
                 mean over all pixels, of which the rows are only a few. When None, it is computed from the rows.
@@ -196,12 +231,14 @@ class TaskLoss(nn.Module):
         Args:
             logits: Logits of the rows of this process (B, C). One of -inf excludes a class.
             target: Their class indices or soft targets, as for `compute`.
-            label: Class of the rows of all processes (N,), as `batch.gather(hard_label(target))` gives it.
+            label: Class of the rows of all processes (N,), as `batch.gather(self.labels_of(target))` gives it.
             batch: The global batch.
             clean_loss: Returned as it is, if given.
         """
         if clean_loss is not None:
             return clean_loss
+        if self.multi_label:
+            return self.multi_label_loss(logits, target, label, batch)
         left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         target = target if target.ndim == 2 else target.long()
         loss = infinite_again(self.nll(at_least_float32(logits).log_softmax(dim=-1), target))
@@ -216,6 +253,23 @@ class TaskLoss(nn.Module):
         """
         return nll(log_p, target, self.label_smoothing, self.class_weight)
 
+    def multi_label_loss(
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        label: torch.Tensor,
+        batch: GlobalBatch,
+    ) -> torch.Tensor:
+        """The classification loss for logits and multi-hot targets of the rows of this process (B, C), a scalar.
+
+        Its average over processes is the mean over all rows.
+        """
+        logits = finite(logits)  # one of -inf excludes a class
+        if len(logits) == 0:  # whose mean would be NaN
+            return logits.sum()
+        loss = cast(nn.Module, self.classification_loss)(logits, target.to(logits.dtype))
+        return loss if min(batch.sizes) == max(batch.sizes) else batch.mean(loss * len(logits), label)
+
     def losses(
         self,
         features: torch.Tensor,
@@ -229,7 +283,7 @@ class TaskLoss(nn.Module):
             features: Pre-logits features of the batch (B, D), any floating dtype.
             logits: Output of the classifier for these features (B, C), any floating dtype.
             target: Class indices of an integer dtype (B,), or soft targets (B, C), whose most probable class counts
-                where a loss needs one class.
+                where a loss needs one class. With multi_label multi-hot targets (B, C).
             **further: What `requires` names, such as classifier=model.get_classifier().
 
         Returns:
@@ -241,7 +295,7 @@ class TaskLoss(nn.Module):
             ValueError: Shapes, dtypes or labels do not fit, or something that the loss requires is missing.
         """
         self.check_shapes(features, logits)
-        check_target(target, features.shape[0], logits.shape[1])
+        self.check_target(target, features.shape[0], logits.shape[1])
         self.check_given(**{name: further.get(name) for name in self.requires})
         if 'model' in further:
             further['model'] = unwrap_model(further['model'])  # whose parameters have other names

@@ -31,6 +31,8 @@ class BCLLoss(ContrastiveLoss):
         **kwargs: Arguments of ContrastiveLoss and TaskLoss.
     """
 
+    for_multi_label = False
+
     def __init__(self, num_features: int, contrast_weight: float = 0.35, **kwargs: Any):
         super().__init__(num_features, contrast_weight, **kwargs)
 

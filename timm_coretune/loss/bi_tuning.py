@@ -49,6 +49,7 @@ class BiTuningLoss(TaskLoss):
 
     requires = ('input', 'classifier')
     for_pixels = False
+    for_multi_label = False
     keeps_copy = True
 
     def __init__(

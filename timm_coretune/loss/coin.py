@@ -39,6 +39,8 @@ class COINLoss(SCLLoss):
 
     num_done: torch.Tensor
 
+    for_multi_label = False
+
     def __init__(
         self,
         num_features: int,

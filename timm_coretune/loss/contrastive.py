@@ -5,7 +5,6 @@ from typing import Any, Dict, Optional
 import torch
 
 from ..distributed import GlobalBatch
-from ..mining import hard_label
 from .base import TaskLoss
 from .parts.projection import ProjectionHead
 
@@ -57,7 +56,8 @@ class ContrastiveLoss(TaskLoss):
 
         Args:
             unit: Embeddings of unit length of all rows (N, P) in float32 or float64.
-            label: Class of each row (N,) int64, negative for those that take no part.
+            label: Class of each row (N,) int64, negative for those that take no part. With multi_label the label sets
+                (N, C), see `mining.label_sets`.
             anchor: Rows that are anchors (B,) int64.
         """
         raise NotImplementedError(f'{type(self).__name__} must define per_anchor().')
@@ -72,7 +72,7 @@ class ContrastiveLoss(TaskLoss):
         **further: Any,
     ) -> Dict[str, torch.Tensor]:
         batch: GlobalBatch = prepared[0]
-        label = batch.gather(hard_label(target))
+        label = batch.gather(self.labels_of(target))
         task_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
         unit = batch.gather(self.projector(features))
         contrast_loss = batch.mean(self.per_anchor(unit, label, batch.own_rows(features.device)).sum(), label)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 from ..distributed import GlobalBatch, process_index_and_count
-from ..mining import hard_label
+from ..mining.label_sets import jaccard_of_rows
 from ..mixup import HardMixtures, HardPairMixup, MixupDraws
 from ..timm_model import is_classifier_affine
 from .base import Classifier, TaskLoss
@@ -36,6 +36,11 @@ class CoreTuningLoss(TaskLoss):
 
     A logit of -inf excludes a class. A mixture excludes the classes that either of its two rows excludes. Its loss is
     infinite if its target has a share of such a class.
+
+    With multi_label, images have several labels or none. Label sets take the place of classes in mining (see
+    `mining.label_sets`) and contrast (see `FocalSupConLoss`). Multi-hot targets are mixed, and the
+    classification_loss takes the place of the cross-entropy. An image that shares a label with all others has no
+    semi-hard negative. The image itself takes its place, unless no image of the batch has one.
 
     With several processes, pairs are mined over the rows of all, and each process averages over its own anchors. The
     gradients that DistributedDataParallel averages are then those of one process with the global batch. Gradient
@@ -66,6 +71,9 @@ class CoreTuningLoss(TaskLoss):
         class_weight: Weight of each class in the cross-entropy of clean and mixed images (C,). See TaskLoss.
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
+        multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
+        classification_loss: With multi_label, the loss in place of the cross-entropy, see TaskLoss. It gets the soft
+            targets of mixtures too.
 
     Raises:
         ValueError: An argument is out of its range.
@@ -101,8 +109,12 @@ class CoreTuningLoss(TaskLoss):
         smooth_weight: Optional[float] = None,
         mixtures: str = 'both',
         class_weight: Optional[Sequence[float]] = None,
+        multi_label: bool = False,
+        classification_loss: Optional[nn.Module] = None,
     ):
-        super().__init__(gather, uneven_batches, label_smoothing, generator, class_weight)
+        super().__init__(
+            gather, uneven_batches, label_smoothing, generator, class_weight, multi_label, classification_loss
+        )
         if num_features < 1 or projection_dim < 1:
             raise ValueError(
                 f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '
@@ -174,7 +186,7 @@ class CoreTuningLoss(TaskLoss):
         """
         batch, draws = prepared
         self.check_given(classifier=classifier)
-        label = batch.gather(hard_label(target))
+        label = batch.gather(self.labels_of(target))
         own = batch.own_rows(features.device)
         mixtures, mixed_logits = None, None
         if draws is not None:
@@ -224,9 +236,11 @@ class CoreTuningLoss(TaskLoss):
         clean_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
         if mixtures is None or not PARTS[self.smooth]:
             return clean_loss
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         all_logits = finite(batch.gather(logits)) if mixed_logits is None else logits
         all_target = batch.gather(target if target.ndim == 2 else target.long())
+        if self.multi_label:
+            return self._mixed_loss_of_sets(clean_loss, all_logits, all_target, label, batch, mixtures, mixed_logits)
+        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
         for part, name in enumerate(PARTS[self.smooth]):
             mixture = getattr(mixtures, name)
@@ -242,7 +256,32 @@ class CoreTuningLoss(TaskLoss):
             missing = left_out if name == 'positive' else left_out | ~mixtures.has_negative
             total = total + infinite_again(mixed_nll).masked_fill(missing, 0.0).sum()
             num_parts = num_parts + ((label >= 0).any() if name == 'positive' else mixtures.has_negative.any())
-        mixed_loss = batch.mean(total, label)
+        return self._weigh(clean_loss, batch.mean(total, label), num_parts)
+
+    def _mixed_loss_of_sets(
+        self,
+        clean_loss: torch.Tensor,
+        all_logits: torch.Tensor,
+        all_target: torch.Tensor,
+        label: torch.Tensor,
+        batch: GlobalBatch,
+        mixtures: HardMixtures,
+        mixed_logits: Optional[Tuple[torch.Tensor, ...]],
+    ) -> torch.Tensor:
+        mixed_loss, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(clean_loss)
+        for part, name in enumerate(PARTS[self.smooth]):
+            mixture = getattr(mixtures, name)
+            mixed_rows = mixture.mix(all_logits) if mixed_logits is None else mixed_logits[part]
+            part_loss = self.multi_label_loss(mixed_rows, mixture.mix(all_target), label, batch)
+            # a missing semi-hard negative is the anchor itself; there is no such part if all of them are missing
+            exists = mixtures.has_negative if name == 'negative' else torch.ones_like(mixtures.has_negative)
+            exists = batch.gather(exists.long()).any()
+            mixed_loss = mixed_loss + part_loss.masked_fill(~exists, 0.0)
+            num_parts = num_parts + exists
+        return self._weigh(clean_loss, mixed_loss, num_parts)
+
+    def _weigh(self, clean_loss: torch.Tensor, mixed_loss: torch.Tensor, num_parts: torch.Tensor) -> torch.Tensor:
+        """The loss of clean rows and mixtures, of which there are num_parts (0, 1 or 2) for each clean row."""
         if self.smooth_weight is None:
             return (clean_loss + mixed_loss) / (1 + num_parts)
         return clean_loss + self.smooth_weight * mixed_loss / num_parts.clamp(min=1)
@@ -260,6 +299,9 @@ class CoreTuningLoss(TaskLoss):
         embedding = projector(features, [getattr(mixtures, part) for part in parts], batch)
         unit, *extra = embedding.tensor_split(1 + len(parts))
         extras = dict(zip(parts, extra, strict=True))
+        positive_weight = None
+        if self.multi_label and mixtures is not None:
+            positive_weight = jaccard_of_rows(label[own], label[mixtures.positive.index])
         per_anchor = self.contrast.per_anchor(
             batch.gather(unit),
             label,
@@ -267,5 +309,6 @@ class CoreTuningLoss(TaskLoss):
             unit_negative=extras.get('negative'),
             has_negative=None if mixtures is None else mixtures.has_negative,
             anchor=own,
+            positive_weight=positive_weight,
         )
         return batch.mean(per_anchor.sum(), label)

@@ -1,5 +1,6 @@
 """Creates the parts of a run that classifies images. segmentation.py has the same functions for pixels"""
 
+import functools
 import logging
 import math
 import os
@@ -13,12 +14,15 @@ from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
     LogitDistillationTask,
+    MultiLabelClassificationTask,
     TokenDistillationTask,
     TrainingTask,
 )
 
 from ..data.class_balance import expected_positives
 from ..evaluation.classification import ClassificationEvaluator
+from ..evaluation.multi_label import MultiLabelEvaluator
+from ..evaluation.scores import Evaluator
 from ..export import create_config, fit_channels, write_json
 from ..redaction import python_path, redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
@@ -36,8 +40,9 @@ from .cli.criterion import (
 from .cli.settings import LossSettings, ModelSettings, Settings
 from .data.classes import read_model_classes
 from .data.datasets import Datasets, create_datasets
-from .data.labelled import count_labels, get_labels
+from .data.labelled import count_classes, count_labels
 from .data.loaders import LoaderFactory, Loaders
+from .data.multi_label import count_label_sets
 from .model import create_backbone
 
 _logger = logging.getLogger(__name__)
@@ -48,7 +53,13 @@ CONFIG = CONFIG_NAME  # name of the file that describes the model in a run folde
 def open_datasets(settings: Settings) -> Datasets:
     """Open the validation split and, unless nothing is trained, the training split."""
     with_training = not settings.loop.eval_only
-    datasets = create_datasets(settings.data, with_training, settings.loop.seed, read_model_classes(settings.model))
+    datasets = create_datasets(
+        settings.data,
+        with_training,
+        settings.loop.seed,
+        read_model_classes(settings.model),
+        settings.model.num_classes,
+    )
     _check_several_classes(datasets, settings.model.num_classes)
     return datasets
 
@@ -102,21 +113,24 @@ def create_loaders(
     return factory.create(datasets)
 
 
-def _find_class_stats(settings: LossSettings, datasets: Datasets, num_classes: int) -> Optional[ClassStats]:
+def _find_class_stats(
+    settings: LossSettings, datasets: Datasets, num_classes: int, several: bool
+) -> Optional[ClassStats]:
     """Class counts for the weights of classes, from --class-stats or the training split. None if none are needed."""
     if not needs_stats(settings):
         return None
     if settings.class_stats is not None:
         stats = read_class_stats(settings.class_stats)
     else:
-        labels = None if datasets.train is None else get_labels(datasets.train)
-        if labels is None:
+        counts = None
+        if datasets.train is not None:
+            counts = count_label_sets(datasets.train) if several else count_classes(datasets.train, num_classes)
+        if counts is None:
             raise ValueError(
                 'Expected training images whose labels are known without reading them, to count the classes for the '
                 'weights of the loss. Give the counts by --class-stats FILE.'
             )
-        counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
-        stats = ClassStats(counts.float(), len(labels), 'the training split')
+        stats = ClassStats(*counts, 'the training split')
     check_class_stats(stats, num_classes, datasets.class_names)
     most, least = int(stats.counts.max()), int(stats.counts.min())
     _logger.info(f'Class counts from {stats.source}: {stats.num_samples} images, {least} to {most} a class.')
@@ -151,23 +165,40 @@ def create_task(
     """Create the task of Core-tuning or another --method, or one of timm's tasks."""
     loss, data = settings.loss, settings.data
     num_classes: Any = model.num_classes
-    stats = _find_class_stats(loss, datasets, num_classes)
+    stats = _find_class_stats(loss, datasets, num_classes, data.is_multi_label)
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
+    create = functools.partial(
+        create_criterion,
+        loss,
+        data.mixes_pixels,
+        data.aug_splits,
+        data.is_multi_label,
+        stats=stats,
+        num_classes=num_classes,
+    )
     if loss.task_loss is not None:
-        if data.mixes_pixels:
+        if data.mixes_pixels and not data.is_multi_label:
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
+        if data.is_multi_label:
+            of_labels: Dict[str, Any] = dict(multi_label=True, classification_loss=create())
+        else:
+            of_labels = dict(
+                class_weight=expand_weight(resolve_weight(loss, 'class_weight', stats, num_classes), num_classes)
+            )
         return CoreTuningTask(
             model,
             loss.task_loss,
             **loss.loss_kwargs(),
-            class_weight=expand_weight(resolve_weight(loss, 'class_weight', stats, num_classes), num_classes),
+            **of_labels,
             generator=torch.Generator().manual_seed(settings.loop.seed),
             uneven_batches=data.naflex_loader,  # batches of different sequence lengths differ in size
             **common,
         )
-    criterion = create_criterion(loss, data.mixes_pixels, data.aug_splits, stats=stats, num_classes=num_classes)
-    common['criterion'] = criterion.to(device)
+    criterion = create().to(device)
+    if data.is_multi_label:
+        return MultiLabelClassificationTask(model, criterion, threshold=data.multilabel_threshold, **common)
+    common['criterion'] = criterion
     if loss.kd_model_name:
         return _create_distillation_task(loss, model, **common)
     return ClassificationTask(model, **common)
@@ -178,8 +209,11 @@ def create_evaluator(
     num_classes: int,
     class_names: Optional[List[str]],
     device: torch.device,
-) -> ClassificationEvaluator:
+) -> Evaluator:
     """Create what computes the validation metrics."""
+    if settings.data.is_multi_label:
+        threshold, metrics = settings.data.multilabel_threshold, split_names(settings.loop.metrics)
+        return MultiLabelEvaluator(device, threshold, metrics, num_classes, class_names)
     return ClassificationEvaluator(device, split_names(settings.loop.metrics), num_classes, class_names)
 
 

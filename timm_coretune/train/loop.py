@@ -353,7 +353,7 @@ class Trainer:
                 if num_left is not None:
                     output, target = output[:num_left], target[:num_left]
                     num_left -= len(target)
-                self.evaluator.update(output.float(), target.long())
+                self.evaluator.update(output.float(), target if target.is_floating_point() else target.long())
                 bar.update()
         metrics = self.evaluator.compute()
         _logger.info(

@@ -145,6 +145,22 @@ CONTRADICTIONS = [
     ('--eval-metric f1 --metrics ece,per-class', '--eval-metric: choose from loss, top1, top5, macro_f1, ece'),
     ('--segmentation --eval-metric top1', '--eval-metric: choose from loss, miou, pa, mpa, fwiou\n'),
     ('--resume auto', '--resume auto needs --experiment NAME'),
+    ('--task multilabel', '--task multilabel needs --data-dir or --dataset: the images of the bundled sample'),
+    ('--task multilabel --data-dir x --segmentation', '--task multilabel: not with --segmentation'),
+    ('--task multilabel --data-dir x --class-balance', '--task multilabel: not with --segmentation, --class-balance'),
+    ('--task multilabel --data-dir x --jsd-loss --aug-splits 2', '--task multilabel: not with --segmentation'),
+    ('--task multilabel --data-dir x --kd-model-name resnet18', '--task multilabel: not with --segmentation'),
+    ('--task multilabel --data-dir x --method bcl', '--task multilabel: --method bcl compares images by their one'),
+    ('--task multilabel --data-dir x --metrics ece', '--metrics: choose from per-class, predictions'),
+    ('--task multilabel --data-dir x --eval-metric top1', '--eval-metric: choose from loss, map, micro_f1'),
+    ('--task multilabel --data-dir x --multilabel-threshold 1', '--multilabel-threshold: above 0, below 1, got 1'),
+    ('--task multilabel --data-dir x --multilabel-threshold 0', '--multilabel-threshold: above 0, below 1, got 0'),
+    ('--target-format multihot', '--target-format multihot and --target-key with several fields need --task'),
+    ('--target-key a,b', '--target-format multihot and --target-key with several fields need --task multilabel'),
+    (
+        '--task multilabel --dataset hfds/x --target-key a,b --target-format multihot',
+        '--target-key with several fields has a class for each',
+    ),
 ]
 
 

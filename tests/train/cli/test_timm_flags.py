@@ -27,7 +27,7 @@ def options_by_name(options):
 
 
 def test_the_list_of_timm_is_whole():
-    assert len(TIMM_OPTIONS) == 173 + 11
+    assert len(TIMM_OPTIONS) == 173 + 14
 
 
 @pytest.mark.parametrize('option', options_by_name(TIMM_OPTIONS))

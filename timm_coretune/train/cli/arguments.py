@@ -250,6 +250,8 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
         parser.set_defaults(**_preset(given['preset']))
     if given.get('segmentation'):
         parser.set_defaults(eval_metric='miou')
+    if given.get('task') == 'multilabel':
+        parser.set_defaults(eval_metric='map', smoothing=0.0)  # as timm's script
     parser.set_defaults(**config)
     args = parser.parse_args(argv)
     for problem in find_out_of_range(Settings.from_flat(vars(args))):

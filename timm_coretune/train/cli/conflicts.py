@@ -1,11 +1,12 @@
 """Finds settings that exclude each other or are not supported, with a function for each group of flags"""
 
 import os
-from typing import Any, Dict, List
+from importlib import resources
+from typing import Any, Dict, List, Optional
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ...evaluation.scores import FURTHER_OF_IMAGES, OF_PIXELS, scores_of_images
+from ...evaluation.scores import FURTHER_OF_IMAGES, FURTHER_OF_LABEL_SETS, OF_LABEL_SETS, OF_PIXELS, scores_of_images
 from ...loss import METHODS
 from ...segmentation.data.transforms import INTERPOLATIONS
 from .criterion import find_obstacle, needs_stats
@@ -22,7 +23,8 @@ def split_names(names: str) -> List[str]:
 
 def find_contradictions(settings: Settings) -> List[str]:
     """Error messages about settings that exclude each other. Each begins with the flags that it is about."""
-    groups = (_of_losses, _of_models, _of_augmentation, _of_batches, _of_segmentation, _of_the_loop, _of_outputs)
+    of_images = (_of_losses, _of_models, _of_augmentation, _of_batches)
+    groups = (*of_images, _of_segmentation, _of_several_labels, _of_the_loop, _of_outputs)
     found = [sentence for group in groups for sentence, holds in group(settings).items() if holds]
     obstacle = '' if found else find_obstacle(settings)
     return [*found, obstacle] if obstacle else found
@@ -31,16 +33,19 @@ def find_contradictions(settings: Settings) -> List[str]:
 def _of_losses(settings: Settings) -> Conditions:
     loss, data, defaults = settings.loss, settings.data, LossSettings()
     names, weights = loss.label_losses, (loss.loss_class_weight, loss.pos_weight)
+    has_cross_entropy = loss.task_loss is not None and not data.is_multi_label
     return {
         '--loss, --bce-loss and --jsd-loss each name the loss on the labels; choose one': len(names) > 1,
         '--bce-pos-weight is --loss-pos-weight; give one of them': (
             loss.bce_pos_weight is not None and loss.loss_pos_weight is not None
         ),
         '--loss, --jsd-loss, --bce-loss, --bce-sum, --bce-target-thresh: with --coretune or a --method the loss on the '
-        'labels is cross-entropy; leave them out': loss.task_loss
+        'labels is cross-entropy, unless images have several; leave them out': has_cross_entropy
         and (any(name != 'ce' for name in names) or loss.bce_sum or loss.bce_target_thresh is not None),
         '--loss-pos-weight: with --coretune or a --method the loss on the labels is cross-entropy, which has no '
-        'positives and negatives; use --loss-class-weight': loss.task_loss and loss.pos_weight is not None,
+        'positives and negatives, unless images have several; use --loss-class-weight': (
+            has_cross_entropy and loss.pos_weight is not None
+        ),
         '--loss coretune is --coretune: not with another --method': (
             loss.loss == 'coretune' and loss.method not in (None, 'core')
         ),
@@ -201,10 +206,41 @@ def _of_segmentation(settings: Settings) -> Conditions:
     }
 
 
+def _of_several_labels(settings: Settings) -> Conditions:
+    data, loss = settings.data, settings.loss
+    refused: Conditions = {
+        '--task multilabel: not with --segmentation, --class-balance, --jsd-loss or --kd-model-name': (
+            any((data.segmentation, data.class_balance, loss.jsd_loss, loss.kd_model_name))
+        ),
+        f'--task multilabel: --method {loss.method} compares images by their one class; choose one that '
+        'docs/multilabel.md lists': loss.task_loss and not METHODS[loss.task_loss].for_multi_label,
+        '--task multilabel needs --data-dir or --dataset: the images of the bundled sample have one label each': (
+            not data.dataset and _is_sample(data.data_dir)
+        ),
+    }
+    several = data.target_key is not None and ',' in data.target_key
+    return {
+        **{sentence: data.is_multi_label and holds for sentence, holds in refused.items()},
+        '--target-format multihot and --target-key with several fields need --task multilabel': (
+            not data.is_multi_label and (data.target_format == 'multihot' or several)
+        ),
+        '--target-key with several fields has a class for each; not with --target-format multihot': (
+            several and data.target_format == 'multihot'
+        ),
+    }
+
+
+def _is_sample(data_dir: Optional[str]) -> bool:
+    assets = str(resources.files('timm_coretune') / 'assets')
+    return not data_dir or os.path.dirname(os.path.abspath(data_dir)) == assets
+
+
 def _of_the_loop(settings: Settings) -> Conditions:
     loop = settings.loop
     metrics = split_names(loop.metrics)
     scores = OF_PIXELS if settings.data.segmentation else scores_of_images(metrics)
+    scores = OF_LABEL_SETS if settings.data.is_multi_label else scores
+    known = FURTHER_OF_LABEL_SETS if settings.data.is_multi_label else tuple(FURTHER_OF_IMAGES)
     return {
         '--local_rank: processes are started by accelerate launch --num_processes N train.py': (
             loop.local_rank and 'LOCAL_RANK' not in os.environ
@@ -212,7 +248,7 @@ def _of_the_loop(settings: Settings) -> Conditions:
         '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
         '--skip-unreadable needs a --val-split': settings.data.skip_unreadable and not settings.data.val_split,
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
-        f'--metrics: choose from {", ".join(FURTHER_OF_IMAGES)}': set(metrics) - set(FURTHER_OF_IMAGES),
+        f'--metrics: choose from {", ".join(known)}': set(metrics) - set(known),
         f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,
     }
 

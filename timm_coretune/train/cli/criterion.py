@@ -165,10 +165,13 @@ def find_obstacle(settings: Settings) -> str:
     try:
         if loss.class_stats is not None:
             stats = read_class_stats(loss.class_stats)
-        if loss.task_loss is not None or data.segmentation:
+        if (loss.task_loss is not None and not data.is_multi_label) or data.segmentation:
             resolve_weight(loss, 'class_weight', stats)
-        else:
-            create_criterion(loss, data.mixes_pixels, data.aug_splits, stats=stats)
+            return ''
+        create_criterion(loss, data.mixes_pixels, data.aug_splits, data.is_multi_label, stats)
+        if loss.task_loss == 'core' and loss.coretune_smooth != 'none':
+            with asked_by('--coretune learns mixtures, whose targets are soft. --coretune-smooth none learns none'):
+                create_criterion(loss, True, data.aug_splits, data.is_multi_label, stats)
     except (ValueError, OSError) as e:
         return str(e)
     return ''

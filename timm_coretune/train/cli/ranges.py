@@ -72,6 +72,7 @@ RANGES: Dict[str, Range] = {
     'std': Range(0, 10, above=True),
     'label_fraction': Range(0, 1, above=True),
     'val_fraction': _CONFLICTS,
+    'multilabel_threshold': Range(0, 1, above=True, below=True),
     'ignore_index': Range(-(2**31), 2**31 - 1),
     # augmentation
     'scale': Range(0, num_values=2),

@@ -49,7 +49,12 @@ class DataSettings:
     class_map: str = flag('', 'file that maps class names to indices', 'FILE')
     input_img_mode: Optional[str] = flag(None, 'PIL mode that images are read in (default: RGB for 3 channels, else L)')
     input_key: Optional[str] = flag(None, 'field that holds the image, in a data set of records such as hfds/', 'KEY')
-    target_key: Optional[str] = flag(None, 'field that holds the label, in a data set of records such as hfds/', 'KEY')
+    target_key: Optional[str] = flag(
+        None, 'field of the label, in records such as hfds/; a,b: one for each class', 'KEY'
+    )
+    task: Literal['classification', 'multilabel'] = flag('classification', 'multilabel: images have several labels')
+    target_format: Literal['indices', 'multihot'] = flag('indices', 'labels of an image in a data set of records')
+    multilabel_threshold: float = flag(0.5, 'probability from which a label counts as predicted in F1 scores')
     dataset_trust_remote_code: bool = flag(False, 'allow a Hugging Face data set to run its own code')
 
     img_size: Optional[int] = flag(
@@ -136,6 +141,11 @@ class DataSettings:
     )
     remap_masks: bool = flag(False, 'number the values that occur in masks from 0 on, in their order')
     ignore_index: int = flag(255, 'mask value of the pixels that are neither trained on nor scored')
+
+    @property
+    def is_multi_label(self) -> bool:
+        """Whether images have several labels, so that targets are multi-hot."""
+        return self.task == 'multilabel'
 
     @property
     def mixes_pixels(self) -> bool:

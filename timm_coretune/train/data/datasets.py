@@ -16,6 +16,7 @@ from .classes import (
     names_of_labels,
 )
 from .labelled import LabelledSubset, class_to_idx_of, get_labels, map_labels, read_labels
+from .multi_label import no_classes_of, number_label_sets
 from .opening import find_splits
 from .readable import find_readable
 from .shares import hold_out, take_fraction
@@ -84,6 +85,7 @@ def create_datasets(
     with_training: bool = True,
     seed: int = 42,
     model_classes: Optional[ModelClasses] = None,
+    num_classes: Optional[int] = None,
 ) -> Datasets:
     """Open the training split and the validation split, with the same classes.
 
@@ -92,6 +94,7 @@ def create_datasets(
         with_training: Whether to open the training split.
         seed: Seed for choosing the images of --label-fraction, and for shuffling streams.
         model_classes: The classes of the model that is evaluated, or that training starts from.
+        num_classes: Number of classes that was asked for. It counts only where images have several labels.
 
     Raises:
         ValueError: The data does not exist, holds no images, a split is not there, the splits have different classes or
@@ -107,16 +110,23 @@ def create_datasets(
     train = open_split(splits.train, with_training) if with_training or splits.held_out else None
     validation = None if splits.validation is None else open_split(splits.validation, False)
     if train is not None and splits.held_out:
-        train, validation = hold_out(train, splits.held_out, f'{where} ({splits.train})' if splits.train else where)
+        classes = no_classes_of(train) if settings.is_multi_label else read_labels(train)
+        what = f'{where} ({splits.train})' if splits.train else where
+        train, validation = hold_out(train, splits.held_out, what, classes)
     if not with_training:
         train = None
     if train is not None and validation is not None:
         check_apart(train, validation)
-    num_classes, names = _number_classes(train, validation, settings, model_classes, where)
+    names: Optional[List[str]]
+    if settings.is_multi_label:
+        num_classes, names = number_label_sets(train, validation, settings, model_classes, where, num_classes)
+    else:
+        num_classes, names = _number_classes(train, validation, settings, model_classes, where)
     train = None if train is None else _leave_out_unreadable(train, settings, True)
     validation = None if validation is None else _leave_out_unreadable(validation, settings, False)
     if train is not None and settings.label_fraction < 1:
-        train = take_fraction(train, get_labels(train), settings.label_fraction, seed)
+        classes = no_classes_of(train) if settings.is_multi_label else get_labels(train)
+        train = take_fraction(train, classes, settings.label_fraction, seed)
     validated_on = None if splits.validated_on == settings.val_split else splits.validated_on
     return Datasets(train, validation, num_classes, names, validated_on)
 

@@ -4,7 +4,7 @@ import copy
 import functools
 import numbers
 from collections import Counter
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 from PIL import Image
@@ -140,6 +140,12 @@ def count_labels(dataset: Optional[Dataset]) -> Optional[List[int]]:
     """Number of images of each class that occurs, None if the data set cannot tell."""
     labels = None if dataset is None else get_labels(dataset)
     return None if labels is None else list(Counter(labels).values())
+
+
+def count_classes(dataset: Dataset, num_classes: int) -> Optional[Tuple[torch.Tensor, int]]:
+    """Number of images of each class (num_classes,) float32 and of all, None if the data set cannot tell."""
+    labels = get_labels(dataset)
+    return None if labels is None else (torch.tensor(labels).bincount(minlength=num_classes).float(), len(labels))
 
 
 def class_to_idx_of(dataset: Any) -> Optional[Dict[Any, int]]:

@@ -40,6 +40,7 @@ def _mixup_kwargs(settings: DataSettings, smoothing: float, num_classes: int) ->
         mode=settings.mixup_mode,
         label_smoothing=smoothing,
         num_classes=num_classes,
+        multi_label=settings.is_multi_label,
     )
 
 

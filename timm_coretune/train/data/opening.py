@@ -6,9 +6,11 @@ import os
 from typing import Any, Callable, Tuple, cast
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data.readers.targets import has_field
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
+from ...checks import shorten
 from ...data.images import ImageStream, LabelledImages
 from ...data.safetensors_images import find_splits as splits_of_safetensors
 from ...data.safetensors_reader import ReaderSafetensors
@@ -56,13 +58,26 @@ def _create_with_timm(settings: DataSettings, root: str, split: str, is_training
             input_img_mode=img_mode,
             input_key=settings.input_key,
             target_key=settings.target_key,
+            target_format='multihot' if settings.target_format == 'multihot' else None,
             num_samples=settings.train_num_samples if is_training else settings.val_num_samples,
             trust_remote_code=settings.dataset_trust_remote_code,
             **options,
         )
-    except (RuntimeError, AssertionError, FileNotFoundError) as e:
+    except (RuntimeError, AssertionError, FileNotFoundError, ValueError) as e:
         raise ValueError(f'Expected images of the split {split!r} of {settings.dataset} in {root!r}: {e}') from e
+    _check_fields(dataset, settings)
     return _open_by_our_rules(dataset, img_mode)
+
+
+def _check_fields(dataset: Any, settings: DataSettings) -> None:
+    """Raise a ValueError if the records of a data set have not the field of --target-key, and the fields are known."""
+    reader = getattr(dataset, 'reader', None)
+    features = getattr(getattr(getattr(reader, 'dataset', None), 'info', None), 'features', None)
+    key = settings.target_key
+    if key and features and ',' not in key and not has_field(features, key):
+        raise ValueError(
+            f'Expected the field --target-key {key} in {settings.dataset}, which has {shorten(sorted(features), 20)}.'
+        )
 
 
 def _open_by_our_rules(dataset: Any, img_mode: str) -> Dataset:
@@ -114,6 +129,11 @@ def find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tuple
         return splits, lambda split, _: LabelledImages(root, ReaderSafetensors(root, split), input_img_mode=img_mode)
     if settings.target_key or settings.train_num_samples or settings.val_num_samples:
         raise ValueError('Expected --target-key, --train-num-samples and --val-num-samples with records or streams.')
+    if settings.is_multi_label:
+        raise ValueError(
+            f'Expected images with several labels in {root!r}, in a folder or tar file each has one, its class. Give a '
+            'data set of records as --dataset, such as hfds/, or a safetensors file.'
+        )
     if os.path.isdir(root):
         types = settings.input_key.split(';') if settings.input_key else None
         return splits_of_folder(root, settings, with_training), lambda split, _: LabelledImages(

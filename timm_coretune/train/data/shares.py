@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from torch.utils.data import Dataset
 
 from ...data.seeding import make_key
-from .labelled import LabelledSubset, copy_of, read_labels
+from .labelled import LabelledSubset, copy_of
 
 _logger = logging.getLogger(__name__)
 
@@ -44,13 +44,14 @@ def take_fraction(dataset: Dataset, labels: Optional[Sequence[int]], fraction: f
     return LabelledSubset(dataset, sorted(chosen))
 
 
-def hold_out(dataset: Dataset, fraction: float, where: str) -> Tuple[Dataset, Dataset]:
+def hold_out(dataset: Dataset, fraction: float, where: str, labels: Optional[Sequence[Any]]) -> Tuple[Dataset, Dataset]:
     """Hold out images of each class for validation, the same in every run whatever its seed.
 
     Args:
         dataset: The images to train on.
         fraction: Share of the images of each class to hold out, at least one image. A class of one image has none.
         where: The data, for the log.
+        labels: Class of each image, None if they are not known.
 
     Returns:
         The images that are left to train on, and those that are held out.
@@ -58,7 +59,6 @@ def hold_out(dataset: Dataset, fraction: float, where: str) -> Tuple[Dataset, Da
     Raises:
         ValueError: The labels are not known, or nothing can be held out.
     """
-    labels = read_labels(dataset)
     if labels is None:
         raise ValueError(
             f'Expected a validation split in {where}, from which no images can be held out, as it cannot tell the '

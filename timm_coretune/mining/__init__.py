@@ -16,7 +16,7 @@ from typing import NamedTuple, Optional
 import torch
 import torch.nn.functional as F
 
-from .checks import check_features, check_not_recomputed, check_target
+from ..checks import check_features, check_not_recomputed, check_target
 
 
 class HardPairs(NamedTuple):
