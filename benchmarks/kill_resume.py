@@ -31,11 +31,11 @@ _RECIPE = (
 
 
 # one thread a process: the network is tiny, and several runs may share the machine
-_ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def make_command(processes: int, flags: List[str]) -> List[str]:
-    """The command that trains with so many processes."""
+def make_command(processes: int, flags: List[str], with_recipe: bool = True) -> List[str]:
+    """The command that trains with so many processes, by the recipe of this file or with the flags alone."""
     launcher = [sys.executable, '-m']
     if processes > 1:
         launcher = [
@@ -47,7 +47,8 @@ def make_command(processes: int, flags: List[str]) -> List[str]:
             str(processes),
             '-m',
         ]
-    return [*launcher, 'timm_coretune.train', '--device', 'cpu', *_RECIPE, *flags]
+    recipe = ('--device', 'cpu', *_RECIPE) if with_recipe else ()
+    return [*launcher, 'timm_coretune.train', *recipe, *flags]
 
 
 def fingerprint(folder: str) -> Dict[str, str]:
@@ -80,7 +81,7 @@ def kill_all(process: subprocess.Popen) -> None:
 
 def is_killed(command: List[str], seconds: float) -> bool:
     """Start a run and kill it after so many seconds. Whether it was still running."""
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=_ENVIRONMENT)
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=ENVIRONMENT)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -104,7 +105,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as output:
         started = time.monotonic()
         command = make_command(args.processes, ['--output', output, '--experiment', 'unbroken', '-j', '0'])
-        subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT)
+        subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
         seconds = time.monotonic() - started
         expected = fingerprint(os.path.join(output, 'unbroken'))
         identical = 0
@@ -118,7 +119,7 @@ def main() -> None:
                 shutil.rmtree(folder)
             names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []  # killed before it made one
             states = ' '.join(name[: -len('.pth.tar')] for name in names if 'recovery-' in name)
-            subprocess.run(command, check=True, capture_output=True, env=_ENVIRONMENT)
+            subprocess.run(command, check=True, capture_output=True, env=ENVIRONMENT)
             found = fingerprint(folder)
             wrong = [name for name in expected if expected[name] != found[name]]
             identical += not wrong

@@ -48,6 +48,7 @@ def parse_args(argv: Optional[List[str]]) -> argparse.Namespace:
     add('--jobs', type=int, default=1, metavar='N', help='runs at a time (default: 1)')
     add('--threads', type=int, default=1, metavar='N', help='threads of a run (default: 1)')
     add('--dry-run', action='store_true', help='list what is left to do, with a command of each cell')
+    add('--baseline', metavar='ARM', help='arm from which differences are taken (default: that of the file)')
     add('--report', nargs='?', const='-', metavar='FILE', help='write the tables into a page, or print them')
     add('--picture', metavar='FILE', help='draw the differences as PNG or SVG')
     add('--smoke', action='store_true', help='do a tiny study of generated pictures')
@@ -99,6 +100,11 @@ def main(argv: Optional[List[str]] = None) -> int:
             return smoke(folder)
     study, results = read_study(args.study), Results(args.results)
     cells = select(study.cells, args.only)
+    if args.baseline:
+        arms = dict.fromkeys(cell.arm for cell in study.cells)
+        if args.baseline not in arms:
+            raise ValueError(f'Expected --baseline to be one of {", ".join(arms)}, got {args.baseline!r}.')
+        study = study._replace(baseline=args.baseline)
     places = {'data': args.data_root, 'networks': args.networks_root, 'assets': ASSETS}
     if args.report or args.picture:
         if args.report:

@@ -197,6 +197,25 @@ def test_table_has_means_paired_differences_and_what_was_chosen(written):
     assert re.search(r'21 runs, 10\.5 hours .* timm_coretune abc\.\n1 line', '\n'.join(lines))
 
 
+def test_means_over_tables_are_of_the_arms_that_all_tables_have(written):
+    study, results = written
+    other = [cell._replace(labels='few') for cell in study.cells[:2]]
+    for cell, top1s in zip(other, ((40, 50, 60), (46, 56, 66)), strict=True):
+        for lr, top1 in ((0.01, 0), (0.1, 9), (1, 0)):
+            for weight in cell.weights:
+                results.append(row_of(cell, 'tune', lr, weight, 7, top1=top1 + (weight or 0), class_mean=0))
+        for seed, top1 in enumerate(top1s):
+            weight = None if cell.weights[0] is None else 1
+            results.append(row_of(cell, 'test', 0.1, weight, seed, top1=top1, class_mean=top1))
+    text = render(study, [*study.cells, *other], results)
+    assert text.partition('### Mean over the 2 tables')[2].splitlines()[2:6] == [
+        '| arm | top-1, minus CE | class mean, minus CE |',
+        '|---|---|---|',
+        '| CORE | +4.00 | +2.75 |',  # 2 and 6, -0.5 and 6; SCL is in one table
+        '',
+    ]
+
+
 def test_picture_has_the_arms_that_were_tested(written, tmp_path):
     study, results = written
     draw(study, study.cells, results, str(tmp_path / 'picture.svg'))

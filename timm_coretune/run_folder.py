@@ -31,7 +31,10 @@ STATE_SUFFIX = '.pth.tar'
 LAST_STATE_NAME = f'last{STATE_SUFFIX}'
 BEST_STATE_NAME = f'model_best{STATE_SUFFIX}'
 RECOVERY_PATTERN = f'recovery-*{STATE_SUFFIX}'
-STATE_PATTERNS = (LAST_STATE_NAME, RECOVERY_PATTERN, f'checkpoint-*{STATE_SUFFIX}')
+MILESTONE_PREFIX = 'milestone-'  # before the number of epochs after which --save-epochs keeps a state
+STATE_PATTERNS = (
+    *(LAST_STATE_NAME, RECOVERY_PATTERN, f'checkpoint-*{STATE_SUFFIX}', f'{MILESTONE_PREFIX}*{STATE_SUFFIX}'),
+)
 UNFINISHED_STATE_NAMES = (f'tmp{STATE_SUFFIX}', f'recovery_tmp{STATE_SUFFIX}')
 SET_ASIDE_NAME = 'set_aside'  # folder for what a run did after the state from which it was continued by --resume FILE
 # files that are pushed to the Hub beside weights, config and model card

@@ -3,7 +3,7 @@
 import os
 import statistics
 import sys
-from typing import Optional, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from .measure import CONFIDENCE, Measured, Row, difference, tables_of
 from .plan import MOST_EXTENSIONS, SCORES, Cell, Study
@@ -42,7 +42,8 @@ def render(study: Study, cells: Sequence[Cell], results: Results) -> str:
     """The tables as Markdown."""
     scores, parts = SCORES[study.kind], []
     num_intervals, used = 0, []
-    for arms in tables_of(study, cells, results):
+    tables = list(tables_of(study, cells, results))
+    for arms in tables:
         baseline, first = arms[0], arms[0].cell
         against = study.titles[study.baseline]
         head = ['arm', 'learning rate (tried)', 'weight (tried)']
@@ -58,8 +59,30 @@ def render(study: Study, cells: Sequence[Cell], results: Results) -> str:
         others = len(results.rows())
         more = f' {others} line(s) of the results are of other flags or settings.' if others else ''
         return f'No run of this study is done yet.{more}'
+    if len(tables) > 1:
+        parts.append(_mean_over(study, tables))
     parts.append(_notes(results, used, num_intervals))
     return '\n\n'.join(parts)
+
+
+def _mean_over(study: Study, tables: Sequence[Sequence[Measured]]) -> str:
+    """A table of the mean difference of each arm over all tables, which weigh alike."""
+    scores = SCORES[study.kind]
+    found: Dict[str, List[List[float]]] = {}
+    for baseline, *arms in tables:
+        for arm in arms:
+            paired = [difference(arm, baseline, score) for score in scores]
+            if all(p is not None for p in paired):
+                found.setdefault(arm.cell.arm, []).append([p.mean for p in paired if p is not None])
+    lines = []
+    for arm, rows in found.items():
+        if len(rows) == len(tables):
+            means = [f'{statistics.mean(column):+.2f}' for column in zip(*rows, strict=True)]
+            lines.append(f'| {study.titles[arm]} | {" | ".join(means)} |')
+    head = ['arm', *(f'{title}, minus {study.titles[study.baseline]}' for title in scores.values())]
+    return '\n'.join(
+        [f'### Mean over the {len(tables)} tables', '', f'| {" | ".join(head)} |', '|---' * len(head) + '|', *lines]
+    )
 
 
 def _notes(results: Results, used: Sequence[Row], num_intervals: int) -> str:

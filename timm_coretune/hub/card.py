@@ -23,7 +23,8 @@ _RECIPE = {
     None: (
         *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
         *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
-        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed', 'task'),
+        *('loss', 'loss_class_weight', 'loss_pos_weight', 'stop_epoch', 'task'),
+        *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed'),
     ),
     'coretune': (
         *('coretune', 'coretune_alpha', 'coretune_min_positive_lam', 'coretune_min_negative_lam', 'coretune_smooth'),

@@ -30,7 +30,8 @@ METHODS: Dict[str, Type[TaskLoss]] = {
 }  # by the names of train.py --method, where plain is cross-entropy without a loss of this package
 # by their names in timm's loss factory
 LOSSES: Dict[str, Type[TaskLoss]] = {'coretune': CoreTuningLoss, **{k: v for k, v in METHODS.items() if k != 'core'}}
-_OF_ALL = frozenset({'num_features', 'generator', 'uneven_batches'})  # arguments that are no choice of a method
+# arguments that are no choice of a method
+_OF_ALL = frozenset({'num_features', 'generator', 'uneven_batches', 'class_weight'})
 
 
 def resolve_method(coretune: bool, method: Optional[str]) -> Optional[str]:

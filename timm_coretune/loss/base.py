@@ -4,7 +4,7 @@
 """
 
 import inspect
-from typing import Any, Callable, Dict, FrozenSet, Optional, Tuple, Type, cast
+from typing import Any, Callable, Dict, FrozenSet, Optional, Sequence, Tuple, Type, cast
 
 import torch
 import torch.nn as nn
@@ -39,6 +39,9 @@ class TaskLoss(nn.Module):
         uneven_batches: Processes may hold batches of different sizes. These are exchanged in every step, which waits
             for the device. When False, sizes must be equal, as they are when the loader drops the last batch.
         label_smoothing: Share of a class index target that is spread evenly over all classes, in [0, 1).
+        class_weight: Weight of each class in the cross-entropy (C,), finite and >= 0. It multiplies the class's share
+            of a target, so a row of class c has the weight of c, and a mixture the mixed weight. The mean is over the
+            rows, as in timm's losses, and not over the weights. When None, every class has the weight 1.
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
@@ -61,8 +64,8 @@ class TaskLoss(nn.Module):
             in size. When False, the training loop scales the loss to make it so.
 
     Raises:
-        ValueError: label_smoothing is out of its range, the loss has no meaning for several labels, or a
-            classification_loss is given without multi_label.
+        ValueError: label_smoothing or class_weight is out of its range, the loss has no meaning for several labels, or
+            a classification_loss is given without multi_label.
     """
 
     num_features: Optional[int] = None
@@ -80,12 +83,21 @@ class TaskLoss(nn.Module):
         uneven_batches: bool = False,
         label_smoothing: float = 0.0,
         generator: Optional[torch.Generator] = None,
+        class_weight: Optional[Sequence[float]] = None,
         multi_label: bool = False,
         classification_loss: Optional[nn.Module] = None,
     ):
         super().__init__()
         if not 0.0 <= label_smoothing < 1.0:
             raise ValueError(f'Expected label_smoothing in [0, 1), got {label_smoothing}.')
+        weight = None if class_weight is None else torch.as_tensor(class_weight, dtype=torch.float32)
+        if weight is not None and (weight.ndim != 1 or not (weight.isfinite() & (weight >= 0)).all()):
+            raise ValueError(
+                f'Expected class_weight of one finite number >= 0 for each class, got {class_weight}. Classes that '
+                'occur n times may have the weights of timm.loss.compute_class_weights(n, num_samples).'
+            )
+        self.class_weight: Optional[torch.Tensor]
+        self.register_buffer('class_weight', weight, persistent=False)  # a setting, as label_smoothing is
         self.gather = gather
         self.uneven_batches = uneven_batches
         self.label_smoothing = label_smoothing
@@ -124,6 +136,10 @@ class TaskLoss(nn.Module):
             raise ValueError(
                 f'Expected floating-point logits ({features.shape[0]}, num_classes) to go with features '
                 f'{tuple(features.shape)}, got {logits.dtype} {tuple(logits.shape)}.'
+            )
+        if self.class_weight is not None and len(self.class_weight) != logits.shape[1]:
+            raise ValueError(
+                f'Expected a class_weight for each of the {logits.shape[1]} classes, got {len(self.class_weight)}.'
             )
 
     def check_target(self, target: torch.Tensor, batch_size: int, num_classes: int) -> None:
@@ -220,7 +236,7 @@ class TaskLoss(nn.Module):
             return self.multi_label_loss(logits, target, label, batch)
         left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         target = target if target.ndim == 2 else target.long()
-        loss = infinite_again(nll(at_least_float32(logits).log_softmax(dim=-1), target, self.label_smoothing))
+        loss = infinite_again(self.nll(at_least_float32(logits).log_softmax(dim=-1), target))
         return batch.mean(loss.masked_fill(left_out, 0.0).sum(), label)
 
     def multi_label_loss(
@@ -239,6 +255,15 @@ class TaskLoss(nn.Module):
             return logits.sum()
         loss = cast(nn.Module, self.classification_loss)(logits, target.to(logits.dtype))
         return loss if min(batch.sizes) == max(batch.sizes) else batch.mean(loss * len(logits), label)
+
+    def nll(self, log_p: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy of rows in nats (B,), with the smoothing and the class weights of this loss.
+
+        Args:
+            log_p: Log-probabilities (B, C).
+            target: Class indices (B,) int64, or soft targets (B, C).
+        """
+        return nll(log_p, target, self.label_smoothing, self.class_weight)
 
     def losses(
         self,

@@ -7,7 +7,7 @@ Written from the paper. The released code has no licence and was not copied. Her
 clean features, no forward pass is repeated for logging, and a loss that is not finite is not replaced.
 """
 
-from typing import Any, Dict, Optional, Tuple, cast
+from typing import Any, Dict, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -18,7 +18,7 @@ from ..mixup import HardMixtures, HardPairMixup, MixupDraws
 from ..timm_model import is_classifier_affine
 from .base import Classifier, TaskLoss
 from .focal_supcon import FocalSupConLoss
-from .parts.cross_entropy import finite, infinite_again, nll
+from .parts.cross_entropy import finite, infinite_again
 from .parts.projection import ProjectionHead
 
 # arguments of CoreTuningLoss for anchor pixels. Hardest positives fall on few outliers there (docs/concentration.md)
@@ -68,6 +68,7 @@ class CoreTuningLoss(TaskLoss):
         focal: Weight each positive by 1 minus its predicted probability.
         uneven_batches: Processes may hold batches of different sizes. These are exchanged in every step, which waits
             for the device. When False, sizes must be equal, as they are when the loader drops the last batch.
+        class_weight: Weight of each class in the cross-entropy of clean and mixed images (C,). See TaskLoss.
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
@@ -107,10 +108,13 @@ class CoreTuningLoss(TaskLoss):
         smooth: str = 'both',
         smooth_weight: Optional[float] = None,
         mixtures: str = 'both',
+        class_weight: Optional[Sequence[float]] = None,
         multi_label: bool = False,
         classification_loss: Optional[nn.Module] = None,
     ):
-        super().__init__(gather, uneven_batches, label_smoothing, generator, multi_label, classification_loss)
+        super().__init__(
+            gather, uneven_batches, label_smoothing, generator, class_weight, multi_label, classification_loss
+        )
         if num_features < 1 or projection_dim < 1:
             raise ValueError(
                 f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '
@@ -244,8 +248,8 @@ class CoreTuningLoss(TaskLoss):
             log_p = mixed_rows.log_softmax(dim=-1)
             # cross-entropy is linear in the target
             mixed_nll = torch.lerp(
-                nll(log_p, all_target.index_select(0, mixture.other), self.label_smoothing),
-                nll(log_p, all_target.index_select(0, mixture.index), self.label_smoothing),
+                self.nll(log_p, all_target.index_select(0, mixture.other)),
+                self.nll(log_p, all_target.index_select(0, mixture.index)),
                 mixture.lam.to(log_p.dtype),
             )
             # rows that take no part have no mixtures; a batch of one class has no semi-hard negatives

@@ -22,7 +22,6 @@ from ..mining import at_least_float32, hard_label
 from ..timm_model import check_classifies_rows
 from .base import TaskLoss
 from .parts.bank import Bank
-from .parts.cross_entropy import nll
 from .parts.forward import classify
 from .parts.pretrained import PretrainedFeatures
 
@@ -96,7 +95,7 @@ class DRTuneLoss(TaskLoss):
         shifted = self.shift(scores).to(features.dtype)
         log_p = at_least_float32(classify(classifier, shifted)).log_softmax(dim=1)
         filled = bank_label >= 0
-        total = nll(log_p, bank_label, self.label_smoothing).masked_fill(~filled, 0.0).sum()
+        total = self.nll(log_p, bank_label).masked_fill(~filled, 0.0).sum()
         bank_loss = total / filled.sum().clamp(min=1)
         num_labelled = (label >= 0).sum().clamp(min=1)
         weighted = total / num_labelled if self.weight is None else self.weight * bank_loss

@@ -1,5 +1,7 @@
 """Cross-entropy of all pixels of a batch of images"""
 
+from typing import Optional
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -14,10 +16,18 @@ class DenseCrossEntropy(nn.Module):
     Args:
         ignore_index: Target value of the pixels to ignore.
         label_smoothing: Share of the target that is spread evenly over all classes, in [0, 1).
+        class_weight: Weight of each class (C,). The mean is over the pixels, and not over their weights.
     """
 
-    def __init__(self, ignore_index: int = 255, label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        ignore_index: int = 255,
+        label_smoothing: float = 0.0,
+        class_weight: Optional[torch.Tensor] = None,
+    ):
         super().__init__()
+        self.class_weight: Optional[torch.Tensor]
+        self.register_buffer('class_weight', class_weight, persistent=False)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
 
@@ -31,9 +41,11 @@ class DenseCrossEntropy(nn.Module):
             The loss of this process in nats, a scalar of float32 or better. The average of the losses of all processes
             is the mean over all their pixels. If all pixels are ignored it is 0, attached to the graph.
         """
+        output = output.to(torch.promote_types(output.dtype, torch.float32))
         total = F.cross_entropy(
-            output.to(torch.promote_types(output.dtype, torch.float32)),
+            output,
             target,
+            weight=None if self.class_weight is None else self.class_weight.to(output.dtype),
             ignore_index=self.ignore_index,
             reduction='sum',
             label_smoothing=self.label_smoothing,

@@ -141,7 +141,7 @@ class SegmentationTask(CoreTuningTask):
         return cast(SegmentationModel, model).num_features
 
     def create_module(self, model: nn.Module, criterion: TaskLoss) -> SegmentationModule:
-        dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing)
+        dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing, criterion.class_weight)
         return SegmentationModule(cast(SegmentationModel, model), criterion, dense_loss, self.anchors_per_image)
 
     def forward(  # type: ignore[override]  # no model of segmentation takes a dictionary of patches

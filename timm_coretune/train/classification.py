@@ -9,7 +9,6 @@ import torch
 import torch.nn as nn
 from accelerate import Accelerator
 from timm.data import resolve_data_config
-from timm.loss import create_classification_loss
 from timm.task import (
     ClassificationTask,
     FeatureDistillationTask,
@@ -28,10 +27,19 @@ from ..redaction import python_path, redact
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME
 from ..task import CoreTuningTask
 from .cli.conflicts import split_names
+from .cli.criterion import (
+    ClassStats,
+    check_class_stats,
+    create_criterion,
+    expand_weight,
+    needs_stats,
+    read_class_stats,
+    resolve_weight,
+)
 from .cli.settings import LossSettings, ModelSettings, Settings
 from .data.classes import read_model_classes
 from .data.datasets import Datasets, create_datasets
-from .data.labelled import count_labels
+from .data.labelled import count_labels, get_labels
 from .data.loaders import LoaderFactory, Loaders
 from .model import create_backbone
 
@@ -103,33 +111,25 @@ def create_loaders(
     return factory.create(datasets)
 
 
-def create_criterion(loss: LossSettings, mixes_pixels: bool = False, aug_splits: int = 0) -> nn.Module:
-    """Create the loss of plain tuning, by the rules of timm's script."""
-    if loss.jsd_loss:
-        return create_classification_loss('jsd', smoothing=loss.smoothing, jsd_splits=aug_splits)
-    if loss.bce_loss and (mixes_pixels or loss.smoothing):
-        return create_classification_loss(
-            'bce',
-            smoothing=loss.smoothing,
-            soft_targets=mixes_pixels,
-            bce_target_thresh=loss.bce_target_thresh,
-            bce_sum=loss.bce_sum,
-            pos_weight=loss.bce_pos_weight,
-        )
-    return create_classification_loss('ce', smoothing=loss.smoothing, soft_targets=mixes_pixels)
-
-
-def create_multi_label_criterion(loss: LossSettings, mixes_pixels: bool = False) -> nn.Module:
-    """Create the loss of images with several labels. Pixel mixup smooths its soft targets by itself."""
-    return create_classification_loss(
-        'bce',
-        multi_label=True,
-        smoothing=loss.smoothing,
-        soft_targets=mixes_pixels,
-        bce_target_thresh=loss.bce_target_thresh,
-        bce_sum=loss.bce_sum,
-        pos_weight=loss.bce_pos_weight,
-    )
+def _find_class_stats(settings: LossSettings, datasets: Datasets, num_classes: int) -> Optional[ClassStats]:
+    """Class counts for the weights of classes, from --class-stats or the training split. None if none are needed."""
+    if not needs_stats(settings):
+        return None
+    if settings.class_stats is not None:
+        stats = read_class_stats(settings.class_stats)
+    else:
+        labels = None if datasets.train is None else get_labels(datasets.train)
+        if labels is None:
+            raise ValueError(
+                'Expected training images whose labels are known without reading them, to count the classes for the '
+                'weights of the loss. Give the counts by --class-stats FILE.'
+            )
+        counts = torch.bincount(torch.tensor(labels), minlength=num_classes)
+        stats = ClassStats(counts.float(), len(labels), 'the training split')
+    check_class_stats(stats, num_classes, datasets.class_names)
+    most, least = int(stats.counts.max()), int(stats.counts.min())
+    _logger.info(f'Class counts from {stats.source}: {stats.num_samples} images, {least} to {most} a class.')
+    return stats
 
 
 def _create_distillation_task(loss: LossSettings, model: nn.Module, **kwargs: Any) -> TrainingTask:
@@ -154,30 +154,42 @@ def _create_distillation_task(loss: LossSettings, model: nn.Module, **kwargs: An
     return LogitDistillationTask(loss_type=loss.kd_loss_type, temperature=loss.kd_temperature, **kwargs)
 
 
-def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
+def create_task(
+    settings: Settings, model: nn.Module, datasets: Datasets, device: torch.device, verbose: bool
+) -> TrainingTask:
     """Create the task of Core-tuning or another --method, or one of timm's tasks."""
     loss, data = settings.loss, settings.data
+    num_classes: Any = model.num_classes
+    stats = _find_class_stats(loss, datasets, num_classes)
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
-    several: Dict[str, Any] = {}
-    if data.is_multi_label:
-        several = dict(multi_label=True, classification_loss=create_multi_label_criterion(loss, data.mixes_pixels))
     if loss.task_loss is not None:
         if data.mixes_pixels and not data.is_multi_label:
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
+        weights: Dict[str, Any]
+        if data.is_multi_label:  # of which the criterion has the class weights
+            criterion = create_criterion(
+                loss, data.mixes_pixels, multi_label=True, stats=stats, num_classes=num_classes
+            )
+            weights = dict(multi_label=True, classification_loss=criterion)
+        else:
+            weight = resolve_weight(loss, 'class_weight', stats, num_classes)
+            weights = dict(class_weight=expand_weight(weight, num_classes))
         return CoreTuningTask(
             model,
             loss.task_loss,
             **loss.loss_kwargs(),
-            **several,
+            **weights,
             generator=torch.Generator().manual_seed(settings.loop.seed),
             uneven_batches=data.naflex_loader,  # batches of different sequence lengths differ in size
             **common,
         )
+    criterion = create_criterion(
+        loss, data.mixes_pixels, data.aug_splits, data.is_multi_label, stats=stats, num_classes=num_classes
+    )
+    common['criterion'] = criterion.to(device)
     if data.is_multi_label:
-        criterion = several['classification_loss'].to(device)
-        return MultiLabelClassificationTask(model, criterion, threshold=data.multilabel_threshold, **common)
-    common['criterion'] = create_criterion(loss, data.mixes_pixels, data.aug_splits).to(device)
+        return MultiLabelClassificationTask(model, threshold=data.multilabel_threshold, **common)
     if loss.kd_model_name:
         return _create_distillation_task(loss, model, **common)
     return ClassificationTask(model, **common)

@@ -19,9 +19,10 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..data.seeding import kept_generators, make_key, seed_generators
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import Evaluator, is_better
-from .data.batches import Input, batches_from, count_batches, in_step, num_own_samples, to_device
+from .data.batches import Input, batches_from, count_batches, count_shared, in_step, num_own_samples, to_device
 from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
+from .preemption import Preempted, StopRequest
 from .processes import check_accumulation, check_second_order, is_sharded
 
 _logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class LoopConfig:
         uneven_batches: Whether processes may hold batches of different sizes.
         log_interval: Updates between log lines.
         val_interval: Epochs between validations.
+        save_epochs: Numbers of epochs after which there is a validation too, and the record keeps the state.
         recovery_interval: Updates between training states saved within an epoch, 0 for none.
         synchronize_step: Wait for the device after every update.
         dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', 'none' or ''.
@@ -61,6 +63,7 @@ class LoopConfig:
     uneven_batches: bool = False
     log_interval: int = 50
     val_interval: int = 1
+    save_epochs: Tuple[int, ...] = ()
     recovery_interval: int = 0
     synchronize_step: bool = False
     dist_bn: str = 'reduce'
@@ -83,11 +86,13 @@ class Position(NamedTuple):
         epoch: Epoch to continue with.
         batch: Batch of this epoch to continue with.
         metric: Score of the epoch before, None if it was not validated.
+        is_trained: Whether all batches of this epoch are trained, so that it continues with its validation.
     """
 
     epoch: int = 0
     batch: int = 0
     metric: Optional[float] = None
+    is_trained: bool = False
 
 
 def _format_losses(now: Dict[str, float], average: Dict[str, float]) -> str:
@@ -112,6 +117,7 @@ class Trainer:
         freezer: Freezes the backbone in the first epochs.
         record: Writes the run folder (`record.RunRecord`). All processes need one.
         evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
+        stop: Is asked after every update and validation batch whether to stop early. None never stops.
 
     Raises:
         ValueError: The optimizer needs second derivatives, and there are several processes.
@@ -129,6 +135,7 @@ class Trainer:
         freezer: Optional[BackboneFreezer] = None,
         record: Optional[Any] = None,
         evaluator: Optional[Evaluator] = None,
+        stop: Optional[StopRequest] = None,
     ):
         check_accumulation(accelerator)
         if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
@@ -146,6 +153,7 @@ class Trainer:
         self.clip_gradients = clip_gradients
         self.freezer = freezer
         self.record = record
+        self.stop = stop
         self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
         # after a validation: has its tables, and whether its scores are those of the moving average
         self.scored, self.ema_counts = self.evaluator, True
@@ -213,6 +221,7 @@ class Trainer:
 
         Raises:
             DivergedError: A loss is not finite.
+            Preempted: The run is asked to stop. The record has saved a state.
         """
         cast(nn.Module, self.task.get_trainable_module()).train()
         self._switch_mixup(epoch, loader)
@@ -229,6 +238,7 @@ class Trainer:
         update_start = data_start = time.perf_counter()
         batches = in_step(batches_from(loader, epoch, start_batch), loader, self.accelerator)
         start_update = start_batch // accum
+        self._start_phase()
         with self._progress(num_updates, f'Train {epoch}', start_update) as bar, logging_redirect_tqdm():
             for batch_idx, batch in enumerate(batches, start_batch):
                 update = batch_idx // accum
@@ -258,7 +268,9 @@ class Trainer:
                     and (update + 1) % config.recovery_interval == 0
                     and update + 1 < num_updates  # after the last one the state of the epoch is saved
                 )
-                if due or recovery_due or check_always:
+                # after the last update the validation is left, or the end of the epoch
+                reason_to_stop = self._reason_to_stop() if update + 1 < num_updates else ''
+                if due or recovery_due or reason_to_stop or check_always:
                     meter.check()
                 update_time.update(time.perf_counter() - update_start)
                 if due:
@@ -275,9 +287,10 @@ class Trainer:
                         self.record.save_images(input, batch_idx)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_done)
-                if recovery_due and self.record is not None:
-                    self.position = Position(epoch, batch_idx + 1)
-                    self.record.save_recovery(self, epoch, update)
+                if recovery_due or reason_to_stop:
+                    self._save_within(Position(epoch, batch_idx + 1))
+                if reason_to_stop:
+                    raise Preempted(reason_to_stop)
                 bar.update()
                 num_images, update_start = 0, time.perf_counter()
                 data_start = update_start
@@ -286,6 +299,20 @@ class Trainer:
             sync_lookahead()
         meter.check()
         return meter.average()
+
+    def _start_phase(self) -> None:
+        if self.stop is not None:
+            self.stop.start_phase()
+
+    def _reason_to_stop(self) -> str:
+        return '' if self.stop is None else self.stop.agree(self.accelerator)
+
+    def _save_within(self, position: Position) -> None:
+        """Save a state within an epoch. All processes must call this together."""
+        self.position = position
+        if self.record is not None:
+            update = -(-position.batch // self.config.grad_accum_steps) - 1
+            self.record.save_recovery(self, position.epoch, update)
 
     def _eval_model(self, ema: bool) -> nn.Module:
         # a sharded model gathers its weights only in the forward pass of the wrapped module
@@ -299,6 +326,9 @@ class Trainer:
         Args:
             loader: Batches of images and class indices.
             ema: Whether to validate the moving average of the weights instead of the weights.
+
+        Raises:
+            Preempted: The run is asked to stop.
         """
         model, tta = self._eval_model(ema), self.config.tta
         model.eval()
@@ -306,8 +336,13 @@ class Trainer:
         num_left = num_own_samples(loader, self.accelerator)
         self.evaluator.reset()
         name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
+        num_shared = count_shared(loader, self.accelerator)
+        self._start_phase()
         with self._progress(len(loader), name) as bar:
-            for batch in loader:
+            for batch_idx, batch in enumerate(loader):
+                reason_to_stop = self._reason_to_stop() if batch_idx < num_shared else ''
+                if reason_to_stop:
+                    raise Preempted(reason_to_stop)
                 input, target = to_device(batch, self.accelerator.device, self.config.channels_last, self.config.dtype)
                 with self.accelerator.autocast():
                     output = model(input)
@@ -327,10 +362,15 @@ class Trainer:
         )
         return metrics
 
-    def _distribute_batch_norm(self, ema: bool = False) -> None:
+    @property
+    def _validates_ema(self) -> bool:
+        return self.task.has_ema() and self.config.validate_ema
+
+    def _distribute_batch_norm(self, with_ema: bool) -> None:
         how, num_processes = self.config.dist_bn, self.accelerator.num_processes
         if num_processes > 1 and how in ('reduce', 'broadcast') and not self.is_sharded:
-            distribute_bn(self.task.get_eval_model(ema=ema), num_processes, how == 'reduce')
+            for ema in (False, True) if with_ema else (False,):
+                distribute_bn(self.task.get_eval_model(ema=ema), num_processes, how == 'reduce')
 
     def evaluate(self, loader: Any) -> Dict[str, float]:
         """Validate the weights, and their moving average if config.validate_ema is set.
@@ -339,10 +379,9 @@ class Trainer:
             The metrics of the better of both by config.eval_metric, of the average if they are equal.
         """
         metrics, self.scored = self.validate(loader), self.evaluator
-        if not (self.task.has_ema() and self.config.validate_ema):
+        if not self._validates_ema:
             return metrics
         scored = copy.deepcopy(self.evaluator)
-        self._distribute_batch_norm(ema=True)
         ema_metrics, name = self.validate(loader, ema=True), self.config.eval_metric
         self.ema_counts = self.config.ema_publish == 'ema' or not is_better(name, metrics[name], ema_metrics[name])
         if self.ema_counts:
@@ -394,13 +433,24 @@ class Trainer:
         config = self.config
         for epoch in epochs:
             self._start_epoch(epoch)
-            train_metrics = self.train_one_epoch(epoch, train_loader, start_batch)
+            is_due = (epoch + 1) % config.val_interval == 0 or epoch + 1 in (*config.save_epochs, epochs.stop)
+            if start_batch and self.position.is_trained:
+                train_metrics = self.meter.average()
+            else:
+                train_metrics = self.train_one_epoch(epoch, train_loader, start_batch)
+                self._distribute_batch_norm(with_ema=is_due and validation_loader is not None and self._validates_ema)
             start_batch = 0
-            self._distribute_batch_norm()
             metric = None
             name = 'loss' if validation_loader is None else config.eval_metric
-            if (epoch + 1) % config.val_interval == 0 or epoch + 1 == epochs.stop:
-                eval_metrics = self.evaluate(validation_loader) if validation_loader is not None else None
+            if is_due:
+                eval_metrics = None
+                if validation_loader is not None:
+                    try:
+                        eval_metrics = self.evaluate(validation_loader)
+                    except Preempted:
+                        num_batches = count_batches(train_loader, self.accelerator)
+                        self._save_within(Position(epoch, num_batches, is_trained=True))
+                        raise
                 metric = train_metrics['loss'] if eval_metrics is None else eval_metrics[config.eval_metric]
                 is_best = is_better(name, metric, self.best[0])
                 if is_best:
@@ -414,6 +464,11 @@ class Trainer:
             if metric is not None and self.is_out_of_patience(epoch):
                 _logger.info(f'No better {name} in {config.patience} validations: stopping.')
                 break
+            if is_due and epoch + 1 < epochs.stop:
+                self._start_phase()
+                reason_to_stop = self._reason_to_stop()
+                if reason_to_stop:  # the state of the end of the epoch is saved
+                    raise Preempted(reason_to_stop)
         return results
 
     def _own_buffers(self) -> Dict[str, torch.Tensor]:
@@ -452,7 +507,8 @@ class Trainer:
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Continue from what `state_dict` returned. Call this when everything else is set up."""
         self.best = tuple(state['best'])
-        self.position = Position(state['epoch'], state['batch'], state['metric'])
+        is_trained = state.get('is_trained', False)  # states of earlier versions lack it
+        self.position = Position(state['epoch'], state['batch'], state['metric'], is_trained)
         if self.accelerator.scaler is not None and state['scaler'] is not None:
             self.accelerator.scaler.load_state_dict(state['scaler'])
         processes = state['processes']

@@ -29,11 +29,19 @@ from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
 from .loss_meter import DivergedError
 from .model import check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
-from .optimization import clip_gradients, count_accumulated, create_optimizer, create_schedule, resolve_lr
+from .optimization import (
+    clip_gradients,
+    count_accumulated,
+    create_optimizer,
+    create_schedule,
+    epochs_to_train,
+    resolve_lr,
+)
+from .preemption import Preempted, StopRequest
 from .processes import check_strategy, create_accelerator, precision_of, start_trackers
-from .run.finish import continue_command, draw_tables, log_best, print_results, push, reason_to_stop
+from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop
 from .run.first_lines import log_average, log_data, log_optimization, log_update_size
-from .run.folder import default_name, find_newest_state, take_folder
+from .run.folder import default_name, take_folder
 from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume, without_lost_checkpoint
@@ -107,6 +115,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         uneven_batches=data.naflex_loader,
         log_interval=loop.log_interval,
         val_interval=loop.val_interval,
+        save_epochs=tuple(settings.output.save_epochs),
         recovery_interval=settings.output.recovery_interval,
         synchronize_step=loop.synchronize_step,
         dist_bn='' if settings.model.sync_bn else loop.dist_bn,
@@ -119,8 +128,14 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
     )
 
 
-def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, datasets: Datasets) -> Run:
-    """Create all parts of a run, in the order of timm's script."""
+def set_up(
+    parsed: ParsedArguments,
+    kind: ModuleType,
+    accelerator: Accelerator,
+    datasets: Datasets,
+    stop: Optional[StopRequest] = None,
+) -> Run:
+    """Create all parts of a run, in the order of timm's script. The training loop asks `stop` whether to end early."""
     settings = parsed.settings
     is_main, num_processes = accelerator.is_main_process, accelerator.num_processes
     state_path = resolve_resume(settings.output, accelerator)
@@ -134,8 +149,8 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         warn_of_random_weights(settings, state_path)
     with asked_by('--aa, --interpolation and other flags of images and batches'):
         loaders = kind.create_loaders(settings, data_config, model, datasets, accelerator)
-    with asked_by('--kd-model-name and other flags of the loss'):
-        task = kind.create_task(settings, model, accelerator.device, is_main)
+    with asked_by('--loss, --kd-model-name and other flags of the loss'):
+        task = kind.create_task(settings, model, datasets, accelerator.device, is_main)
     log_data(datasets)
     name = settings.loss.task_loss
     if name is not None and METHODS[name].contrasts and datasets.train is not None:
@@ -168,7 +183,7 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         )
     if scheduler is not None and (start_epoch or start_batch):
         if optimization.sched_on_updates:
-            scheduler.step_update(start_epoch * updates_per_epoch + start_batch // accum)
+            scheduler.step_update(start_epoch * updates_per_epoch - (-start_batch // accum))
         else:
             scheduler.step(start_epoch)
     freezer = BackboneFreezer(task, optimization.freeze_epochs) if optimization.freeze_epochs else None
@@ -216,13 +231,15 @@ def set_up(parsed: ParsedArguments, kind: ModuleType, accelerator: Accelerator, 
         freezer=freezer,
         record=record,
         evaluator=kind.create_evaluator(settings, resolved.num_classes, datasets.class_names, accelerator.device),
+        stop=stop,
     )
     trainer.best = continuation.best
     if continuation.loop_state:
         trainer.load_state_dict(continuation.loop_state)
-    epochs, over = range(start_epoch, num_epochs), ''
+    num_wanted = epochs_to_train(num_epochs, settings.loop.stop_epoch, settings.output.save_epochs)
+    epochs, over = range(start_epoch, num_wanted), ''
     if state_path is not None and settings.loop.start_epoch is None and not start_batch:
-        over = reason_to_stop(trainer, epochs)
+        over = reason_to_stop(trainer, epochs, num_epochs)
     if record is not None and not (over and os.path.exists(record.path(ARGS_NAME))):  # what trained stays in the file
         came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
         came_to += f', device {accelerator.device.type}, {num_processes} process(es)'
@@ -272,7 +289,24 @@ def _summarize(
 
 
 def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
-    """Train and return the metrics of each validated epoch. argv only serves to log the command that continues."""
+    """Train and return the metrics of each validated epoch. argv only serves to log the command that continues.
+
+    Raises:
+        Preempted: SIGTERM, SIGUSR1 or --time-limit stopped the run. If it was training, a state is saved.
+    """
+    with StopRequest(parsed.settings.loop.time_limit) as stop:
+        try:
+            return _run(parsed, argv, stop)
+        except Preempted as e:
+            if not stop.is_training:
+                _logger.warning(
+                    f'Stopped by {e.reason} before the first batch: nothing was trained, so nothing is saved. Run the '
+                    'same command again.'
+                )
+            raise
+
+
+def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Dict[str, Any]]:
     settings, output = parsed.settings, parsed.settings.output
     kind = kind_of(settings)
     accelerator = _prepare_process(parsed)
@@ -280,15 +314,16 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
     if settings.loss.kd_model_name:
         check_model_name(settings.loss.kd_model_name, flag='--kd-model-name')
     datasets = kind.open_datasets(settings)
-    trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets)
+    trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets, stop)
     record: Optional[RunRecord] = trainer.record
-    if record is None:
+    if record is None:  # nothing is trained, so a signal ends this at once
         metrics = trainer.evaluate(loaders.validation)
         if accelerator.is_main_process:
             print_results([{'validation': metrics}], resolved.eval_metric)
         return [{'validation': metrics}]
     if output.push_to_hub and accelerator.is_main_process and get_token() is None:
         _logger.warning('There is no token to push to the Hub with: `hf auth login` before this run is over.')
+    stop.start_training()
     results: List[Dict[str, Any]] = []
     is_over = False
     try:
@@ -298,13 +333,16 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
             results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
         record.finish()
         is_over = True
+        stop.restore_handlers()
     except KeyboardInterrupt:
-        # the file of a state may be complete although the record has not noted it yet
-        if record.last_state or (record.folder and find_newest_state(record.folder)):
-            also = ' and with what accelerate launch was given' if accelerator.num_processes > 1 else ''
-            _logger.info(f'Interrupted. Continue with{also}:\n{continue_command(argv, record.folder)}')
-        else:
-            _logger.info('Interrupted in the first epoch, before a checkpoint: start anew to continue.')
+        _logger.info(f'Interrupted{describe_continuation(argv, record, accelerator)}')
+    except Preempted as e:
+        _logger.info(f'Stopped by {e.reason}{describe_continuation(argv, record, accelerator)}')
+        accelerator.wait_for_everyone()  # a launcher ends all processes as soon as the first has ended
+        accelerator.end_training()
+        if lock is not None:
+            lock.release()
+        raise
     except DivergedError as e:
         state = f'The last state before is {record.last_state}.' if record.last_state else 'There is no state before.'
         raise DivergedError(f'{e} {state}') from None
@@ -326,7 +364,8 @@ def main(argv: Optional[List[str]] = None) -> None:
     """Entry point of train.py and `python -m timm_coretune.train`. What the user can mend ends in one line.
 
     Raises:
-        SystemExit: With status 2 if files or settings cannot be used, with 1 if training diverged.
+        SystemExit: With status 2 if files or settings cannot be used, with 1 if training diverged, with 143 if SIGTERM,
+            SIGUSR1 or --time-limit stopped the run.
     """
     argv = sys.argv[1:] if argv is None else argv
     try:

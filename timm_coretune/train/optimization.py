@@ -1,7 +1,7 @@
 """Learning rate, optimizer, schedule and gradient clipping"""
 
 import logging
-from typing import Any, List, Optional, Tuple, cast
+from typing import Any, List, Optional, Sequence, Tuple, cast
 
 import torch
 import torch.nn as nn
@@ -103,6 +103,29 @@ def create_schedule(
     stepped = 'epoch' if scheduler is None or scheduler.t_in_epochs else 'update'
     _logger.info(f'Scheduled epochs: {num_epochs}. LR stepped per {stepped}.')
     return scheduler, num_epochs
+
+
+def epochs_to_train(num_epochs: int, stop_epoch: Optional[int], save_epochs: Sequence[int]) -> int:
+    """Number of epochs after which training stops.
+
+    Args:
+        num_epochs: Epochs of the schedule, with those of warm-up and cool-down that it adds to --epochs.
+        stop_epoch: Number of epochs after which to stop before the end of the schedule.
+        save_epochs: Numbers of epochs after which a state is kept.
+
+    Raises:
+        ValueError: A number lies behind the end of the schedule.
+    """
+    given = [('--stop-epoch', stop_epoch or 0), *(('--save-epochs', epoch) for epoch in save_epochs)]
+    behind = next(((flag, epoch) for flag, epoch in given if epoch > num_epochs), None)
+    if behind is not None:
+        raise ValueError(
+            f'{behind[0]}: expected at most {num_epochs}, the epochs of the schedule, got {behind[1]}. Raise --epochs.'
+        )
+    if stop_epoch is not None and stop_epoch < num_epochs:
+        _logger.info(f'Training stops after {stop_epoch} of {num_epochs} epochs. --resume auto trains the rest.')
+        return stop_epoch
+    return num_epochs
 
 
 def clip_gradients(

@@ -121,6 +121,7 @@ def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
     for flag, given in (
         ('--resume', settings.output.resume),
         ('--recovery-interval', settings.output.recovery_interval),
+        ('--save-epochs', settings.output.save_epochs),
         ('--model-ema', settings.model.model_ema),
         ('--freeze-epochs', settings.optimization.freeze_epochs),
         (f'--method {method}', method and METHODS[method].keeps_copy),

@@ -37,12 +37,14 @@ from ..segmentation.data.transforms import (
 from ..segmentation.dense import DenseCrossEntropy
 from ..segmentation.export import write_segmentation_config
 from ..segmentation.predict import draw_predictions
+from .cli.criterion import check_class_stats, expand_weight, read_class_stats, resolve_weight
 from .cli.settings import DataSettings, ModelSettings, Settings
 from .data.datasets import Datasets
 from .data.loaders import Loaders, check_fills_a_batch
 from .data.opening import get_img_mode
 from .data.shares import take_fraction
 from .data.splits import check_disjoint, real_paths
+from .data.workers import outliving_signals
 from .model import create_backbone, load_initial_checkpoint, log_preprocessing
 
 _logger = logging.getLogger(__name__)
@@ -137,13 +139,14 @@ def create_model(settings: Settings, num_classes: Optional[int], verbose: bool) 
 
 
 def _create_loader(settings: DataSettings, dataset: SegmentationDataset, **kwargs: Any) -> DataLoader:
-    return DataLoader(
+    loader: DataLoader = DataLoader(
         dataset,
         num_workers=settings.workers,
         pin_memory=settings.pin_mem,
         persistent_workers=settings.workers > 0,
         **kwargs,
     )
+    return outliving_signals(loader)
 
 
 def _create_train_loader(
@@ -219,11 +222,18 @@ def create_loaders(
     return Loaders(train, validation, None)
 
 
-def create_task(settings: Settings, model: nn.Module, device: torch.device, verbose: bool) -> TrainingTask:
+def create_task(
+    settings: Settings, model: nn.Module, datasets: Datasets, device: torch.device, verbose: bool
+) -> TrainingTask:
     """Create the task of Core-tuning or another --method, or else one with cross-entropy over all pixels."""
     loss = settings.loss
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
     common: Dict[str, Any] = dict(device=device, dtype=dtype, verbose=verbose)
+    num_classes = cast(SegmentationModel, model).num_classes
+    stats = read_class_stats(loss.class_stats) if loss.class_stats is not None else None
+    if stats is not None:
+        check_class_stats(stats, num_classes, datasets.class_names)
+    class_weight = expand_weight(resolve_weight(loss, 'class_weight', stats, num_classes), num_classes)
     if loss.task_loss is not None:
         return SegmentationTask(
             cast(SegmentationModel, model),
@@ -231,10 +241,11 @@ def create_task(settings: Settings, model: nn.Module, device: torch.device, verb
             anchors_per_image=loss.anchors_per_image,
             ignore_index=_ignore_index(settings.data),
             **loss.loss_kwargs(pixels=True),
+            class_weight=class_weight,
             generator=torch.Generator().manual_seed(settings.loop.seed),
             **common,
         )
-    criterion = DenseCrossEntropy(_ignore_index(settings.data), loss.smoothing)
+    criterion = DenseCrossEntropy(_ignore_index(settings.data), loss.smoothing, class_weight)
     return ClassificationTask(model, criterion=criterion, **common)
 
 

@@ -89,17 +89,58 @@ def test_a_flag_like_nothing_is_refused_without_a_guess(capsys):
     [
         ('batch-size: 4\n', 'has keys that are no options: batch-size (nearest: batch_size)'),
         ('lr: 1\nlearning_rate: 2\nwarmup_epoch: 1\n', 'no options: learning_rate, warmup_epoch'),
-        ('preset: resnet\n', "argument --preset: 'resnet' in the config, choose from cnn, vit"),
+        ('preset: resnet\n', "expected one of cnn, vit, got 'resnet'"),
+        ('- lr\n', 'expected lines of NAME: VALUE in'),
         ('no_such_key: 1\n', 'keys that are no options: no_such_key'),
         ('a: [\n', 'cannot read'),
     ],
-    ids=['dash', 'two', 'preset', 'unknown-key', 'no-yaml'],
+    ids=['dash', 'two', 'preset', 'list', 'unknown-key', 'no-yaml'],
 )
 def test_a_config_that_is_none_is_refused(tmp_path, capsys, text, message):
     (tmp_path / 'config.yaml').write_text(text)
     with pytest.raises(SystemExit):
         parse_args(['-c', str(tmp_path / 'config.yaml')])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('mixup_mode: nope', "mixup_mode in 'FILE': expected one of batch, pair, elem, half, got 'nope'"),
+        ('epochs: 2.5', "epochs in 'FILE': expected a whole number, got 2.5"),
+        ('lr: [0.1]', "lr in 'FILE': expected a number, got [0.1]"),
+        ('lr: fast', "lr in 'FILE': expected a number, got 'fast'"),
+        ('epochs: ten', "epochs in 'FILE': expected a whole number, got 'ten'"),
+        ('epochs: true', "epochs in 'FILE': expected a whole number, got True"),
+        ('epochs:', "epochs in 'FILE': expected a whole number, got nothing"),
+        ('input_size: 224', "input_size in 'FILE': expected a list of 3 values, got 224"),
+        ('input_size: [3, 32]', "input_size in 'FILE': expected a list of 3 values, got [3, 32]"),
+        ('mean: 0.5', "mean in 'FILE': expected a list, such as [1, 2], got 0.5"),
+        ('decay_milestones: [1, x]', "decay_milestones in 'FILE': expected a whole number, got [1, 'x']"),
+        ("amp: 'yes please'", "amp in 'FILE': expected true or false, got 'yes please'"),
+        ('coretune: 1', "coretune in 'FILE': expected true or false, got 1"),
+        ('model: [resnet18]', "model in 'FILE': expected text, got ['resnet18']"),
+        ('model_kwargs: a=1', "model_kwargs in 'FILE': expected lines of NAME: VALUE below it, got 'a=1'"),
+    ],
+)
+def test_a_value_in_a_config_must_be_one_that_the_flag_takes(tmp_path, capsys, text, message):
+    config = tmp_path / 'config.yaml'
+    config.write_text(text)
+    with pytest.raises(SystemExit):
+        parse_args(['-c', str(config)])
+    assert capsys.readouterr().err == f'train.py: error: argument -c/--config: {message}\n'.replace('FILE', str(config))
+
+
+def test_values_of_a_config_are_those_of_the_command_line(tmp_path):
+    config = tmp_path / 'config.yaml'
+    config.write_text(
+        "lr: 3e-4\nepochs: '10'\nmean: ['0.5', 0.4, '3e-1']\nstop_epoch: null\nsave_epochs: [4, 8]\nsched: wsd\n"
+        'experiment: 7\nmodel_kwargs: {output_stride: 8}\namp: true\n'
+    )
+    args = flat(['-c', str(config)])
+    assert (args.lr, args.epochs, args.mean, args.stop_epoch) == (3e-4, 10, [0.5, 0.4, 0.3], None)
+    assert (args.save_epochs, args.sched, args.experiment, args.amp) == ([4, 8], 'wsd', '7', True)
+    assert args.model_kwargs == {'output_stride': 8}
 
 
 # what wins

@@ -55,7 +55,7 @@ def test_a_flag_of_timm_that_may_be_refused_stands_among_those_that_differ():
 def test_a_flag_with_fewer_choices_than_in_timm_stands_among_those_that_differ():
     narrowed = {o['flags'][-1] for o in TIMM_OPTIONS if ACTIONS[o['flags'][0]].choices and 'choices' not in o}
     assert narrowed == {'--amp-dtype', '--model-dtype', '--clip-mode', '--lr-base-scale', '--mixup-mode'} | {
-        *('--worker-seeding', '--dist-bn')
+        *('--worker-seeding', '--dist-bn', '--loss')
     }
     assert narrowed - set(DIFFERING) == set()
 

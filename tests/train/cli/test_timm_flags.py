@@ -3,12 +3,16 @@
 import argparse
 import ast
 import dataclasses
+import inspect
 
 import pytest
 from paths import ROOT
 from timm.data import resolve_data_config
+from timm.loss import create_classification_loss
+from timm.loss._loss_factory import LOSS_TYPES
 from timm.optim import optimizer_kwargs
 from timm.scheduler import scheduler_kwargs
+from timm.scheduler.wsd_lr import _DECAY_FNS
 from timm.utils import ParseKwargs
 from train_flags import ACTIONS, OWN_ACTIONS, PACKAGE, PARSER, TIMM_NAMES, TIMM_OPTIONS, TREES
 
@@ -23,7 +27,7 @@ def options_by_name(options):
 
 
 def test_the_list_of_timm_is_whole():
-    assert len(TIMM_OPTIONS) == 173
+    assert len(TIMM_OPTIONS) == 173 + 11
 
 
 @pytest.mark.parametrize('option', options_by_name(TIMM_OPTIONS))
@@ -134,5 +138,46 @@ def test_the_groups_are_frozen_and_hold_each_name_once():
 def test_argparse_is_known_to_the_command_line_alone():
     sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in (PACKAGE / 'train').rglob('*.py')}
     assert {file for file, source in sources.items() if 'argparse' in source} == {
-        'train/cli/arguments.py', 'train/cli/flags.py', 'train/cli/settings.py'
-    }  # fmt: skip
+        *('train/cli/arguments.py', 'train/cli/config_file.py', 'train/cli/flags.py', 'train/cli/settings.py')
+    }
+
+
+# what timm's factories know, the parser knows
+
+
+@pytest.mark.parametrize(
+    'read',
+    [optimizer_kwargs, lambda cfg: scheduler_kwargs(cfg, decreasing_metric=True)],
+    ids=['optimizer', 'scheduler'],
+)
+def test_every_argument_that_a_factory_of_timm_reads_is_a_flag(read):
+    reads = _Reads(nothing=None)
+    read(reads)
+    names = set(dict(reads)) - {'nothing', 'opt_args', 'opt_foreach'}  # these two are no flags of timm's script
+    assert len(names) > 4
+    assert names - set(NAMES) == set()
+
+
+# arguments of the loss factory that timm's script leaves at their defaults, or fills from other flags
+NO_FLAG = {
+    *('asl_gamma_pos', 'asl_gamma_neg', 'asl_clip', 'asl_reduction', 'poly_alpha', 'twoway_tp', 'twoway_tn'),
+    *('db_neg_scale', 'db_init_bias', 'db_focal_gamma'),
+}
+
+
+def test_every_argument_of_the_loss_factory_is_given_or_known_to_have_no_flag():
+    call = next(
+        node for node in ast.walk(TREES['cli/criterion.py'])
+        if isinstance(node, ast.FunctionDef) and node.name == 'create_criterion'
+    )  # fmt: skip
+    calls = [n for n in ast.walk(call) if isinstance(n, ast.Call) and ast.unparse(n.func) in ('dict', 'kwargs.update')]
+    given = {keyword.arg for n in calls for keyword in n.keywords}
+    assert given | NO_FLAG == set(inspect.signature(create_classification_loss).parameters)
+    assert not given & NO_FLAG
+
+
+def test_every_loss_decay_and_schedule_of_timm_can_be_chosen():
+    assert {*LOSS_TYPES, 'coretune'} == set(ACTIONS['--loss'].choices)
+    assert set(_DECAY_FNS) == set(ACTIONS['--lr-decay-fn'].choices)
+    assert ACTIONS['--sched'].choices is None  # whatever the factory knows
+    assert ACTIONS['--opt'].choices is None

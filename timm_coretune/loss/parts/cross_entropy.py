@@ -1,18 +1,29 @@
 """Cross-entropy of rows, also where logits of -inf exclude classes"""
 
+from typing import Optional
+
 import torch
 
 from ...mining import at_least_float32
 
 
-def nll(log_p: torch.Tensor, target: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+def nll(
+    log_p: torch.Tensor,
+    target: torch.Tensor,
+    smoothing: float = 0.0,
+    class_weight: Optional[torch.Tensor] = None,
+) -> torch.Tensor:
     """Cross-entropy of each row (B,) in nats.
 
     Args:
         log_p: Log-probabilities (B, C).
         target: Class indices (B,) int64, or soft targets (B, C).
         smoothing: Share of a class index target that is spread evenly over all classes.
+        class_weight: Factor for the log-probability of each class (C,). Being linear in the target, the cross-entropy
+            of a mixture of two targets is the mixture of their weighted cross-entropies.
     """
+    if class_weight is not None:
+        log_p = finite(log_p) * class_weight.to(log_p.dtype)
     if target.ndim == 2:
         # 0 * -inf would be NaN: a class that is excluded costs nothing if the target has no share of it
         return -(target.to(log_p.dtype) * finite(log_p)).sum(dim=-1)

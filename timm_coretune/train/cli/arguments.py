@@ -13,8 +13,9 @@ import yaml
 from ...model_config import PREPROCESSING, Description, check_model
 from ...redaction import REDACTED, expand_home, map_texts, redact_values, remember
 from ...run_folder import describe_weights, find_weights
+from .config_file import read_config
 from .conflicts import find_contradictions
-from .flags import Parser, add_flags, nearest
+from .flags import Parser, add_flags
 from .ranges import find_out_of_range
 from .settings import TUNING, Settings
 
@@ -87,22 +88,6 @@ def _shortened_warmup(preset: str, epochs: int) -> int:
     """Warm-up of a preset in a run of this many epochs: the same share, but whole epochs and no more than half."""
     values = _preset(preset)
     return min(-(-values['warmup_epochs'] * epochs // values['epochs']), epochs // 2)
-
-
-def _read_config(path: str, parser: argparse.ArgumentParser) -> Dict[str, Any]:
-    try:
-        with open(path) as f:
-            config = map_texts(yaml.safe_load(f) or {}, expand_home)
-    except (OSError, yaml.YAMLError) as e:
-        parser.error(f'argument -c/--config: cannot read {path!r}: {e}')
-    known = [action.dest for action in parser._actions]
-    unknown = sorted(set(config) - set(known))
-    if unknown:
-        parser.error(
-            f'argument -c/--config: {path!r} has keys that are no options: {", ".join(unknown)}'
-            + nearest(unknown[0], known)
-        )
-    return config
 
 
 def _leave_out_one_start(config: Dict[str, Any]) -> List[str]:
@@ -246,7 +231,7 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
         action.default = argparse.SUPPRESS
     argv = map_texts(sys.argv[1:] if argv is None else list(argv), expand_home)
     given = vars(bare.parse_args(argv))
-    config = _read_config(given['config'], parser) if 'config' in given else {}
+    config = read_config(given['config'], parser) if 'config' in given else {}
     left_out = _leave_out_one_start(config)
     given = {**config, **given}
     _check_redacted(given, parser)
@@ -262,8 +247,6 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     if given.keys() & {'preset', 'lr_base', 'lr_base_size', 'lr_base_scale'}:
         parser.set_defaults(lr=None)  # otherwise the lr of the sample's recipe would win over them
     if given.get('preset'):
-        if given['preset'] not in PRESETS:
-            parser.error(f'argument --preset: {given["preset"]!r} in the config, choose from {", ".join(PRESETS)}')
         parser.set_defaults(**_preset(given['preset']))
     if given.get('segmentation'):
         parser.set_defaults(eval_metric='miou')

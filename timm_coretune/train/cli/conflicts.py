@@ -9,7 +9,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from ...evaluation.scores import FURTHER_OF_IMAGES, FURTHER_OF_LABEL_SETS, OF_LABEL_SETS, OF_PIXELS, scores_of_images
 from ...loss import METHODS
 from ...segmentation.data.transforms import INTERPOLATIONS
-from .settings import DataSettings, Settings
+from .criterion import find_obstacle, needs_stats
+from .settings import DataSettings, LossSettings, Settings
 
 Conditions = Dict[str, Any]  # error message -> a value that is true if the error is present
 _DEVICES = ('cpu', 'cuda', 'mps', 'xpu', 'npu', 'hpu', 'mlu', 'musa', 'sdaa')
@@ -24,14 +25,37 @@ def find_contradictions(settings: Settings) -> List[str]:
     """Error messages about settings that exclude each other. Each begins with the flags that it is about."""
     of_images = (_of_losses, _of_models, _of_augmentation, _of_batches)
     groups = (*of_images, _of_segmentation, _of_several_labels, _of_the_loop, _of_outputs)
-    return [sentence for group in groups for sentence, holds in group(settings).items() if holds]
+    found = [sentence for group in groups for sentence, holds in group(settings).items() if holds]
+    obstacle = '' if found else find_obstacle(settings)
+    return [*found, obstacle] if obstacle else found
 
 
 def _of_losses(settings: Settings) -> Conditions:
-    loss, data = settings.loss, settings.data
+    loss, data, defaults = settings.loss, settings.data, LossSettings()
+    names, weights = loss.label_losses, (loss.loss_class_weight, loss.pos_weight)
     return {
-        '--jsd-loss, --bce-loss: with --coretune or a --method the loss is its own; leave them out': (
-            loss.task_loss and (loss.jsd_loss or loss.bce_loss)
+        '--loss, --bce-loss and --jsd-loss each name the loss on the labels; choose one': len(names) > 1,
+        '--bce-pos-weight is --loss-pos-weight; give one of them': (
+            loss.bce_pos_weight is not None and loss.loss_pos_weight is not None
+        ),
+        '--loss, --jsd-loss, --bce-loss, --bce-sum, --bce-target-thresh: with --coretune or a --method the loss on the '
+        'labels is cross-entropy; leave them out': loss.task_loss
+        and not data.is_multi_label
+        and (any(name != 'ce' for name in names) or loss.bce_sum or loss.bce_target_thresh is not None),
+        '--loss-pos-weight: with --coretune or a --method the loss on the labels is cross-entropy, which has no '
+        'positives and negatives; use --loss-class-weight': (
+            loss.task_loss and not data.is_multi_label and loss.pos_weight is not None
+        ),
+        '--loss coretune is --coretune: not with another --method': (
+            loss.loss == 'coretune' and loss.method not in (None, 'core')
+        ),
+        '--poly-epsilon and --poly-gamma need --loss poly': 'poly' not in names
+        and ((loss.poly_epsilon, loss.poly_gamma) != (defaults.poly_epsilon, defaults.poly_gamma)),
+        '--loss-weight-power needs --loss-class-weight inv_freq or --loss-pos-weight neg_pos': (
+            loss.loss_weight_power != defaults.loss_weight_power and not {'inv_freq', 'neg_pos'} & set(weights)
+        ),
+        '--class-stats is read for --loss db and for weights by a method, such as --loss-class-weight inv_freq': (
+            loss.class_stats is not None and not needs_stats(loss)
         ),
         '--kd-model-name: distillation and --coretune or a --method are two tasks; choose one': (
             loss.task_loss and loss.kd_model_name
@@ -41,7 +65,7 @@ def _of_losses(settings: Settings) -> Conditions:
         '--segmentation: this --method compares whole images; choose one that docs/methods.md marks for pixels': (
             data.segmentation and loss.task_loss and not METHODS[loss.task_loss].for_pixels
         ),
-        '--jsd-loss needs --aug-splits of 2 or more': loss.jsd_loss and data.aug_splits < 2,
+        '--jsd-loss needs --aug-splits of 2 or more': 'jsd' in names and data.aug_splits < 2,
         '--coretune-smooth-weight: not with --coretune-smooth none, which learns no mixtures': (
             loss.coretune_smooth_weight is not None and loss.coretune_smooth == 'none'
         ),
@@ -140,8 +164,13 @@ def _of_segmentation(settings: Settings) -> Conditions:
             any((data.aa, data.reprob, data.grayscale_prob, data.gaussian_blur_prob))
             or data.color_jitter_prob is not None
         ),
-        '--segmentation: not with --jsd-loss, --bce-loss, --kd-model-name, --torchscript or --split-bn': any(
-            (loss.jsd_loss, loss.bce_loss, loss.kd_model_name, model.torchscript, model.split_bn)
+        '--segmentation: not with --jsd-loss, --bce-loss, --loss, --loss-pos-weight, --kd-model-name, --torchscript or '
+        '--split-bn': (
+            any(name != 'ce' for name in loss.label_losses)
+            or any((loss.pos_weight, loss.kd_model_name, model.torchscript, model.split_bn))
+        ),
+        '--segmentation: pixels are not counted; a --loss-class-weight by a method needs --class-stats FILE': (
+            needs_stats(loss) and loss.class_stats is None
         ),
         '--segmentation: no part in it have --gp, --drop, --head-init-scale, --head-init-bias, --crop-pct, '
         '--train-crop-mode, --train-num-samples, --val-num-samples and --dataset-trust-remote-code': (
@@ -183,6 +212,8 @@ def _of_several_labels(settings: Settings) -> Conditions:
         '--task multilabel: not with --segmentation, --class-balance, --jsd-loss or --kd-model-name': (
             any((data.segmentation, data.class_balance, loss.jsd_loss, loss.kd_model_name))
         ),
+        '--loss twoway and --loss zlpr take no soft targets, which mixtures have; --coretune-smooth none '
+        'learns none': loss.task_loss == 'core' and loss.coretune_smooth != 'none' and {'twoway', 'zlpr'} & {loss.loss},
         f'--task multilabel: --method {loss.method} compares images by their one class; choose one that '
         'docs/multilabel.md lists': loss.task_loss and not METHODS[loss.task_loss].for_multi_label,
         '--task multilabel needs --data-dir or --dataset: the images of the bundled sample have one label each': (

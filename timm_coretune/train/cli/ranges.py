@@ -5,9 +5,9 @@ A range holds what timm's script can work with, not what is wise: 0 stands for `
 
 import dataclasses
 import math
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Dict, List, NamedTuple, Optional
 
-from .flags import Number, numbers_of
+from .flags import numbers_of
 from .settings import Settings
 
 
@@ -101,7 +101,8 @@ RANGES: Dict[str, Range] = {
     **_all(_SHARE, 'coretune_min_positive_lam coretune_min_negative_lam bce_target_thresh'),
     **_all(_AT_LEAST_1, 'projection_dim anchors_per_image kd_student_feature_dim kd_teacher_feature_dim'),
     **_all(_BELOW_1, 'smoothing'),
-    **_all(_AT_LEAST_0, 'bce_pos_weight distill_loss_weight task_loss_weight'),
+    **_all(_AT_LEAST_0, 'bce_pos_weight loss_weight_power poly_gamma distill_loss_weight task_loss_weight'),
+    'poly_epsilon': _ANY,
     # optimizer
     **_all(_AT_LEAST_0, 'opt_eps momentum weight_decay layer_decay layer_decay_min_scale layer_decay_no_opt_scale'),
     **_all(_BELOW_1, 'opt_betas'),
@@ -111,36 +112,28 @@ RANGES: Dict[str, Range] = {
     # learning rate
     **_all(_AT_LEAST_0, 'lr lr_base warmup_lr min_lr lr_noise lr_noise_pct lr_noise_std'),
     **_all(_AT_LEAST_1, 'lr_base_size'),
-    **_all(_ABOVE_0, 'lr_cycle_mul decay_epochs'),
+    **_all(_ABOVE_0, 'lr_cycle_mul decay_epochs lr_stable_timescale'),
     **_all(_AT_LEAST_0, 'lr_cycle_decay lr_cycle_limit lr_k_decay decay_rate decay_milestones'),
     **_all(_AT_LEAST_0, 'epochs warmup_epochs cooldown_epochs patience_epochs freeze_epochs'),
     # loop and output
     'local_rank': _CONFLICTS,
     'seed': Range(0, 2**32 - 1),  # NumPy takes no other
     **_all(_AT_LEAST_0, 'start_epoch tta recovery_interval'),
-    **_all(_AT_LEAST_1, 'log_interval val_interval patience checkpoint_hist'),
+    'time_limit': _ABOVE_0,
+    **_all(_AT_LEAST_1, 'stop_epoch save_epochs log_interval val_interval patience checkpoint_hist'),
 }
 
 
 def find_out_of_range(settings: Settings) -> List[str]:
-    """Error messages about numbers that are out of range, or no numbers. Each begins with its flag."""
+    """Error messages about numbers that are out of range. Each begins with its flag."""
     values = settings.flat()
     groups = [type(getattr(settings, group.name)) for group in dataclasses.fields(settings)]
     found = []
-    for name, kind in numbers_of(groups).items():
+    for name in numbers_of(groups):
         value, allowed = values[name], RANGES[name]
-        if value is not None and not _fits(value, kind, allowed):
-            shown = ' '.join(map(str, value)) if isinstance(value, (list, tuple)) else value
-            whole = 'a whole number, ' if kind.type is int and '.' in str(shown) else ''
-            found.append(f'--{name.replace("_", "-")}: {whole}{allowed}, got {shown}')
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        if value is not None and not (
+            len(numbers) == (allowed.num_values or len(numbers)) and all(map(allowed.has, numbers))
+        ):
+            found.append(f'--{name.replace("_", "-")}: {allowed}, got {" ".join(map(str, numbers))}')
     return found
-
-
-def _fits(value: Any, kind: Number, allowed: Range) -> bool:
-    if kind.several != isinstance(value, (list, tuple)):  # a YAML file may hold anything
-        return False
-    numbers = value if kind.several else [value]
-    types = (int,) if kind.type is int else (int, float)
-    if any(isinstance(number, bool) or not isinstance(number, types) for number in numbers):
-        return False
-    return len(numbers) == (allowed.num_values or len(numbers)) and all(map(allowed.has, numbers))

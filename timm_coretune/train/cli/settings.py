@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Literal, Mapping, Optional
 
+from timm.loss import LOSS_TYPES
+
 from ...loss import METHODS, resolve_method
 from ...loss.base import arguments_of, defaults_of
 from ...loss.core_tuning import FOR_PIXELS, PARTS
@@ -28,6 +30,7 @@ Scaling = Literal['none', 'sqrt', 'linear']
 Dtype = Literal['float32', 'float16', 'bfloat16']
 Mixtures = Literal['both', 'positive', 'negative', 'none']
 Check = Literal['files', 'pixels', 'none']
+Decay = Literal['linear', '1-sqrt', 'cosine', 'power', 'exp']
 
 
 @dataclass(frozen=True)
@@ -247,12 +250,30 @@ class LossSettings:
     no_coretune_gather: bool = flag(False, 'mine and contrast within each process, not over all processes')
     anchors_per_image: int = flag(64, 'anchor pixels per image in the contrastive loss', section=SEGMENTATION)
 
-    smoothing: float = flag(0.1, 'label smoothing', section='losses of plain tuning')
-    jsd_loss: bool = flag(False, 'Jensen-Shannon divergence with cross-entropy, for --aug-splits')
-    bce_loss: bool = flag(False, 'binary cross-entropy in place of cross-entropy')
+    smoothing: float = flag(0.1, 'label smoothing', section='loss on the labels')
+    loss: Optional[str] = flag(
+        None,
+        f'loss on the labels: {", ".join(LOSS_TYPES)}; coretune: that of --coretune (default: ce)',
+        'NAME',
+        choices=(*LOSS_TYPES, 'coretune'),
+    )
+    loss_class_weight: Optional[str] = flag(
+        None, 'weight of each class: numbers, a file, inv_freq or effective_num (default: 1)', 'W'
+    )
+    loss_pos_weight: Optional[str] = flag(
+        None, 'weight of the positives of each class in bce and asl: numbers, a file or neg_pos (default: 1)', 'W'
+    )
+    loss_weight_power: float = flag(1.0, 'power of the class frequencies in inv_freq and neg_pos weights')
+    class_stats: Optional[str] = flag(
+        None, 'JSON file of class counts, for weights and --loss db (default: counted in the training split)', 'FILE'
+    )
+    poly_epsilon: float = flag(2.0, 'epsilon of --loss poly, 0 for its cross-entropy alone')
+    poly_gamma: float = flag(0.0, 'focusing parameter of --loss poly with several labels an image')
+    jsd_loss: bool = flag(False, 'Jensen-Shannon divergence with cross-entropy, the same as --loss jsd')
+    bce_loss: bool = flag(False, 'binary cross-entropy in place of cross-entropy, the same as --loss bce')
     bce_sum: bool = flag(False, 'sum the binary cross-entropy over the classes')
-    bce_target_thresh: Optional[float] = flag(None, 'threshold that turns soft targets of --bce-loss into 0 or 1')
-    bce_pos_weight: Optional[float] = flag(None, 'weight of the positives in binary cross-entropy')
+    bce_target_thresh: Optional[float] = flag(None, 'threshold that turns soft targets of --loss bce into 0 or 1')
+    bce_pos_weight: Optional[float] = flag(None, 'weight of the positives, the same as --loss-pos-weight')
 
     kd_model_name: Optional[str] = flag(None, 'timm model to distill from (the teacher)', section='distillation')
     kd_distill_type: Literal['logit', 'feature', 'token'] = flag('logit', 'teacher output to distill')
@@ -267,7 +288,18 @@ class LossSettings:
     @property
     def task_loss(self) -> Optional[str]:
         """Name of the loss in METHODS, None for plain tuning and distillation."""
-        return resolve_method(self.coretune, self.method)
+        return resolve_method(self.coretune or self.loss == 'coretune', self.method)
+
+    @property
+    def label_losses(self) -> List[str]:
+        """Names of the losses on the labels that flags ask for, each once. coretune asks for a method instead."""
+        names = [self.loss, 'jsd' if self.jsd_loss else None, 'bce' if self.bce_loss else None]
+        return [name for name in dict.fromkeys(names) if name is not None and name != 'coretune']
+
+    @property
+    def pos_weight(self) -> Optional[str]:
+        """Weight of the positives, by either of its flags."""
+        return self.loss_pos_weight if self.bce_pos_weight is None else str(self.bce_pos_weight)
 
     def num_candidates(self, num_rows: int) -> int:
         """Number of rows that an anchor is compared with: the others of num_rows in the batch, and its mixtures."""
@@ -351,7 +383,11 @@ class OptimizationSettings:
     min_lr: float = flag(0, 'lowest learning rate of the schedule')
     epochs: int = flag(300, 'number of epochs to train')
     decay_milestones: List[int] = flag([90, 180, 270], 'epochs at which the multistep schedule decays')
-    decay_epochs: float = flag(90, 'epochs between decays of the step schedule')
+    decay_epochs: Optional[float] = flag(
+        None, 'epochs between decays of step, or of the decay of wsd and rsqrt (default: 90; a fifth of the schedule)'
+    )
+    lr_decay_fn: Optional[Decay] = flag(None, 'how wsd and rsqrt decay (default: 1-sqrt for wsd, linear for rsqrt)')
+    lr_stable_timescale: Optional[float] = flag(None, 'timescale of rsqrt in epochs (default: --warmup-epochs)')
     warmup_epochs: int = flag(5, 'epochs of learning rate warm-up')
     warmup_prefix: bool = flag(False, 'start the learning rate schedule after warm-up, not with it')
     cooldown_epochs: int = flag(0, 'epochs at the lowest learning rate after the schedule')
@@ -377,6 +413,7 @@ class LoopSettings:
     dist_bn: Literal['reduce', 'broadcast', 'none', ''] = flag('reduce', 'how processes share BatchNorm statistics')
 
     start_epoch: Optional[int] = flag(None, 'epoch to start at (default: that of --resume, else 0)', section='loop')
+    stop_epoch: Optional[int] = flag(None, 'stop after N epochs, and leave the schedule as --epochs makes it')
     log_interval: int = flag(50, 'updates between lines of the training log')
     val_interval: int = flag(1, 'epochs between validations')
     eval_metric: str = flag('top1', 'score that selects the best epoch: top1, top5, loss, macro_f1, ece, miou, ...')
@@ -384,6 +421,9 @@ class LoopSettings:
 
     metrics: str = flag('', 'further scores, comma-separated: confusion, per-class, ece', 'LIST', section=TUNING)
     patience: Optional[int] = flag(None, 'stop after N validations without improvement')
+    time_limit: Optional[float] = flag(
+        None, 'save a state and exit with status 143 so long after the start of the process', 'MINUTES'
+    )
     eval_only: bool = flag(False, 'only validate, the same as --epochs 0')
 
 
@@ -397,6 +437,7 @@ class OutputSettings:
     no_resume_opt: bool = flag(False, 'continue a training state without that of the optimizer')
     recovery_interval: int = flag(0, 'updates between training states saved within an epoch, 0 for none')
     checkpoint_hist: int = flag(10, 'number of best epochs whose training states are kept')
+    save_epochs: List[int] = flag([], 'numbers of epochs after which the state is kept as milestone-N.pth.tar')
     save_images: bool = flag(False, 'save a training batch as a picture at every line of the log')
     log_wandb: bool = flag(False, 'log to Weights & Biases, the same as --log-with wandb')
     wandb_project: Optional[str] = flag(None, 'project name in Weights & Biases')

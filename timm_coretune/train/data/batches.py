@@ -82,6 +82,14 @@ def count_batches(loader: Any, accelerator: Accelerator) -> int:
     return int(accelerator.gather(torch.tensor([len(loader)], device=accelerator.device)).min())
 
 
+def count_shared(loader: Any, accelerator: Accelerator) -> int:
+    """Number of validation batches that every process is sure to have: of a stream in several processes none."""
+    dataset = getattr(getattr(loader, 'loader', loader), 'dataset', None)  # under a prefetching loader
+    if accelerator.num_processes > 1 and isinstance(dataset, IterableDataset):
+        return 0
+    return count_batches(loader, accelerator)
+
+
 def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> Iterator[Any]:
     """End on all processes when the first runs out of batches, since the others would wait for it forever."""
     if is_even(loader, accelerator):

@@ -19,6 +19,7 @@ from ...data.resumable import make_resumable
 from ..cli.settings import DataSettings
 from .datasets import Datasets
 from .labelled import get_labels
+from .workers import outliving_signals
 
 
 class Loaders(NamedTuple):
@@ -168,6 +169,7 @@ class LoaderFactory:
             **self._size_kwargs(),
             **self._train_kwargs(),
         )
+        loader = outliving_signals(loader)
         if is_stream:
             return loader
         return make_resumable(
@@ -207,7 +209,7 @@ class LoaderFactory:
                 patch_size_choices=settings.naflex_patch_sizes,
                 patch_size_choice_probs=settings.naflex_patch_size_probs,
             )
-        return create_naflex_loader(
+        loader = create_naflex_loader(
             dataset,
             train_seq_lens=tuple(settings.naflex_train_seq_lens),
             mixup_fn=mixup_fn,
@@ -218,6 +220,7 @@ class LoaderFactory:
             **patches,
             **self._train_kwargs(),
         )
+        return outliving_signals(loader)
 
     def _create_validation(self, dataset: Dataset) -> Any:
         settings = self.settings
@@ -232,14 +235,16 @@ class LoaderFactory:
             **self.common,
         )
         if settings.naflex_loader:
-            return create_naflex_loader(
+            loader = create_naflex_loader(
                 dataset,
                 patch_size=self.patch_size,
                 max_seq_len=settings.naflex_max_seq_len,
                 patchify_channels_last=not settings.naflex_patchify_channels_first,
                 **kwargs,
             )
-        return cast(Any, create_loader)(dataset, input_size=self.data_config['input_size'], **kwargs)
+        else:
+            loader = cast(Any, create_loader)(dataset, input_size=self.data_config['input_size'], **kwargs)
+        return outliving_signals(loader)
 
 
 def check_fills_a_batch(loader: Any, dataset: Dataset, batch_size: int, num_processes: int) -> None:

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any, Dict, List, Mapping, Optional
 
+from accelerate import Accelerator
+
 from ...evaluation.scores import SCORES, describe_value, for_ranking
 from ...hub.connection import NOT_PUSHED, HubError
 from ...hub.push import push_command, push_run
@@ -23,6 +25,8 @@ from ...run_folder import (
 from ..cli.arguments import create_parser
 from ..cli.settings import OutputSettings
 from ..loop import Trainer
+from ..processes import is_sharded
+from .folder import find_newest_state
 from .record import RunRecord
 
 _logger = logging.getLogger(__name__)
@@ -61,20 +65,40 @@ def continue_command(argv: List[str], folder: str) -> str:
     return join_command(['accelerate', 'launch', *script, *words])
 
 
-def reason_to_stop(trainer: Trainer, epochs: range) -> str:
+def describe_continuation(argv: List[str], record: RunRecord, accelerator: Accelerator) -> str:
+    """How a run that stopped before its end is continued: the end of a sentence that begins with why it stopped."""
+    if is_sharded(accelerator):
+        return (
+            f'. {accelerator.distributed_type.value} shards the state, so none is saved and the run cannot be '
+            f'continued. Weights of the best epoch so far, if one has ended, are in {BEST_WEIGHTS_NAME}: a new run can '
+            'start from them with --initial-checkpoint.'
+        )
+    # the file of a state may be complete although the record has not noted it yet
+    if record.last_state or (record.folder and find_newest_state(record.folder)):
+        also = '\nAdd what accelerate launch was given, such as --config_file.' if accelerator.num_processes > 1 else ''
+        return f'. Continue with:\n{continue_command(argv, record.folder)}{also}'
+    return ' in the first epoch, before a checkpoint: start anew to continue.'
+
+
+def reason_to_stop(trainer: Trainer, epochs: range, num_epochs: int) -> str:
     """Why a run that is continued has nothing left to train, in one sentence. Empty if it has.
 
     Args:
         trainer: Has the best score of the run so far.
-        epochs: Epochs that are left.
+        epochs: Epochs that are left, up to the one at which the run stops.
+        num_epochs: Epochs of the schedule.
     """
     done = f'This run is over: all its {epochs.stop} epochs are trained'
+    flag = 'more --epochs'
+    if epochs.stop < num_epochs:
+        done = f'This run has trained {epochs.stop} of {num_epochs} epochs, after which --stop-epoch stops it'
+        flag = 'a larger --stop-epoch'
     if len(epochs):
         if trainer.best[1] is None or not trainer.is_out_of_patience(epochs.start - 1):
             return ''
         config = trainer.config
         done = f'This run is over: it stopped after {config.patience} validations without a better {config.eval_metric}'
-    flag = 'a larger --patience' if len(epochs) else 'more --epochs'
+        flag = 'a larger --patience'
     return f'{done}, so nothing is trained; ask for {flag} to train on, or for another --experiment to start anew.'
 
 

@@ -40,6 +40,12 @@ def place_in_epoch(
     state, before = continuation.loop_state, continuation.before
     if not state or not continuation.batch or loader is None:
         return continuation
+    if state.get('is_trained'):  # whatever batches it had, the epoch continues with its validation
+        processes, batch = state['processes'], len(loader)
+        if len(processes) != num_processes:
+            meter = _average_meter(processes, batch)
+            processes = [{**own, 'meter': meter} for own in processes]
+        return continuation._replace(batch=batch, loop_state={**state, 'batch': batch, 'processes': processes})
     names = ('batch_size', 'grad_accum_steps')
     size, accum = (before.get(name, values[name]) for name in names)
     size_now, accum_now = (values[name] for name in names)

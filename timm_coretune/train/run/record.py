@@ -23,7 +23,9 @@ from ...run_folder import (
     BEST_WEIGHTS_NAME,
     EVAL_PREFIX,
     LAST_STATE_NAME,
+    MILESTONE_PREFIX,
     RECOVERY_PATTERN,
+    STATE_SUFFIX,
     SUMMARY_NAME,
 )
 from ..cli.settings import OutputSettings, SavedArguments
@@ -66,6 +68,7 @@ class RunRecord:
         self.eval_metric: str = saved.eval_metric
         self.with_images = settings.save_images
         self.sets_aside = settings.resume != 'auto'
+        self.save_epochs = settings.save_epochs
         self.rows: List[Dict[str, str]] = []
         self.publish_ema = publish_ema
         self.notes: Dict[str, str] = {}  # further notes in the header of the best weights
@@ -142,6 +145,8 @@ class RunRecord:
             if is_own:
                 epoch, batch = continuation.saved_at
                 saver.restore(ranked, path, None if batch else epoch - 1)
+                if not batch and not os.path.exists(self._milestone(epoch)):
+                    self._keep_milestone(epoch, path, saver)
             if best[1] is not None and not repair_best(
                 saver, self.folder, origin, best[1], self.publish_ema, self.notes
             ):
@@ -232,7 +237,16 @@ class RunRecord:
                     epoch, metric=None if metric is None else for_ranking(self.eval_metric, metric)
                 )
                 self.last_state = self.path(LAST_STATE_NAME)
+                self._keep_milestone(epoch + 1, self.last_state, self.saver)
             self._write_rows()
+
+    def _milestone(self, num_epochs: int) -> str:
+        return self.path(f'{MILESTONE_PREFIX}{num_epochs}{STATE_SUFFIX}')
+
+    def _keep_milestone(self, num_epochs: int, state: str, saver: Saver) -> None:
+        """Keep the state at the end of an epoch, if --save-epochs asks for it."""
+        if num_epochs in self.save_epochs:
+            saver.copy_state(state, self._milestone(num_epochs))
 
     def finish(self) -> None:
         """Remove the states saved within epochs. Call this when the run is over."""

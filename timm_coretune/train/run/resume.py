@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 # settings that may differ without a warning when a run is continued
 _MAY_DIFFER = {
     *('resume', 'output', 'experiment', 'start_epoch', 'config', 'eval_only', 'local_rank', 'data', 'preset'),
+    *('stop_epoch', 'save_epochs', 'time_limit'),
 }
 
 ROWS_KEY = 'rows'  # where a state keeps the rows of the summary, in what it keeps of the loop
