@@ -155,6 +155,7 @@ CONTRADICTIONS = [
     ('--task multilabel --data-dir x --eval-metric top1', '--eval-metric: choose from loss, map, micro_f1'),
     ('--task multilabel --data-dir x --multilabel-threshold 1', '--multilabel-threshold: above 0, below 1, got 1'),
     ('--task multilabel --data-dir x --multilabel-threshold 0', '--multilabel-threshold: above 0, below 1, got 0'),
+    ('--task multilabel --data-dir x --coretune --loss zlpr', '--loss twoway and --loss zlpr take no soft targets'),
     ('--target-format multihot', '--target-format multihot and --target-key with several fields need --task'),
     ('--target-key a,b', '--target-format multihot and --target-key with several fields need --task multilabel'),
     (

@@ -212,6 +212,8 @@ def _of_several_labels(settings: Settings) -> Conditions:
         '--task multilabel: not with --segmentation, --class-balance, --jsd-loss or --kd-model-name': (
             any((data.segmentation, data.class_balance, loss.jsd_loss, loss.kd_model_name))
         ),
+        '--loss twoway and --loss zlpr take no soft targets, which mixtures have; --coretune-smooth none '
+        'learns none': loss.task_loss == 'core' and loss.coretune_smooth != 'none' and {'twoway', 'zlpr'} & {loss.loss},
         f'--task multilabel: --method {loss.method} compares images by their one class; choose one that '
         'docs/multilabel.md lists': loss.task_loss and not METHODS[loss.task_loss].for_multi_label,
         '--task multilabel needs --data-dir or --dataset: the images of the bundled sample have one label each': (
