@@ -173,3 +173,31 @@ def test_folders_of_classes_have_one_label_an_image(tmp_path):
     os.makedirs(tmp_path / 'data' / 'train' / 'a')
     with pytest.raises(ValueError, match='each has one, its class'):
         results_of(tmp_path / 'data', tmp_path, '--task', 'multilabel', base=ON_CPU)
+
+
+@pytest.mark.parametrize(
+    'flags',
+    [
+        ('--loss', 'asl', '--coretune'),
+        ('--loss', 'poly', '--poly-gamma', '2', '--coretune'),
+        ('--loss', 'db', '--coretune'),
+        ('--loss', 'zlpr'),
+        ('--loss', 'twoway', '--method', 'scl'),
+    ],
+    ids=' '.join,
+)
+def test_every_loss_of_timm_for_several_labels_trains(attributes, tmp_path, flags):
+    (result,) = results_of(attributes, tmp_path, *SEVERAL, '-b', '16', '--epochs', '1', *flags)
+    assert np.isfinite(result['train']['loss'])
+    assert result['validation']['map'] > 10
+
+
+@pytest.mark.parametrize('method', [('--coretune',), ()], ids=['core', 'plain'])
+def test_weights_of_classes_are_counted_over_label_sets(attributes, tmp_path, method):
+    label = read_split(str(attributes), 'train').label
+    counts = label.sum(0).double()
+    given = ','.join(str(float(w)) for w in ((len(label) - counts) / counts))
+    flags = (*SEVERAL, '-b', '16', '--epochs', '1', *method, '--loss-pos-weight')
+    runs = [train(attributes, tmp_path / word[:3], *flags, word) for word in ('neg_pos', given)]
+    losses = [float(rows_of(folder / 'summary.csv')[0]['train_loss']) for folder in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

@@ -169,9 +169,6 @@ def find_obstacle(settings: Settings) -> str:
             resolve_weight(loss, 'class_weight', stats)
             return ''
         create_criterion(loss, data.mixes_pixels, data.aug_splits, data.is_multi_label, stats)
-        if loss.task_loss == 'core' and loss.coretune_smooth != 'none':
-            with asked_by('--coretune learns mixtures, whose targets are soft. --coretune-smooth none learns none'):
-                create_criterion(loss, True, data.aug_splits, data.is_multi_label, stats)
     except (ValueError, OSError) as e:
         return str(e)
     return ''
