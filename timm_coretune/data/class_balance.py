@@ -72,7 +72,7 @@ class ClassBalancedBatchSampler(Sampler):
                 else:
                     batch += waiting.pop()[:room]
             groups += reversed(waiting)
-            yield batch[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            yield batch[self.rank :: self.num_processes]  # as DistributedSampler shares images out
 
 
 def expected_positives(

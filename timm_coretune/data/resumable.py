@@ -3,13 +3,15 @@
 timm's loaders draw both from generators that run on from epoch to epoch, one in each process and each loader worker. To
 continue such a run in the middle of an epoch, all of these generators would have to be saved. Here every image and
 every batch has a key, made of the seed, the epoch and its place in the epoch. Generators are seeded with it before an
-image is augmented. Nothing has to be saved, and the numbers of workers and processes do not matter.
+image is augmented. Nothing has to be saved, and the number of workers does not matter. Neither does the number of
+processes, but for what acts on the batch of a process: pixel mixup and random erasing.
 """
 
+import itertools
 from typing import Any, Callable, Iterator, List, NamedTuple, Optional, Sequence, Sized, Tuple, cast
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler
 
 from .seeding import make_key, seeded
 
@@ -29,8 +31,8 @@ class Draw(NamedTuple):
 class EpochBatchSampler(Sampler):
     """Yields batches in an order that depends only on seed and epoch. Each index comes with the Draw of its image.
 
-    With DistributedSampler, or one process and RandomSampler, the images of a global batch are the same for any number
-    of processes, and so is their augmentation.
+    With DistributedSampler, or one process and RandomSampler, an epoch has the same global batches for any number of
+    processes, and the augmentation of an image is the same.
 
     Args:
         batch_sampler: Sampler that yields batches of indices for this process.
@@ -49,6 +51,11 @@ class EpochBatchSampler(Sampler):
         order: Any = getattr(batch_sampler, 'sampler', None)
         if hasattr(order, 'seed'):
             order.seed = seed
+        self.num_batches = len(cast(Sized, batch_sampler))
+        if isinstance(order, DistributedSampler) and getattr(batch_sampler, 'drop_last', False):
+            # the sampler repeats images, so that processes have equally many; one process has no batch of such images
+            size: int = batch_sampler.batch_size  # type: ignore[attr-defined]
+            self.num_batches = len(cast(Sized, order.dataset)) // (size * num_processes)
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
@@ -71,7 +78,7 @@ class EpochBatchSampler(Sampler):
         epoch, num_skipped, place = self.epoch, self.num_skipped, 0
         self.num_skipped = 0
         self._shuffle(epoch)
-        for number, batch in enumerate(self.batches):
+        for number, batch in enumerate(itertools.islice(self.batches, self.num_batches)):
             first, place = place, place + len(batch)
             if number >= num_skipped:
                 places = range(first * self.num_processes + self.rank, place * self.num_processes, self.num_processes)
@@ -82,7 +89,7 @@ class EpochBatchSampler(Sampler):
         self.epoch = epoch + 1
 
     def __len__(self) -> int:
-        return len(cast(Sized, self.batches))
+        return self.num_batches
 
 
 class SeededDataset(Dataset):

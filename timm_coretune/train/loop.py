@@ -520,8 +520,9 @@ class Trainer:
                 buffers[name].copy_(value)
         else:
             _logger.warning(
-                f'The state is of {len(processes)} process(es), there are {self.accelerator.num_processes}: the run '
-                'goes on, but not to the same weights.'
+                f'The state is of {len(processes)} process(es), there are {self.accelerator.num_processes}: statistics '
+                'of BatchNorm are those of the first, and draws of dropout, pixel mixup and random erasing are others. '
+                'With the same global batch all else goes on as before.'
             )
         if state['batch']:
             self.meter.load_state_dict(own['meter'])

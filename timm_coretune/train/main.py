@@ -38,7 +38,7 @@ from .optimization import (
     resolve_lr,
 )
 from .preemption import Preempted, StopRequest
-from .processes import check_strategy, create_accelerator, precision_of, start_trackers
+from .processes import check_strategy, create_accelerator, precision_of, share_batch, start_trackers
 from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop
 from .run.first_lines import log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, take_folder
@@ -307,9 +307,10 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
 
 
 def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Dict[str, Any]]:
+    accelerator = _prepare_process(parsed)
+    parsed = parsed._replace(settings=share_batch(parsed.settings, accelerator.num_processes))
     settings, output = parsed.settings, parsed.settings.output
     kind = kind_of(settings)
-    accelerator = _prepare_process(parsed)
     check_model_name(settings.model.model, settings.model.pretrained)
     if settings.loss.kd_model_name:
         check_model_name(settings.loss.kd_model_name, flag='--kd-model-name')

@@ -1,5 +1,6 @@
 """Sets up accelerate: device, processes, precision and trackers"""
 
+import dataclasses
 import logging
 import os
 from typing import Any, Dict, Mapping
@@ -102,6 +103,33 @@ def check_second_order(name: str, accelerator: Accelerator) -> None:
             f'{name} needs the second derivative of the loss. DistributedDataParallel keeps no graph of the gradients '
             f'that it averages over {accelerator.num_processes} processes. Train in one, or use another optimizer.'
         )
+
+
+def share_batch(settings: Settings, num_processes: int) -> Settings:
+    """Settings with the batch size of a process, from --global-batch-size.
+
+    Raises:
+        ValueError: The processes cannot have equal shares, or shares are too small.
+    """
+    data, total = settings.data, settings.data.global_batch_size
+    if total is None:
+        return settings
+    size, rest = divmod(total, num_processes)
+    if rest or not size:
+        lower = max(size, 1) * num_processes
+        raise ValueError(
+            f'--global-batch-size: expected a multiple of the {num_processes} processes, got {total}. Choose {lower} '
+            f'or {lower + num_processes}.'
+        )
+    least, step, flag = (4, 1, '--class-balance') if data.class_balance else (1, 1, '')
+    if data.mixes_pixels and not settings.loop.eval_only:
+        least, step, flag = max(least, 2), 2, f'{flag} --mixup or --cutmix'.strip()
+    if size < least or size % step:
+        raise ValueError(
+            f'--global-batch-size: {total} in {num_processes} process(es) is {size} each; {flag} needs '
+            f'{"an even number" if step == 2 else "a number"} of {least} or more.'
+        )
+    return dataclasses.replace(settings, data=dataclasses.replace(data, batch_size=size))
 
 
 def check_strategy(settings: Settings, accelerator: Accelerator) -> None:

@@ -60,6 +60,7 @@ CONTRADICTIONS = [
     ('--train-img-sizes 32 --use-multi-epochs-loader', '--train-img-sizes: not with'),
     ('--train-img-sizes 32 --aug-splits 2', '--train-img-sizes: not with'),
     ('--train-img-sizes 32 --class-balance', '--train-img-sizes: not with'),
+    ('--global-batch-size 8 --train-img-sizes 32', '--global-batch-size: one size for all batches'),
     ('--class-balance --aug-repeats 3', '--class-balance and --aug-repeats both order the images'),
     ('--class-balance -b 3', '--class-balance needs a --batch-size of 4 or more'),
     ('--mixup 0.2 -b 5', '--mixup, --cutmix and --cutmix-minmax mix pairs of images: the --batch-size'),

@@ -101,6 +101,8 @@ def _leave_out_one_start(config: Dict[str, Any]) -> List[str]:
 def _to_yaml(args: argparse.Namespace, given: frozenset) -> str:
     """The settings for --config: those that were given, then those that follow from presets, recipes and defaults."""
     left_out = {*_OF_ONE_START, *(() if 'device' in given else ('device',)), *(('start_epoch',) if args.resume else ())}
+    if args.global_batch_size is not None:
+        left_out.add('batch_size')  # depends on the number of processes
     asked = given | ({'data_dir'} if 'data' in given else set())
     text = '# train.py -c FILE repeats the run with the settings in this file.\n'
     settings = redact_values(vars(args))
@@ -235,6 +237,10 @@ def parse_args(argv: Optional[List[str]] = None) -> ParsedArguments:
     left_out = _leave_out_one_start(config)
     given = {**config, **given}
     _check_redacted(given, parser)
+    if given.get('global_batch_size') is not None and given.get('batch_size') is not None:
+        parser.error(
+            'argument --global-batch-size: it is shared out to the processes, so --batch-size follows from it; give one'
+        )
     remember(given)
     weights = _find_weights(given, parser)
     if weights is not None and weights.description.segmentation_head is not None:

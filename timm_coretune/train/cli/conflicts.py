@@ -136,6 +136,9 @@ def _of_batches(settings: Settings) -> Conditions:
             sizes and (data.use_multi_epochs_loader or data.aug_splits or data.class_balance)
         ),
         '--class-balance and --aug-repeats both order the images; choose one': data.class_balance and data.aug_repeats,
+        '--global-batch-size: one size for all batches; not with --train-img-sizes or --naflex-loader': (
+            data.global_batch_size is not None and (sizes or data.naflex_loader)
+        ),
         '--class-balance needs a --batch-size of 4 or more': data.class_balance and data.batch_size < 4,
         '--mixup, --cutmix and --cutmix-minmax mix pairs of images: the --batch-size, or each of --train-batch-sizes, '
         'must be even': any(size % 2 for size in mixed),

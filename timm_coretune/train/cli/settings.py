@@ -130,6 +130,7 @@ class DataSettings:
 
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
     val_fraction: Optional[float] = flag(None, 'share of each class held out (default: 0.1 if no split validates)')
+    global_batch_size: Optional[int] = flag(None, 'images per batch of all processes together, for --batch-size')
     class_balance: bool = flag(False, 'batches in which every image has another one of its class, if there is one')
     check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
     skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')
