@@ -159,20 +159,28 @@ def test_what_the_loss_cannot_do_is_refused_by_name(name):
         timm.loss.create_classification_loss('coretune', num_features=8, **{name: value})
 
 
-def test_weights_of_classes_are_refused_as_tensors_too():
-    with pytest.raises(ValueError, match='class_weight=tensor'):
-        timm.loss.create_classification_loss('coretune', num_features=8, class_weight=torch.ones(3))
+def test_weights_of_positives_are_refused_as_tensors_too():
+    with pytest.raises(ValueError, match='pos_weight=tensor'):
+        timm.loss.create_classification_loss('coretune', num_features=8, pos_weight=torch.ones(3))
+
+
+def test_weights_of_classes_and_several_labels_are_those_of_the_loss():
+    loss = timm.loss.create_classification_loss('coretune', num_features=8, class_weight=torch.tensor([1.0, 2.0]))
+    assert loss.class_weight.tolist() == [1, 2]
+    loss = timm.loss.create_classification_loss('scl', num_features=8, multi_label=True, smoothing=0.1)
+    assert (loss.multi_label, loss.classification_loss.smoothing) == (True, 0.1)
+    with pytest.raises(ValueError, match='BCLLoss compares images by their one class, got multi_label=True'):
+        timm.loss.create_classification_loss('bcl', num_features=8, multi_label=True)
 
 
 @pytest.mark.parametrize(
     'kwargs, message',
     [
-        (dict(num_features=8, multi_label=True), "'coretune' mines pairs by class, .* support multi-label targets"),
         (dict(), "'coretune' requires num_features, .*model.head_hidden_size or model.num_features"),
         (dict(num_features=8, bce_sum=True), "'coretune' takes the arguments of CoreTuningLoss: .*bce_sum"),
         (dict(num_features=8, contrast_weight=-1.0), 'contrast_weight >= 0, got -1.0'),
     ],
-    ids=['multi-label', 'no width', 'argument of another loss', 'out of range'],
+    ids=['no width', 'argument of another loss', 'out of range'],
 )
 def test_wrong_arguments_are_answered_with_the_remedy(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -29,14 +29,14 @@ def create_task_loss(
     Args:
         loss_type: Name of the loss in timm_coretune.loss.LOSSES.
         num_features: Width of the features before the classifier; required.
-        multi_label: Whether an image may have several labels. Not supported: True raises an error.
+        multi_label: Whether an image may have several labels. Losses that compare images by their one class refuse it.
         smoothing: Label smoothing factor. With soft_targets it is ignored, as in timm's other losses.
         soft_targets: Whether targets are soft labels, from timm's Mixup or CutMix.
         **kwargs: Further arguments of the loss. Those of timm's other losses may only have their defaults, as in code
             that passes all of them to the factory.
 
     Raises:
-        ValueError: Labels are multi-label, num_features is missing, or an argument belongs to another loss.
+        ValueError: The loss knows no multi-label targets, num_features is missing, or an argument belongs to another loss.
     """
     loss: Any = LOSSES[loss_type]
     kwargs, foreign = _split_arguments(loss, kwargs)
@@ -45,15 +45,14 @@ def create_task_loss(
             f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {', '.join(foreign)} belong(s) to other "
             'losses of timm and would have no effect. Leave out what is not at its default.'
         )
-    if multi_label:
-        raise ValueError(f"Loss type '{loss_type}' mines pairs by class, it does not support multi-label targets.")
     if not num_features:
         raise ValueError(
             f"Loss type '{loss_type}' requires num_features, the width before the classifier "
             '(model.head_hidden_size or model.num_features).'
         )
     try:
-        return loss(num_features, label_smoothing=0.0 if soft_targets else smoothing, **kwargs)
+        smoothing = 0.0 if soft_targets else smoothing
+        return loss(num_features, label_smoothing=smoothing, multi_label=multi_label, **kwargs)
     except TypeError as e:
         raise ValueError(f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {e}") from e
 

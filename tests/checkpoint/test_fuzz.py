@@ -5,7 +5,7 @@ import sys
 import pytest
 from fuzz_checkpoints import RIGHT, run_cases, table
 
-CASES = 500
+CASES = 250
 
 
 @pytest.mark.slow

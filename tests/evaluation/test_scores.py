@@ -1,4 +1,4 @@
-"""What is known of a score stands in one table, which knows the scores of both evaluators"""
+"""What is known of a score stands in one table, which knows the scores of all evaluators"""
 
 import re
 from pathlib import Path
@@ -8,7 +8,16 @@ import torch
 
 import timm_coretune
 from timm_coretune.evaluation.classification import ClassificationEvaluator
-from timm_coretune.evaluation.scores import FURTHER_OF_IMAGES, OF_PIXELS, SCORES, describe, is_better, scores_of_images
+from timm_coretune.evaluation.multi_label import MultiLabelEvaluator
+from timm_coretune.evaluation.scores import (
+    FURTHER_OF_IMAGES,
+    OF_LABEL_SETS,
+    OF_PIXELS,
+    SCORES,
+    describe,
+    is_better,
+    scores_of_images,
+)
 from timm_coretune.evaluation.segmentation import SegmentationEvaluator
 
 
@@ -17,11 +26,14 @@ def test_every_score_of_an_evaluator_is_in_the_table_and_the_other_way_round():
     images.update(torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
     pixels = SegmentationEvaluator(3)
     pixels.update(torch.randn(1, 3, 2, 2), torch.tensor([[[0, 1], [2, 0]]]))
-    of_images, of_pixels = images.compute(), pixels.compute()
+    several = MultiLabelEvaluator()
+    several.update(torch.randn(4, 3), torch.tensor([[0.0, 1, 0], [1, 1, 0], [0, 0, 0], [0, 0, 1]]))
+    of_images, of_pixels, of_label_sets = images.compute(), pixels.compute(), several.compute()
     assert set(of_images) == set(scores_of_images(tuple(FURTHER_OF_IMAGES)))
     assert set(of_pixels) == set(OF_PIXELS)
-    assert set(of_images) | set(of_pixels) == set(SCORES)
-    for evaluator, scores in ((images, of_images), (pixels, of_pixels)):
+    assert set(of_label_sets) == set(OF_LABEL_SETS)
+    assert set(of_images) | set(of_pixels) | set(of_label_sets) == set(SCORES)
+    for evaluator, scores in ((images, of_images), (pixels, of_pixels), (several, of_label_sets)):
         assert evaluator.describe(scores).startswith(f'Loss: {scores["loss"]:>7.3f}  ')
 
 

@@ -6,11 +6,11 @@ import os
 import numpy as np
 import pytest
 import torch
+from make_attributes import ATTRIBUTES, make_attributes
 from PIL import Image
 from runs import ON_CPU, outcome, results_of, rows_of, stop_at, train
 from safetensors.torch import load_file, save_file
 
-from scripts.make_attributes import ATTRIBUTES, make_attributes
 from timm_coretune.data.safetensors_images import read_split
 from timm_coretune.run_folder import read_json
 

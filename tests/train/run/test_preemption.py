@@ -271,16 +271,14 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('target', ['launcher', 'process'])
-def test_two_processes_that_a_launcher_ends_save_one_state_and_go_on_from_it(tmp_path, whole, target):
+def test_two_processes_of_which_one_is_told_to_stop_save_one_state_and_go_on_from_it(tmp_path, whole):
     words = command_of(tmp_path, 'run')
     with open(tmp_path / 'log', 'w') as log:
         process = subprocess.Popen(words, env=ENVIRONMENT, stdout=log, stderr=log)
     while 'Train: 0 [   2/' not in (tmp_path / 'log').read_text():
         assert process.poll() is None, (tmp_path / 'log').read_text()
         time.sleep(0.02)
-    single = psutil.Process(process.pid).children()[-1]
-    (process if target == 'launcher' else single).send_signal(signal.SIGTERM)
+    psutil.Process(process.pid).children()[-1].send_signal(signal.SIGTERM)
     assert process.wait(60) == 1  # that of the launcher, whatever its processes end with
     said = (tmp_path / 'log').read_text()
     assert 'Stopped by SIGTERM. Continue with:\n' in said, said
