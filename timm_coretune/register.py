@@ -36,7 +36,7 @@ def create_task_loss(
             that passes all of them to the factory.
 
     Raises:
-        ValueError: The loss knows no multi-label targets, num_features is missing, or an argument belongs to another loss.
+        ValueError: The loss knows no multi-label targets, num_features is missing, or an argument is of another loss.
     """
     loss: Any = LOSSES[loss_type]
     kwargs, foreign = _split_arguments(loss, kwargs)
