@@ -51,6 +51,13 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x.masked_fill((x == 0).all(dim=-1, keepdim=True), 0.0), dim=-1)
 
 
+def cosine_similarity(features: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    """Cosine similarity of the rows `anchor` (B,) of features (N, D) with all rows (B, N), without gradient."""
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        unit = normalize(features.detach())
+        return unit[anchor] @ unit.T
+
+
 @torch.no_grad()
 def select_hard_pairs(
     features: torch.Tensor,
@@ -79,9 +86,7 @@ def select_hard_pairs(
     num_candidates = features.shape[0]
     candidate = torch.arange(num_candidates, device=features.device)
     anchor = candidate if anchor is None else anchor
-    with torch.autocast(device_type=features.device.type, enabled=False):
-        unit = normalize(features.detach())
-        similarity = unit[anchor] @ unit.T
+    similarity = cosine_similarity(features, anchor)
     anchor_label = label[anchor]
     takes_part = label >= 0
     same = anchor_label[:, None] == label

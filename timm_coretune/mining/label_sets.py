@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 
 from ..checks import check_target
-from . import HardPairs, normalize
+from . import HardPairs, cosine_similarity
 
 
 def label_sets(target: torch.Tensor) -> torch.Tensor:
@@ -85,9 +85,7 @@ def select_hard_pairs_of_sets(
     """
     candidate = torch.arange(features.shape[0], device=features.device)
     anchor = candidate if anchor is None else anchor
-    with torch.autocast(device_type=features.device.type, enabled=False):
-        unit = normalize(features.detach())
-        similarity = unit[anchor] @ unit.T
+    similarity = cosine_similarity(features, anchor)
     is_other = anchor[:, None] != candidate
     overlaps = jaccard(label[anchor], label) > 0
     positive, negative = overlaps & is_other, ~overlaps & is_other

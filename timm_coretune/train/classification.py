@@ -32,10 +32,9 @@ from .cli.criterion import (
     ClassStats,
     check_class_stats,
     create_criterion,
-    expand_weight,
     needs_stats,
     read_class_stats,
-    resolve_weight,
+    weight_of_each_class,
 )
 from .cli.settings import LossSettings, ModelSettings, Settings
 from .data.classes import read_model_classes
@@ -183,9 +182,7 @@ def create_task(
         if data.is_multi_label:
             of_labels: Dict[str, Any] = dict(multi_label=True, classification_loss=create())
         else:
-            of_labels = dict(
-                class_weight=expand_weight(resolve_weight(loss, 'class_weight', stats, num_classes), num_classes)
-            )
+            of_labels = dict(class_weight=weight_of_each_class(loss, stats, num_classes))
         return CoreTuningTask(
             model,
             loss.task_loss,

@@ -37,7 +37,7 @@ from ..segmentation.data.transforms import (
 from ..segmentation.dense import DenseCrossEntropy
 from ..segmentation.export import write_segmentation_config
 from ..segmentation.predict import draw_predictions
-from .cli.criterion import check_class_stats, expand_weight, read_class_stats, resolve_weight
+from .cli.criterion import check_class_stats, read_class_stats, weight_of_each_class
 from .cli.settings import DataSettings, ModelSettings, Settings
 from .data.datasets import Datasets
 from .data.loaders import Loaders, check_fills_a_batch
@@ -233,7 +233,7 @@ def create_task(
     stats = read_class_stats(loss.class_stats) if loss.class_stats is not None else None
     if stats is not None:
         check_class_stats(stats, num_classes, datasets.class_names)
-    class_weight = expand_weight(resolve_weight(loss, 'class_weight', stats, num_classes), num_classes)
+    class_weight = weight_of_each_class(loss, stats, num_classes)
     if loss.task_loss is not None:
         return SegmentationTask(
             cast(SegmentationModel, model),

@@ -111,8 +111,9 @@ def resolve_weight(
     return weights
 
 
-def expand_weight(weight: Weights, num_classes: int) -> Optional[torch.Tensor]:
-    """A weight for each class (C,), None for none."""
+def weight_of_each_class(loss: LossSettings, stats: Optional[ClassStats], num_classes: int) -> Optional[torch.Tensor]:
+    """The weights of --loss-class-weight, one for each class (C,), or None. Arguments and errors: `resolve_weight`."""
+    weight = resolve_weight(loss, 'class_weight', stats, num_classes)
     return torch.full((num_classes,), weight) if isinstance(weight, float) else weight
 
 

@@ -148,9 +148,15 @@ def count_classes(dataset: Dataset, num_classes: int) -> Optional[Tuple[torch.Te
     return None if labels is None else (torch.tensor(labels).bincount(minlength=num_classes).float(), len(labels))
 
 
-def class_to_idx_of(dataset: Any) -> Optional[Dict[Any, int]]:
+def innermost(dataset: Any) -> Any:
+    """The data set of which others are parts or conversions."""
     while isinstance(dataset, (LabelledSubset, ConvertedImages)):
         dataset = dataset.dataset
+    return dataset
+
+
+def class_to_idx_of(dataset: Any) -> Optional[Dict[Any, int]]:
+    dataset = innermost(dataset)
     reader = getattr(dataset, 'reader', dataset)  # timm keeps the classes in the reader, torchvision in the data set
     if isinstance(reader, INaturalist) and reader.target_type == ['full']:
         return {name: index for index, name in enumerate(reader.all_categories)}
@@ -159,9 +165,7 @@ def class_to_idx_of(dataset: Any) -> Optional[Dict[Any, int]]:
 
 def map_labels(dataset: Any, indices: Dict[Any, int]) -> None:
     """Map the labels of a data set to class indices."""
-    while isinstance(dataset, (LabelledSubset, ConvertedImages)):
-        dataset = dataset.dataset
-    dataset.target_transform = LabelMap(indices)
+    innermost(dataset).target_transform = LabelMap(indices)
 
 
 def copy_of(dataset: Dataset) -> Dataset:

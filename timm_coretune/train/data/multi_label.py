@@ -11,7 +11,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ...data.safetensors_reader import ReaderSafetensors
 from ..cli.settings import DataSettings
 from .classes import ModelClasses, follow_model, names_by_index
-from .labelled import ConvertedImages, LabelledSubset, class_to_idx_of, copy_of, read_labels
+from .labelled import class_to_idx_of, copy_of, innermost, read_labels
 
 _logger = logging.getLogger(__name__)
 
@@ -50,14 +50,8 @@ def _has_strings(labels: Any) -> bool:
     return isinstance(labels, str) or (isinstance(labels, (list, tuple)) and any(isinstance(x, str) for x in labels))
 
 
-def _innermost(dataset: Any) -> Any:
-    while isinstance(dataset, (LabelledSubset, ConvertedImages)):
-        dataset = dataset.dataset
-    return dataset
-
-
 def _is_dense(dataset: Dataset, settings: DataSettings) -> bool:
-    reader = getattr(_innermost(dataset), 'reader', None)
+    reader = getattr(innermost(dataset), 'reader', None)
     return settings.target_format == 'multihot' or isinstance(reader, ReaderSafetensors)
 
 
@@ -124,7 +118,7 @@ def number_label_sets(
             _check_and_count(part, transform, f'the {what} images of {where}')
         else:
             _logger.info(f'The labels of the {what} images of {where} are not known before they are read.')
-        _innermost(dataset).target_transform = transform
+        innermost(dataset).target_transform = transform
     return num_classes, names
 
 
@@ -150,9 +144,9 @@ def count_label_sets(dataset: Dataset) -> Optional[Tuple[torch.Tensor, int]]:
         dataset: A data set to which `number_label_sets` gave multi-hot targets.
     """
     copied = copy_of(dataset)
-    innermost = _innermost(copied)
-    transform: MultiHotTarget = innermost.target_transform
-    innermost.target_transform = None
+    inner = innermost(copied)
+    transform: MultiHotTarget = inner.target_transform
+    inner.target_transform = None
     labels = read_labels(copied)
     if not labels:
         return None
