@@ -28,9 +28,9 @@ def pairs_of(num_rows, num_columns, width, kind='few', dtype=torch.float64, left
     label = labels_of(count, kind, left_out)
     place = torch.randperm(count)
     column = torch.randperm(count)[:num_columns].sort().values
-    others = [index for index in range(count) if index not in set(column.tolist())]
+    is_column = torch.zeros(count, dtype=torch.bool).index_fill(0, column, True)
     shared = num_rows if same else 0 if disjoint else min(num_rows, num_columns)
-    row = torch.tensor(column.tolist()[:shared] + others[: num_rows - shared], dtype=torch.int64).sort().values
+    row = torch.cat([column[:shared], (~is_column).nonzero().flatten()[: num_rows - shared]]).sort().values
     pairs = SimpleNamespace(
         rows=unit[row].to(dtype),
         columns=unit[column].to(dtype),

@@ -18,7 +18,7 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch
 # weights are rounded to the dtype of embeddings before they multiply them. The interpreter cuts off bits of bfloat16
 GRADIENT_LIMITS = {**LIMITS, torch.bfloat16: 2**-7, torch.float16: 2**-11}
 SIZES = [(r, c, p) for p in (3, 64) for r in (1, 17, 65) for c in (1, 33, 130)]
-SIZES += [(65, 130, 128), (17, 33, 256), (65, 33, 300), (5, 40, 1024)]
+SIZES += [(65, 33, 128), (17, 33, 256), (17, 33, 300)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 if tuple(map(int, triton.__version__.split('.')[:2])) < (3, 3):
     DTYPES = DTYPES[1:]  # tl.dot takes no float64 there
@@ -49,7 +49,7 @@ def _products_of_bfloat16(monkeypatch):
 def check(pairs, scale=SCALE, focal=True, extras=True):
     found = errors(streaming_triton, pairs, scale, focal, extras)
     limits = {name: (GRADIENT_LIMITS if name[:2] == 'd_' else LIMITS)[pairs.rows.dtype] for name in found}
-    assert all(found[name] <= limits[name] for name in found), found
+    assert all(found[name] <= limits[name] for name in found), str(found)
 
 
 def gradient(pairs, scale, focal, row_stats, column_stats):
@@ -72,10 +72,13 @@ def test_rows_and_columns_of_any_number_and_width(num_rows, num_columns, width):
     check(pairs_of(num_rows, num_columns, width, dtype=torch.float32))
 
 
-@pytest.mark.parametrize('dtype', DTYPES)
+def test_the_widest_embeddings():
+    check(pairs_of(17, 40, streaming_triton.MAX_WIDTH, dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize('dtype, width', [*((dtype, 20) for dtype in DTYPES), (DTYPES[0], 140), (torch.bfloat16, 300)])
 @pytest.mark.parametrize('focal', [True, False])
-@pytest.mark.parametrize('width', [20, 300])
-def test_dtypes(dtype, focal, width):
+def test_dtypes(dtype, width, focal):
     check(pairs_of(20, 40, width, dtype=dtype), focal=focal)
 
 
@@ -91,7 +94,7 @@ def test_all_rows_are_columns_of_16_bits():
 
 @pytest.mark.parametrize('kind', ['few', 'one', 'different'])
 def test_no_row_is_a_column(kind):
-    check(pairs_of(65, 130, 128, kind, torch.float32, disjoint=True))
+    check(pairs_of(65, 130, 32, kind, torch.float32, disjoint=True))
 
 
 @pytest.mark.parametrize('extras', [True, False])
@@ -130,8 +133,19 @@ def test_float16_holds_weights_of_any_size(upstream):
     assert error(found, expected.d_rows * upstream) < 5e-4
 
 
+@pytest.mark.parametrize('num_rows, num_columns', [(0, 3), (3, 0)])
+def test_nothing_to_do(num_rows, num_columns):
+    pairs = pairs_of(num_rows, num_columns, 8, dtype=torch.float16)
+    found = streaming_triton.log_sum(
+        pairs.rows, pairs.columns, pairs.row_place, pairs.column_place, pairs.column_label, SCALE
+    )
+    assert torch.equal(found, torch.full((num_rows,), float('-inf')))
+    stats = (torch.zeros(num_rows),) * 3
+    assert torch.equal(gradient(pairs, SCALE, True, stats, None), torch.zeros(num_rows, 8))
+
+
 def test_results_are_the_same_each_time():
-    pairs = pairs_of(65, 130, 300, dtype=torch.bfloat16)
+    pairs = pairs_of(65, 70, 64, dtype=torch.bfloat16)
     stats = tuple(stat.float() for stat in dense(pairs, SCALE, True).stats)
     assert torch.equal(*(gradient(pairs, SCALE, True, stats, None) for _ in range(2)))
 
@@ -139,11 +153,12 @@ def test_results_are_the_same_each_time():
 @pytest.mark.parametrize(
     'change, message',
     [
-        ({'columns': torch.zeros(7, 4)}, r'Expected rows and columns of one dtype and one width.*\(7, 4\)'),
-        ({'columns': torch.zeros(7, 8).bfloat16()}, r'Expected rows and columns of one dtype.*bfloat16'),
-        ({'rows': torch.zeros(5, 1025), 'columns': torch.zeros(7, 1025)}, r'one width up to 1024.*\(5, 1025\)'),
-        ({'rows': torch.zeros(8, 5).T}, r'Expected contiguous tensors.*\(5, 8\).*contiguous: False'),
-        ({'column_label': torch.zeros(7)}, r'torch.int64 here, got \(7,\) torch.float32'),
+        ({'columns': torch.zeros(7, 4)}, r'Expected rows and columns of one width.*\(7, 4\)'),
+        ({'columns': torch.zeros(7, 8).bfloat16()}, r'one dtype of .*\(7, 8\) torch.bfloat16'),
+        ({'rows': torch.zeros(5, 8).long(), 'columns': torch.zeros(7, 8).long()}, r'one dtype of .*torch.int64'),
+        ({'rows': torch.zeros(5, 1025), 'columns': torch.zeros(7, 1025)}, 'up to 1024 numbers, got 1025. Project'),
+        ({'rows': torch.zeros(8, 5).T}, r'Expected a contiguous .*\(5, 8\).* strides \(1, 5\)'),
+        ({'column_label': torch.zeros(7)}, r'contiguous torch.int64 tensor on cpu, got \(7,\) torch.float32'),
     ],
 )
 def test_what_does_not_fit_is_an_error(change, message):

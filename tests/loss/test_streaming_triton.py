@@ -69,12 +69,10 @@ def on_device(pairs):
 
 def calls(backend, pairs):
     """The three functions in a row, as a step of training calls them when all rows are anchors."""
-    expected = {name: torch.zeros_like(pairs.row_place, dtype=torch.float32) for name in ('a', 'b')}
-    places = pairs.row_place, pairs.column_place
-    lse = backend.log_sum(pairs.rows, pairs.columns, *places, pairs.column_label, SCALE)
+    places, labels = (pairs.row_place, pairs.column_place), (pairs.row_label, pairs.column_label)
+    lse = backend.log_sum(pairs.rows, pairs.columns, *places, labels[1], SCALE)
     sums = backend.positive_sums(pairs.rows, pairs.columns, *places, pairs.row_run, SCALE, lse, True)
-    stats = (lse, expected['a'] + 1e-3, expected['b'] - 1e-3)
-    labels = pairs.row_label, pairs.column_label
+    stats = (lse, torch.full_like(lse, 1e-3), torch.full_like(lse, -1e-2))
     return *sums, backend.gradient(pairs.rows, pairs.columns, *places, *labels, SCALE, True, stats, stats)
 
 
@@ -91,20 +89,23 @@ def milliseconds(function):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize('same', [True, False])
-@pytest.mark.parametrize('width', [64, 128, 256, 300, 1024])
 @pytest.mark.parametrize(
-    'dtype, limit, gradient_limit',
+    'dtype, width',
     [
-        (torch.float32, 1e-5, 1e-5),
-        (torch.bfloat16, 1e-5, 2**-8),
-        (torch.float16, 1e-5, 2**-11),
-        (torch.float64, 1e-10, 1e-10),
+        *((torch.float32, width) for width in (64, 128, 300)),
+        *((torch.bfloat16, width) for width in (64, 128, 256, 1024)),
+        (torch.float16, 128),
+        (torch.float64, 128),
     ],
 )
-def test_results_on_the_device(dtype, limit, gradient_limit, width, same, backend):
-    found = errors(backend, on_device(pairs_of(4096, 4096, width, dtype=dtype, same=same)), SCALE)
-    assert all(value <= (gradient_limit if name[:2] == 'd_' else limit) for name, value in found.items()), found
+def test_results_on_the_device(dtype, width, backend):
+    limit = 1e-10 if dtype == torch.float64 else 1e-5
+    # weights are rounded to the dtype of embeddings before they multiply them
+    gradient_limit = {torch.bfloat16: 2**-8, torch.float16: 2**-11}.get(dtype, limit)
+    for same in (True, False):
+        found = errors(backend, on_device(pairs_of(4096, 4096, width, dtype=dtype, same=same)), SCALE)
+        limits = {name: gradient_limit if name[:2] == 'd_' else limit for name in found}
+        assert all(found[name] <= limits[name] for name in found), str(found)
 
 
 @pytest.mark.gpu

@@ -13,8 +13,8 @@ time each candidate, and cannot do so while a CUDA graph is captured.
 
 Embeddings of 16 bits are multiplied as they are and summed in float32. The weights G are rounded to their dtype before
 they multiply embeddings, as attention kernels do with probabilities. Embeddings in float32 are multiplied by three
-products of tensor cores (tf32x3), with an error of a few units in the last place. Triton's 'ieee' is no more exact in
-the end, and leaves the tensor cores unused; 'tf32' has errors of 1e-3.
+products of tensor cores (tf32x3), which come near the precision of float32. 'ieee' would leave the tensor cores unused,
+and 'tf32' has errors of 1e-3.
 
 This module imports Triton. Import it only where Triton is installed.
 """
@@ -30,8 +30,9 @@ from .parts.triton_kernels import gradient_kernel, log_sum_kernel, positive_sums
 Stats = Tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 MAX_WIDTH = 1024
-# Blocks by bytes of a number and width: the first row that is wide enough counts. No kernel needs more than 99 KiB of
-# shared memory on cards that have no more, and none spills registers on a H100.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Blocks by bytes of a number and width: the first row that is wide enough counts. They were chosen by the machine code
+# of Triton 3.8: at most 99 KiB of shared memory on cards with no more, and hardly any spilled register on an H100.
 _BLOCKS = [
     # bytes, width, BLOCK_R, BLOCK_C, BLOCK_P, BLOCK_K, num_warps, num_stages
     (2, 64, 128, 64, 64, 64, 8, 3),
@@ -66,7 +67,7 @@ def log_sum(
         One value for each row (R,), -inf if no column is left. float64 for float64, else float32.
 
     Raises:
-        ValueError: P is over 1024, or a tensor does not fit.
+        ValueError: P is over 1024, or a tensor is not as said.
     """
     _check(rows, columns, row_place, column_place, column_label)
     out = rows.new_empty(rows.shape[0], dtype=_dtype_of_sums(rows))
@@ -106,7 +107,7 @@ def positive_sums(
         Sums of phi and of phi' over the positives of each row, (R,) each.
 
     Raises:
-        ValueError: P is over 1024, or a tensor does not fit.
+        ValueError: P is over 1024, or a tensor is not as said.
     """
     _check(rows, columns, row_place, column_place, row_run, sums=[lse])
     loss_sum, slope_sum = torch.empty_like(lse), torch.empty_like(lse)
@@ -148,7 +149,7 @@ def gradient(
         The gradient (R, P), 0 for rows that take no part. float64 for float64, else float32.
 
     Raises:
-        ValueError: P is over 1024, a tensor does not fit, or there are no anchors.
+        ValueError: P is over 1024, a tensor is not as said, or there are no anchors.
     """
     if row_stats is None and column_stats is None:
         raise ValueError('Expected row_stats, column_stats or both, got neither: there are no anchors.')
@@ -197,7 +198,8 @@ def _words(rows: torch.Tensor, columns: torch.Tensor, scale: float) -> Dict[str,
     """Arguments that all kernels have: sizes, the factor of products in units of log 2, blocks."""
     width = rows.shape[1]
     scale = scale * math.log2(math.e)
-    single = torch.tensor(scale, dtype=torch.float32).item()
+    # Triton passes floats as float32, too little for float64: what is lost is another argument
+    single = torch.tensor(scale, dtype=torch.float32, device='cpu').item()
     blocks = next(row[2:] for row in _BLOCKS if rows.itemsize == row[0] and width <= row[1])
     block_r, block_c, block_p, block_k, num_warps, num_stages = blocks
     padded = max(16, triton.next_power_of_2(width))  # the products of tensor cores are no smaller
@@ -218,17 +220,20 @@ def _words(rows: torch.Tensor, columns: torch.Tensor, scale: float) -> Dict[str,
 
 
 def _check(rows: torch.Tensor, columns: torch.Tensor, *ids: torch.Tensor, sums: Sequence[torch.Tensor] = ()) -> None:
-    """What kernels cannot notice: they would read other numbers than were meant."""
-    if rows.dtype != columns.dtype or rows.shape[1] != columns.shape[1] or rows.shape[1] > MAX_WIDTH:
+    """Kernels read any memory that they are given as the numbers that they expect."""
+    if rows.dtype not in _DTYPES or rows.dtype != columns.dtype or rows.shape[1] != columns.shape[1]:
         raise ValueError(
-            f'Expected rows and columns of one dtype and one width up to {MAX_WIDTH}, '
+            f'Expected rows and columns of one width and one dtype of {_DTYPES}, '
             f'got {tuple(rows.shape)} {rows.dtype} and {tuple(columns.shape)} {columns.dtype}.'
-            ' Wider embeddings need the blocks of torch, or a narrower projection.'
+        )
+    if rows.shape[1] > MAX_WIDTH:
+        raise ValueError(
+            f'Expected embeddings of up to {MAX_WIDTH} numbers, got {rows.shape[1]}. Project them to fewer.'
         )
     for tensors, dtype in (((rows, columns), rows.dtype), (ids, torch.int64), (sums, _dtype_of_sums(rows))):
         for tensor in tensors:
-            if tensor.dtype != dtype or not tensor.is_contiguous() or tensor.device != rows.device:
+            if tensor.dtype != dtype or tensor.device != rows.device or not tensor.is_contiguous():
                 raise ValueError(
-                    f'Expected contiguous tensors on {rows.device}, {dtype} here, got {tuple(tensor.shape)} '
-                    f'{tensor.dtype} on {tensor.device}, contiguous: {tensor.is_contiguous()}.'
+                    f'Expected a contiguous {dtype} tensor on {rows.device}, got {tuple(tensor.shape)} {tensor.dtype} '
+                    f'on {tensor.device} with strides {tensor.stride()}.'
                 )
