@@ -195,11 +195,6 @@ def test_bfloat16_is_near_float32(kind):
     assert got.item() == pytest.approx(expected.item(), rel=0.05)
 
 
-def test_a_criterion_needs_multi_label():
-    with pytest.raises(ValueError, match='multi_label=True'):
-        CoreTuningLoss(DIM, classification_loss=nn.BCEWithLogitsLoss())
-
-
 @pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
     ranks = launch_ranks('multi_label_worker.py', WORLD_SIZE, tmp_path)

@@ -72,7 +72,7 @@ class CoreTuningLoss(TaskLoss):
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
-        classification_loss: With multi_label, the loss in place of the cross-entropy, see TaskLoss. It gets the soft
+        classification_loss: The loss on the labels in place of the cross-entropy, see TaskLoss. It gets the mixed
             targets of mixtures too.
 
     Raises:
@@ -238,8 +238,9 @@ class CoreTuningLoss(TaskLoss):
             return clean_loss
         all_logits = finite(batch.gather(logits)) if mixed_logits is None else logits
         all_target = batch.gather(target if target.ndim == 2 else target.long())
-        if self.multi_label:
-            return self._mixed_loss_of_sets(clean_loss, all_logits, all_target, label, batch, mixtures, mixed_logits)
+        if self.classification_loss is not None:
+            soft = self.soft_target(all_target, logits)
+            return self._mixed_label_loss(clean_loss, all_logits, soft, label, batch, mixtures, mixed_logits)
         left_out = label.index_select(0, batch.own_rows(label.device)) < 0
         total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
         for part, name in enumerate(PARTS[self.smooth]):
@@ -258,7 +259,7 @@ class CoreTuningLoss(TaskLoss):
             num_parts = num_parts + ((label >= 0).any() if name == 'positive' else mixtures.has_negative.any())
         return self._weigh(clean_loss, batch.mean(total, label), num_parts)
 
-    def _mixed_loss_of_sets(
+    def _mixed_label_loss(
         self,
         clean_loss: torch.Tensor,
         all_logits: torch.Tensor,
@@ -272,7 +273,7 @@ class CoreTuningLoss(TaskLoss):
         for part, name in enumerate(PARTS[self.smooth]):
             mixture = getattr(mixtures, name)
             mixed_rows = mixture.mix(all_logits) if mixed_logits is None else mixed_logits[part]
-            part_loss = self.multi_label_loss(mixed_rows, mixture.mix(all_target), label, batch)
+            part_loss = self.label_loss(mixed_rows, mixture.mix(all_target), label, batch)
             # a missing semi-hard negative is the anchor itself; there is no such part if all of them are missing
             exists = mixtures.has_negative if name == 'negative' else torch.ones_like(mixtures.has_negative)
             exists = batch.gather(exists.long()).any()

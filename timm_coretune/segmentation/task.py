@@ -133,6 +133,11 @@ class SegmentationTask(CoreTuningTask):
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
         if not self.criterion.for_pixels:
             raise ValueError(f'Expected a loss with a meaning for pixels, got {type(self.criterion).__name__}.')
+        if self.criterion.classification_loss is not None:
+            raise ValueError(
+                'Expected a loss with the cross-entropy, which leaves pixels out, got one with a classification_loss '
+                'or multi_label=True.'
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Does nothing: every SegmentationModel can be trained."""
