@@ -436,3 +436,12 @@ def test_nothing_of_a_task_stays_on_the_model():
     model = task.get_eval_model()
     kinds = ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
     assert [name for name, part in model.named_modules() if any(getattr(part, kind) for kind in kinds)] == []
+
+
+def test_the_evaluator_scores_pixels_and_leaves_out_the_ignored_ones():
+    task = create_task(ignore_index=IGNORED)
+    _, target = blobs(0, 2, (32, 32))
+    output = nn.functional.one_hot(target.where(target != IGNORED, 0), NUM_CLASSES).movedim(-1, 1).float()
+    evaluator = task.create_evaluator()
+    evaluator.update(output, target)
+    assert evaluator.compute()['miou'] == 100

@@ -5,7 +5,8 @@ Paper: `Unleashing the Power of Contrastive Self-Supervised Visual Models via Co
 Without extra positives and negatives and without the focal factor it is SupCon:
     - Prannay Khosla et al., NeurIPS 2020, https://arxiv.org/abs/2004.11362
 
-Images with several labels are weighted by their Jaccard index, see `FocalSupConLoss`.
+Images with several labels are weighted by their Jaccard index, see `FocalSupConLoss`. For texts such weights are in:
+    - Nankai Lin et al., 2022, https://arxiv.org/abs/2212.00552
 
 Written from the papers. Unlike in the released code of Core-tuning, labels are compared rather than hashed, the mean is
 over the positives, and only clean images are anchors.

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
+from ..evaluation.segmentation import SegmentationEvaluator
 from ..loss import TaskLoss
 from ..loss.core_tuning import FOR_PIXELS
 from ..mixup import protect_draws
@@ -148,6 +149,11 @@ class SegmentationTask(CoreTuningTask):
     def create_module(self, model: nn.Module, criterion: TaskLoss) -> SegmentationModule:
         dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing, criterion.class_weight)
         return SegmentationModule(cast(SegmentationModel, model), criterion, dense_loss, self.anchors_per_image)
+
+    def create_evaluator(self, **kwargs: Any) -> SegmentationEvaluator:
+        """Create the evaluator of the outputs of the evaluation model, with further arguments of the evaluator."""
+        num_classes = unwrap_model(self.trainable_module).model.num_classes
+        return SegmentationEvaluator(num_classes, ignore_index=self.ignore_index, device=self.device, **kwargs)
 
     def forward(  # type: ignore[override]  # no model of segmentation takes a dictionary of patches
         self,
