@@ -1,5 +1,6 @@
 """Core-tuning of images with several labels: against loops, and against one label an image bit by bit."""
 
+import multi_label_reference as reference
 import pytest
 import torch
 import torch.nn as nn
@@ -9,7 +10,6 @@ from multi_label_worker import WORLD_SIZE, scores, step
 from ranks import launch_ranks
 from timm.data.target_transforms import MultiLabelTarget
 
-from tests.helpers import multi_label_reference as reference
 from timm_coretune.loss import METHODS, CoreTuningLoss, FocalSupConLoss, SCLLoss, create_method
 from timm_coretune.mining import normalize, select_hard_pairs
 from timm_coretune.mining.label_sets import select_hard_pairs_of_sets
