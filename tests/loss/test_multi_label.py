@@ -63,7 +63,7 @@ def test_scl_is_what_loops_over_images_give(case):
     features, logits, target = CASES[case]
     loss = loss_of(SCLLoss)
     got = loss.losses(features, logits, target)
-    units = loss.projector(features).detach()
+    units = loss.projector(features)[1].detach()
     labels = (target >= 0.5).double()
     each = [reference.contrast(units[i], labels, units, i, loss.temperature, focal=False) for i in range(len(labels))]
     assert got['contrast_loss'].item() == pytest.approx(sum(each) / len(each), rel=1e-9, abs=1e-12)

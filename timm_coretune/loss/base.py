@@ -13,7 +13,7 @@ from timm.loss import create_classification_loss
 from timm.utils import unwrap_model
 
 from ..checks import check_features, check_not_recomputed, check_target
-from ..distributed import GlobalBatch, process_index_and_count
+from ..distributed import GlobalBatch, copy_to, process_index_and_count
 from ..mining import at_least_float32, hard_label
 from ..mining.label_sets import check_multi_label, label_sets
 from .parts.cross_entropy import finite, infinite_again, nll
@@ -347,7 +347,7 @@ class TaskLoss(nn.Module):
         own_images = batch.sizes[batch.rank] // batch.rows_per_image
         shape, generator = (num_processes * most_images,), self.generator
         seeds = torch.randint(2**32, shape, generator=generator, device=generator.device)
-        return seeds[rank::num_processes][:own_images].to(device, non_blocking=True)
+        return copy_to(seeds[rank::num_processes][:own_images], device)
 
     def task_state(self) -> Dict[str, Any]:
         """State of the loss for a checkpoint of the task."""

@@ -72,9 +72,10 @@ class ContrastiveLoss(TaskLoss):
         **further: Any,
     ) -> Dict[str, torch.Tensor]:
         batch: GlobalBatch = prepared[0]
-        label = batch.gather(self.labels_of(target))
+        _, unit = self.projector(features)
+        everyone = batch.gather_together(label=self.labels_of(target), unit=unit)
+        label, unit = everyone['label'], everyone['unit']
         task_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
-        unit = batch.gather(self.projector(features))
         contrast_loss = batch.mean(self.per_anchor(unit, label, batch.own_rows(features.device)).sum(), label)
         return {
             'loss': self.weigh(task_loss, contrast_loss),

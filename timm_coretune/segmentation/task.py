@@ -52,13 +52,14 @@ class SegmentationModule(CoreTuningModule):
         target: Optional[torch.Tensor] = None,
         *prepared: Any,
     ) -> Any:
-        """In training mode the losses, given the seeds of the images and what the loss prepared, else the logits."""
+        """In training mode the losses, given the number of pixels that count in all images of all processes, the seeds
+        of the images, and what the loss prepared. Else the logits."""
         if not self.training:
             return self.model(input)
         target = cast(torch.Tensor, target)
-        seed, *prepared_by_loss = prepared
+        num_pixels, seed, *prepared_by_loss = prepared
         features, logits, output = self.model.forward_pixels(input)
-        dense_loss = self.dense_loss(output, target)
+        dense_loss = self.dense_loss(output, target, num_pixels)
         padded = self.model.pad(target, value=self.dense_loss.ignore_index)
         label = label_of_cells(padded, *features.shape[2:])
         label = label.masked_fill(label == self.dense_loss.ignore_index, -1)
@@ -73,7 +74,7 @@ class SegmentationModule(CoreTuningModule):
             clean_loss=dense_loss,
             **self.required(input),
         )
-        return {**losses, 'dense_loss': dense_loss, 'output': output}
+        return {**losses, 'dense_loss': dense_loss}
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -168,13 +169,15 @@ class SegmentationTask(CoreTuningTask):
 
         Returns:
             Scalars in nats: 'loss' to minimise, 'task_loss', 'dense_loss' (cross-entropy of all pixels, a part of
-            'task_loss') and, unless its weight is 0, 'contrast_loss'. Also 'output', the logits (B, C, H, W).
+            'task_loss') and, unless its weight is 0, 'contrast_loss'. There are no logits, as classifiers have, which
+            would be a row for each pixel.
 
         Raises:
             ValueError: target does not fit the images or the classes of the model.
         """
         module = unwrap_model(self.trainable_module)
         check_masks(target, input, module.model.num_classes, self.ignore_index)
+        num_pixels = module.dense_loss.count(target)
         batch, *rest = module.criterion.prepare(input.shape[0], target.device, self.anchors_per_image)
         seed = module.criterion.draw_image_seeds(batch, target.device)
-        return self.trainable_module(input, target, seed, batch, *protect_draws(rest))
+        return self.trainable_module(input, target, num_pixels, seed, batch, *protect_draws(rest))
