@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .contrastive import ContrastiveLoss
+from .parts.contrastive import ContrastiveLoss
 
 
 class BCLLoss(ContrastiveLoss):

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .contrastive import ContrastiveLoss
 from .focal_supcon import FocalSupConLoss
+from .parts.contrastive import ContrastiveLoss
 
 
 class SCLLoss(ContrastiveLoss):

@@ -4,9 +4,9 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from ..distributed import GlobalBatch
-from .base import TaskLoss
-from .parts.projection import ProjectionHead
+from ...distributed import GlobalBatch
+from ..base import TaskLoss
+from .projection import ProjectionHead
 
 
 class ContrastiveLoss(TaskLoss):
