@@ -239,7 +239,7 @@ class TaskLoss(nn.Module):
             return clean_loss
         if self.multi_label:
             return self.multi_label_loss(logits, target, label, batch)
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        left_out = label[batch.own] < 0
         target = target if target.ndim == 2 else target.long()
         loss = infinite_again(self.nll(at_least_float32(logits).log_softmax(dim=-1), target))
         return batch.mean(loss.masked_fill(left_out, 0.0).sum(), label)

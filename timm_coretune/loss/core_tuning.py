@@ -187,11 +187,11 @@ class CoreTuningLoss(TaskLoss):
         batch, draws = prepared
         self.check_given(classifier=classifier)
         label = batch.gather(self.labels_of(target))
-        own = batch.own_rows(features.device)
         mixtures, mixed_logits = None, None
         if draws is not None:
             order = batch.reading_order(features.device)
             all_features = batch.gather(features.detach() if classifier is None else features)
+            own = batch.own_rows(features.device)
             mixtures = self.mixup.pair(all_features, label, draws.as_numbers(), anchor=own, order=order)
             if classifier is not None and PARTS[self.smooth]:
                 mixed = [getattr(mixtures, part).mix(all_features) for part in PARTS[self.smooth]]
@@ -199,7 +199,7 @@ class CoreTuningLoss(TaskLoss):
         task_loss = self._task_loss(logits, target, label, batch, mixtures, mixed_logits, clean_loss)
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
-        contrast_loss = self._contrast_loss(self.projector, features, label, batch, own, mixtures)
+        contrast_loss = self._contrast_loss(self.projector, features, label, batch, mixtures)
         return {
             'loss': task_loss + self.contrast_weight * contrast_loss,
             'task_loss': task_loss,
@@ -240,7 +240,7 @@ class CoreTuningLoss(TaskLoss):
         all_target = batch.gather(target if target.ndim == 2 else target.long())
         if self.multi_label:
             return self._mixed_loss_of_sets(clean_loss, all_logits, all_target, label, batch, mixtures, mixed_logits)
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        left_out = label[batch.own] < 0
         total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
         for part, name in enumerate(PARTS[self.smooth]):
             mixture = getattr(mixtures, name)
@@ -292,7 +292,6 @@ class CoreTuningLoss(TaskLoss):
         features: torch.Tensor,
         label: torch.Tensor,
         batch: GlobalBatch,
-        own: torch.Tensor,
         mixtures: Optional[HardMixtures],
     ) -> torch.Tensor:
         parts = PARTS[self.mixtures] if mixtures is not None else ()
@@ -301,14 +300,14 @@ class CoreTuningLoss(TaskLoss):
         extras = dict(zip(parts, extra, strict=True))
         positive_weight = None
         if self.multi_label and mixtures is not None:
-            positive_weight = jaccard_of_rows(label[own], label[mixtures.positive.index])
+            positive_weight = jaccard_of_rows(label[batch.own], label[mixtures.positive.index])
         per_anchor = self.contrast.per_anchor(
             batch.gather(unit),
             label,
             unit_positive=extras.get('positive'),
             unit_negative=extras.get('negative'),
             has_negative=None if mixtures is None else mixtures.has_negative,
-            anchor=own,
+            anchor=batch.own,
             positive_weight=positive_weight,
         )
         return batch.mean(per_anchor.sum(), label)
