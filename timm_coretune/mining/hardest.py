@@ -5,8 +5,10 @@ from typing import Callable, Optional, Tuple
 
 import torch
 
-# Number of similarities of a block. Up to this size the matrix is whole.
+# Most similarities of a block, if that are FEWEST_ROWS or more. Up to this size the matrix is whole.
 BLOCK = 2**22
+# The product of a few rows sums in another order than that of many, and may break ties otherwise.
+FEWEST_ROWS = 32
 
 
 def in_blocks(
@@ -23,12 +25,13 @@ def in_blocks(
         anchor: First argument of the function (B,).
         *of_anchors: Its other arguments (B, ...), or None.
     """
-    num_rows = max(1, BLOCK // num_candidates)
+    num_rows = max(FEWEST_ROWS, BLOCK // num_candidates)
     if len(anchor) <= num_rows:
         return function(anchor, *of_anchors)
-    starts = range(0, len(anchor), num_rows)
-    blocks = [[x if x is None else x[start : start + num_rows] for x in (anchor, *of_anchors)] for start in starts]
-    return tuple(torch.cat(parts) for parts in zip(*(function(*block) for block in blocks), strict=True))
+    num_blocks = -(-len(anchor) // num_rows)
+    columns = [[None] * num_blocks if x is None else x.tensor_split(num_blocks) for x in (anchor, *of_anchors)]
+    blocks = [function(*block) for block in zip(*columns, strict=True)]
+    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
 
 
 def _hardest(
