@@ -175,10 +175,15 @@ class GlobalBatch:
         label = label if label.ndim == 1 else label.amax(dim=1)
         return total * self.world_size / (label >= 0).sum().clamp(min=1)
 
+    @property
+    def own(self) -> slice:
+        """The rows of this process in the global batch."""
+        start = sum(self.sizes[: self.rank])
+        return slice(start, start + self.sizes[self.rank])
+
     def own_rows(self, device: torch.device) -> torch.Tensor:
         """Indices of the rows of this process in the global batch (B,) int64."""
-        start = sum(self.sizes[: self.rank])
-        return torch.arange(start, start + self.sizes[self.rank], device=device)
+        return torch.arange(self.own.start, self.own.stop, device=device)
 
     def reading_order(self, device: torch.device) -> Optional[torch.Tensor]:
         """Order in which a single process would read the rows of the global batch.

@@ -17,6 +17,9 @@ from timm.optim import create_optimizer_v2
 
 from timm_coretune import CoreTuningLoss
 from timm_coretune.distributed import GlobalBatch
+from timm_coretune.loss import focal_supcon
+from timm_coretune.loss.parts import score_blocks
+from timm_coretune.mining import hardest
 from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation import SegmentationModel, SegmentationTask, create_segmentation_model
 from timm_coretune.segmentation.dense import check_masks
@@ -145,6 +148,13 @@ def check_losses(task, images, target):
 @pytest.mark.parametrize('case', CASES)
 def test_losses_are_those_of_loops_over_pixels_and_anchors(case):
     check_losses(create_task(**CASES[case]), *BATCHES['three images']())
+
+
+def test_many_anchors_are_mined_and_contrasted_block_by_block(monkeypatch):
+    monkeypatch.setattr(focal_supcon, 'DENSE_BELOW', 1)
+    monkeypatch.setattr(score_blocks, 'CPU_BLOCK', 50)
+    monkeypatch.setattr(hardest, 'BLOCK', 50)
+    check_losses(create_task(**CASES['as published']), *BATCHES['odd size']())
 
 
 @pytest.mark.parametrize('batch', [name for name in BATCHES if name != 'three images'])

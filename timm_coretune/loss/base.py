@@ -246,7 +246,7 @@ class TaskLoss(nn.Module):
         if self.classification_loss is not None:
             soft = self.soft_target(target, logits)
             return self.label_loss(logits, soft, label, batch)
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        left_out = label[batch.own] < 0
         target = target if target.ndim == 2 else target.long()
         loss = infinite_again(self.nll(at_least_float32(logits).log_softmax(dim=-1), target))
         return batch.mean(loss.masked_fill(left_out, 0.0).sum(), label)

@@ -197,10 +197,9 @@ class CoreTuningLoss(TaskLoss):
                 columns['hidden'] = hidden
         everyone = batch.gather_together(**columns)
         label = self.labels_of(everyone['target'])
-        own = batch.own_rows(features.device)
         mixtures, mixed_logits = None, None
         if draws is not None:
-            order = batch.reading_order(features.device)
+            order, own = batch.reading_order(features.device), batch.own_rows(features.device)
             mixtures = self.mixup.pair(everyone['features'], label, draws.as_numbers(), anchor=own, order=order)
             if PARTS[self.smooth]:
                 parts = [getattr(mixtures, part) for part in PARTS[self.smooth]]
@@ -217,7 +216,7 @@ class CoreTuningLoss(TaskLoss):
             task_loss = self._weigh(clean_loss, *mixed_loss(mixed_logits, everyone['target'], label, batch, mixtures))
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
-        contrast_loss = self._contrast_loss(self.projector, everyone, label, batch, own, mixtures)
+        contrast_loss = self._contrast_loss(self.projector, everyone, label, batch, mixtures)
         return {
             'loss': task_loss + self.contrast_weight * contrast_loss,
             'task_loss': task_loss,
@@ -250,7 +249,7 @@ class CoreTuningLoss(TaskLoss):
         mixtures: HardMixtures,
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         """The sum over parts of the mean cross-entropy of mixtures, and the number of parts that exist."""
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        left_out = label[batch.own] < 0
         total, num_parts = mixed_logits[0].new_zeros(()), torch.zeros_like(label[:1]).sum()
         for name, mixed_rows in zip(PARTS[self.smooth], mixed_logits, strict=True):
             mixture = getattr(mixtures, name)
@@ -300,7 +299,6 @@ class CoreTuningLoss(TaskLoss):
         everyone: Dict[str, torch.Tensor],
         label: torch.Tensor,
         batch: GlobalBatch,
-        own: torch.Tensor,
         mixtures: Optional[HardMixtures],
     ) -> torch.Tensor:
         extras: Dict[str, torch.Tensor] = {}
@@ -311,14 +309,14 @@ class CoreTuningLoss(TaskLoss):
             extras = dict(zip(parts, unit.tensor_split(len(parts)), strict=True))
         positive_weight = None
         if self.multi_label and mixtures is not None:
-            positive_weight = jaccard_of_rows(label[own], label[mixtures.positive.index])
+            positive_weight = jaccard_of_rows(label[batch.own], label[mixtures.positive.index])
         per_anchor = self.contrast.per_anchor(
             everyone['unit'],
             label,
             unit_positive=extras.get('positive'),
             unit_negative=extras.get('negative'),
             has_negative=None if mixtures is None else mixtures.has_negative,
-            anchor=own,
+            anchor=batch.own,
             positive_weight=positive_weight,
         )
         return batch.mean(per_anchor.sum(), label)

@@ -1,0 +1,208 @@
+"""The contrastive loss of each anchor in memory that grows with the batch, and not with its square
+
+The loss and its gradient are exact, see `streaming_blocks` for the formulas. Nothing of the size of the matrix of
+similarities is kept for the backward pass: the logarithm of the sum of an anchor, and the mean slope of its positives,
+are all it takes to compute a block of the matrix again.
+"""
+
+import functools
+import logging
+from types import ModuleType
+from typing import Any, List, Optional, Tuple
+
+import torch
+
+from ..mining import at_least_float32
+from . import streaming_blocks
+from .parts.dense_contrast import dense_contrast
+from .parts.sorted_batch import SortedBatch
+
+_logger = logging.getLogger(__name__)
+
+
+def backend(device: torch.device) -> ModuleType:
+    """The module with the three functions that compute sums and gradients on a device."""
+    return streaming_blocks
+
+
+@functools.cache  # once in a process
+def _warn_of_second_order() -> None:
+    _logger.warning(
+        'The gradient of the contrastive loss is to be differentiated itself (create_graph=True). That takes the whole '
+        'matrix of similarities, whose memory grows with the square of the batch.'
+    )
+
+
+def _extra_logits(
+    rows: torch.Tensor, extra: torch.Tensor, at: torch.Tensor, exists: Optional[torch.Tensor], scale: float
+) -> torch.Tensor:
+    """scale * cosine of each anchor and its extra embedding (B,), -inf where that does not exist."""
+    extra = at_least_float32(extra).index_select(0, at)
+    logits = (at_least_float32(rows) * extra).sum(dim=1) * scale
+    return logits if exists is None else logits.masked_fill(~exists.index_select(0, at), float('-inf'))
+
+
+def _phi(log_p: torch.Tensor, focal: bool) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Loss of a positive pair, and its slope."""
+    if not focal:
+        return -log_p, torch.full_like(log_p, -1.0)
+    minus_q = log_p.expm1()
+    phi = minus_q * log_p
+    return phi, log_p + minus_q + phi
+
+
+def _from_sorted(x: torch.Tensor, at: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
+    """The rows of x, of which row i goes to row at[i]."""
+    return torch.empty_like(x, dtype=dtype or x.dtype).index_copy_(0, at, x.to(dtype or x.dtype))
+
+
+@torch.library.custom_op('timm_coretune::contrast', mutates_args=())
+def _contrast(
+    unit: torch.Tensor,
+    label: torch.Tensor,
+    start: int,
+    stop: int,
+    unit_positive: Optional[torch.Tensor],
+    unit_negative: Optional[torch.Tensor],
+    has_negative: Optional[torch.Tensor],
+    temperature: float,
+    focal: bool,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss of each anchor, logarithm of the sum over its candidates, and mean slope of its positives, each (B,)."""
+    scale, functions = 1.0 / temperature, backend(unit.device)
+    with torch.autocast(device_type=unit.device.type, enabled=False):
+        batch = SortedBatch.create(unit, label, start, stop)
+        places, at = batch[:4], batch.row_place - start
+        lse = functions.log_sum(*places, batch.column_label, scale)
+        if unit_positive is not None:
+            positive = _extra_logits(batch.rows, unit_positive, at, None, scale)
+            lse = torch.logaddexp(lse, positive)
+        if unit_negative is not None:
+            lse = torch.logaddexp(lse, _extra_logits(batch.rows, unit_negative, at, has_negative, scale))
+        takes_part = batch.row_label >= 0
+        lse = lse.masked_fill(~takes_part | (lse == float('-inf')), 0.0)
+        loss, slope = functions.positive_sums(*places, batch.row_run, scale, lse, focal)
+        if unit_positive is not None:
+            extra_loss, extra_slope = _phi(positive - lse, focal)
+            loss, slope = loss + extra_loss, slope + extra_slope
+        num_positives = batch.num_positives(loss.dtype, unit_positive is not None)
+        loss, slope = ((x / num_positives).masked_fill(~takes_part, 0.0) for x in (loss, slope))
+        return _from_sorted(loss, at), _from_sorted(lse, at), _from_sorted(slope, at)
+
+
+@_contrast.register_fake
+def _(unit: torch.Tensor, label: torch.Tensor, start: int, stop: int, *_: Any) -> Tuple[torch.Tensor, ...]:
+    dtype = torch.promote_types(unit.dtype, torch.float32)
+    return tuple(unit.new_empty((stop - start,), dtype=dtype) for _ in range(3))
+
+
+@torch.library.custom_op('timm_coretune::contrast_backward', mutates_args=())
+def _contrast_backward(
+    grad: torch.Tensor,
+    lse: torch.Tensor,
+    slope: torch.Tensor,
+    unit: torch.Tensor,
+    label: torch.Tensor,
+    start: int,
+    stop: int,
+    unit_positive: Optional[torch.Tensor],
+    unit_negative: Optional[torch.Tensor],
+    has_negative: Optional[torch.Tensor],
+    temperature: float,
+    focal: bool,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for unit, unit_positive and unit_negative. For an extra that is None it has no elements."""
+    scale, functions = 1.0 / temperature, backend(unit.device)
+    with torch.autocast(device_type=unit.device.type, enabled=False):
+        batch = SortedBatch.create(unit, label, start, stop)
+        at, left_out = batch.row_place - start, batch.row_label < 0
+        lse, slope, grad = (x.index_select(0, at) for x in (lse, slope, grad.to(lse.dtype)))
+        grad = grad.masked_fill(left_out, 0.0) * scale
+        stats = (lse, grad / batch.num_positives(lse.dtype, unit_positive is not None), grad * slope)
+        labels = (batch.row_label, batch.column_label)
+        if batch.rows is batch.columns:
+            result = functions.gradient(*batch[:4], *labels, scale, focal, stats, stats)
+            grad_unit = _from_sorted(result, batch.column_place)
+        else:
+            as_columns = (batch.columns, batch.rows, batch.column_place, batch.row_place, *labels[::-1])
+            result = functions.gradient(*as_columns, scale, focal, None, stats)
+            grad_unit = _from_sorted(result, batch.column_place)
+            result = functions.gradient(*batch[:4], *labels, scale, focal, stats, None)
+            grad_unit.index_add_(0, batch.row_place, result)
+        _, of_positives, of_candidates = stats
+        grad_extras = [unit.new_empty(0), unit.new_empty(0)]
+        for index, (extra, exists) in enumerate(((unit_positive, None), (unit_negative, has_negative))):
+            if extra is None:
+                continue
+            log_p = _extra_logits(batch.rows, extra, at, exists, scale) - lse
+            factor = -of_candidates * log_p.exp()
+            if index == 0:
+                factor = factor + of_positives * _phi(log_p, focal)[1]
+            factor = factor.masked_fill(left_out, 0.0)[:, None]
+            grad_unit.index_add_(0, batch.row_place, factor * at_least_float32(extra).index_select(0, at))
+            grad_extras[index] = _from_sorted(factor * at_least_float32(batch.rows), at, extra.dtype)
+        return grad_unit.to(unit.dtype), grad_extras[0], grad_extras[1]
+
+
+@_contrast_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    lse: torch.Tensor,
+    slope: torch.Tensor,
+    unit: torch.Tensor,
+    label: torch.Tensor,
+    start: int,
+    stop: int,
+    unit_positive: Optional[torch.Tensor],
+    unit_negative: Optional[torch.Tensor],
+    *_: Any,
+) -> Tuple[torch.Tensor, ...]:
+    extras = (unit_positive, unit_negative)
+    return torch.empty_like(unit), *(unit.new_empty(0) if x is None else torch.empty_like(x) for x in extras)
+
+
+def _save(ctx: Any, inputs: Tuple[Any, ...], output: Tuple[torch.Tensor, ...]) -> None:
+    unit, label, ctx.start, ctx.stop, unit_positive, unit_negative, has_negative, ctx.temperature, ctx.focal = inputs
+    _, lse, slope = output
+    ctx.mark_non_differentiable(lse, slope)
+    ctx.save_for_backward(unit, label, unit_positive, unit_negative, has_negative, lse, slope)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> Tuple[Optional[torch.Tensor], ...]:
+    unit, label, unit_positive, unit_negative, has_negative, lse, slope = ctx.saved_tensors
+    rest = (unit_positive, unit_negative, has_negative, ctx.temperature, ctx.focal)
+    grads: List[Optional[torch.Tensor]] = [None] * len(ctx.needs_input_grad)
+    if torch.is_grad_enabled():  # with create_graph=True
+        _warn_of_second_order()
+        loss = dense_contrast(unit, label, slice(ctx.start, ctx.stop), *rest)
+        inputs = {0: unit, 4: unit_positive, 5: unit_negative}
+        inputs = {index: x for index, x in inputs.items() if ctx.needs_input_grad[index]}
+        found = torch.autograd.grad(loss, list(inputs.values()), grad, create_graph=True)
+        for index, x in zip(inputs, found, strict=True):
+            grads[index] = x
+    else:
+        found = _contrast_backward(grad, lse, slope, unit, label, ctx.start, ctx.stop, *rest)
+        for index, x in zip((0, 4, 5), found, strict=True):
+            grads[index] = x if ctx.needs_input_grad[index] else None
+    return tuple(grads)
+
+
+_contrast.register_autograd(_differentiate, setup_context=_save)
+
+
+def streaming_contrast(
+    unit: torch.Tensor,
+    label: torch.Tensor,
+    anchor: slice,
+    unit_positive: Optional[torch.Tensor],
+    unit_negative: Optional[torch.Tensor],
+    has_negative: Optional[torch.Tensor],
+    temperature: float,
+    focal: bool,
+) -> torch.Tensor:
+    """The loss of each anchor in nats (B,), as `dense_contrast` gives it for class indices, in float32 or better.
+
+    Embeddings may also be in half precision. Products are then summed in float32.
+    """
+    start, stop, _ = anchor.indices(unit.shape[0])
+    return _contrast(unit, label, start, stop, unit_positive, unit_negative, has_negative, temperature, focal)[0]
