@@ -310,3 +310,15 @@ def test_transformations_of_torch_take_the_whole_matrix(monkeypatch):
     gradient = torch.func.grad(lambda x: loss(x, labels[0]))(embedding)
     x = embedding.clone().requires_grad_()
     torch.testing.assert_close(gradient, torch.autograd.grad(loss(x, labels[0]), x)[0], rtol=1e-9, atol=1e-14)
+
+
+def test_kernels_that_do_not_compile_are_named_once_and_blocks_take_their_place(caplog):
+    pytest.importorskip('triton', reason='comes with torch on Linux')
+    if torch.cuda.is_available():
+        pytest.skip('kernels compile here')
+    streaming._find_kernels.cache_clear()
+    found = [streaming._find_kernels(torch.device('cpu'), torch.float32, 16, True) for _ in range(2)]
+    assert found == [None, None]
+    (warning,) = [record.message for record in caplog.records]
+    assert 'The Triton kernels of the contrastive loss do not work for embeddings torch.float32 of width 16' in warning
+    assert 'Error: ' in warning  # Triton's own

@@ -6,6 +6,7 @@ are all it takes to compute a block of the matrix again.
 """
 
 import functools
+import importlib.util
 import logging
 from types import ModuleType
 from typing import Any, List, Optional, Tuple
@@ -20,9 +21,36 @@ from .parts.sorted_batch import SortedBatch
 _logger = logging.getLogger(__name__)
 
 
-def backend(device: torch.device) -> ModuleType:
-    """The module with the three functions that compute sums and gradients on a device."""
-    return streaming_blocks
+@functools.cache  # once in a process for each kind of kernel
+def _find_kernels(device: torch.device, dtype: torch.dtype, width: int, focal: bool) -> Optional[ModuleType]:
+    """The module of the Triton kernels if they compile and run for such embeddings, else None, which is said once."""
+    if importlib.util.find_spec('triton') is None:
+        return None
+    try:
+        from . import streaming_triton
+
+        unit = torch.eye(2, width, dtype=dtype, device=device)
+        place, run = torch.arange(2, device=device), torch.tensor([[0, 2], [0, 2]], device=device)
+        lse = streaming_triton.log_sum(unit, unit, place, place, place * 0, 1.0)
+        streaming_triton.positive_sums(unit, unit, place, place, run, 1.0, lse, focal)
+        for roles in ((True, True), (True, False), (False, True)):
+            stats = [(lse, lse, lse) if role else None for role in roles]
+            streaming_triton.gradient(unit, unit, place, place, place * 0, place * 0, 1.0, focal, *stats)
+    except Exception as e:  # a compiler, a driver, a card with too little shared memory: whatever it is, blocks work
+        _logger.warning(
+            f'The Triton kernels of the contrastive loss do not work for embeddings {dtype} of width {width} on '
+            f'{device}: {type(e).__name__}: {e}. The loss is computed by blocks in PyTorch instead, which is exact and '
+            'slower.'
+        )
+        return None
+    return streaming_triton
+
+
+def backend(unit: torch.Tensor, focal: bool) -> ModuleType:
+    """The module with the three functions that compute sums and gradients of such embeddings."""
+    if unit.device.type != 'cuda':
+        return streaming_blocks
+    return _find_kernels(unit.device, unit.dtype, unit.shape[1], focal) or streaming_blocks
 
 
 @functools.cache  # once in a process
@@ -69,7 +97,7 @@ def _contrast(
     focal: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss of each anchor, logarithm of the sum over its candidates, and mean slope of its positives, each (B,)."""
-    scale, functions = 1.0 / temperature, backend(unit.device)
+    scale, functions = 1.0 / temperature, backend(unit, focal)
     with torch.autocast(device_type=unit.device.type, enabled=False):
         batch = SortedBatch.create(unit, label, start, stop)
         places, at = batch[:4], batch.row_place - start
@@ -112,7 +140,7 @@ def _contrast_backward(
     focal: bool,
 ) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for unit, unit_positive and unit_negative. For an extra that is None it has no elements."""
-    scale, functions = 1.0 / temperature, backend(unit.device)
+    scale, functions = 1.0 / temperature, backend(unit, focal)
     with torch.autocast(device_type=unit.device.type, enabled=False):
         batch = SortedBatch.create(unit, label, start, stop)
         at, left_out = batch.row_place - start, batch.row_label < 0
