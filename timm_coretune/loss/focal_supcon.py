@@ -22,8 +22,8 @@ from ..mining import hard_label, normalize
 from .parts.dense_contrast import dense_contrast
 from .streaming import streaming_contrast
 
-# Number of similarities from which on they are computed block by block. With 2,048 x 2,048 of them that takes half of
-# the time on one core of a CPU, and with 1,024 x 1,024 the same time (benchmarks/loss_memory.py).
+# Number of similarities from which on they are computed block by block. With 2,048 x 2,048 of them that takes less than
+# half of the processor's time, and a seventh of the memory (docs/cost.md).
 DENSE_BELOW = 2**22
 
 

@@ -61,13 +61,10 @@ def _warn_of_second_order() -> None:
     )
 
 
-def _extra_logits(
-    rows: torch.Tensor, extra: torch.Tensor, at: torch.Tensor, exists: Optional[torch.Tensor], scale: float
-) -> torch.Tensor:
+def _extra_logits(own: torch.Tensor, extra: torch.Tensor, exists: Optional[torch.Tensor], scale: float) -> torch.Tensor:
     """scale * cosine of each anchor and its extra embedding (B,), -inf where that does not exist."""
-    extra = at_least_float32(extra).index_select(0, at)
-    logits = (at_least_float32(rows) * extra).sum(dim=1) * scale
-    return logits if exists is None else logits.masked_fill(~exists.index_select(0, at), float('-inf'))
+    logits = (at_least_float32(own) * extra).sum(dim=1) * scale
+    return logits if exists is None else logits.masked_fill(~exists, float('-inf'))
 
 
 def _phi(log_p: torch.Tensor, focal: bool) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -79,9 +76,9 @@ def _phi(log_p: torch.Tensor, focal: bool) -> Tuple[torch.Tensor, torch.Tensor]:
     return phi, log_p + minus_q + phi
 
 
-def _from_sorted(x: torch.Tensor, at: torch.Tensor, dtype: Optional[torch.dtype] = None) -> torch.Tensor:
-    """The rows of x, of which row i goes to row at[i]."""
-    return torch.empty_like(x, dtype=dtype or x.dtype).index_copy_(0, at, x.to(dtype or x.dtype))
+def _from_sorted(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """The rows of x in another order, in which row i is row at[i]."""
+    return torch.empty_like(x).index_copy_(0, at, x)
 
 
 @torch.library.custom_op('timm_coretune::contrast', mutates_args=())
@@ -99,23 +96,24 @@ def _contrast(
     """Loss of each anchor, logarithm of the sum over its candidates, and mean slope of its positives, each (B,)."""
     scale, functions = 1.0 / temperature, backend(unit, focal)
     with torch.autocast(device_type=unit.device.type, enabled=False):
+        own, takes_part = unit[start:stop], label[start:stop] >= 0
         batch = SortedBatch.create(unit, label, start, stop)
         places, at = batch[:4], batch.row_place - start
-        lse = functions.log_sum(*places, batch.column_label, scale)
+        lse = _from_sorted(functions.log_sum(*places, batch.column_label, scale), at)
         if unit_positive is not None:
-            positive = _extra_logits(batch.rows, unit_positive, at, None, scale)
+            positive = _extra_logits(own, unit_positive, None, scale)
             lse = torch.logaddexp(lse, positive)
         if unit_negative is not None:
-            lse = torch.logaddexp(lse, _extra_logits(batch.rows, unit_negative, at, has_negative, scale))
-        takes_part = batch.row_label >= 0
+            lse = torch.logaddexp(lse, _extra_logits(own, unit_negative, has_negative, scale))
         lse = lse.masked_fill(~takes_part | (lse == float('-inf')), 0.0)
-        loss, slope = functions.positive_sums(*places, batch.row_run, scale, lse, focal)
+        sums = functions.positive_sums(*places, batch.row_run, scale, lse.index_select(0, at), focal)
+        loss, slope = (_from_sorted(x, at) for x in sums)
         if unit_positive is not None:
             extra_loss, extra_slope = _phi(positive - lse, focal)
             loss, slope = loss + extra_loss, slope + extra_slope
-        num_positives = batch.num_positives(loss.dtype, unit_positive is not None)
+        num_positives = _from_sorted(batch.num_positives(loss.dtype, unit_positive is not None), at)
         loss, slope = ((x / num_positives).masked_fill(~takes_part, 0.0) for x in (loss, slope))
-        return _from_sorted(loss, at), _from_sorted(lse, at), _from_sorted(slope, at)
+        return loss, lse, slope
 
 
 @_contrast.register_fake
@@ -143,10 +141,11 @@ def _contrast_backward(
     scale, functions = 1.0 / temperature, backend(unit, focal)
     with torch.autocast(device_type=unit.device.type, enabled=False):
         batch = SortedBatch.create(unit, label, start, stop)
-        at, left_out = batch.row_place - start, batch.row_label < 0
-        lse, slope, grad = (x.index_select(0, at) for x in (lse, slope, grad.to(lse.dtype)))
-        grad = grad.masked_fill(left_out, 0.0) * scale
-        stats = (lse, grad / batch.num_positives(lse.dtype, unit_positive is not None), grad * slope)
+        at = batch.row_place - start
+        grad = grad.to(lse.dtype).masked_fill(label[start:stop] < 0, 0.0) * scale
+        num_positives = _from_sorted(batch.num_positives(lse.dtype, unit_positive is not None), at)
+        of_positives, of_candidates = grad / num_positives, grad * slope
+        stats = tuple(x.index_select(0, at) for x in (lse, of_positives, of_candidates))
         labels = (batch.row_label, batch.column_label)
         if batch.rows is batch.columns:
             result = functions.gradient(*batch[:4], *labels, scale, focal, stats, stats)
@@ -157,18 +156,19 @@ def _contrast_backward(
             grad_unit = _from_sorted(result, batch.column_place)
             result = functions.gradient(*batch[:4], *labels, scale, focal, stats, None)
             grad_unit.index_add_(0, batch.row_place, result)
-        _, of_positives, of_candidates = stats
+        del batch, result
+        own, own_grad = at_least_float32(unit[start:stop]), grad_unit[start:stop]
         grad_extras = [unit.new_empty(0), unit.new_empty(0)]
         for index, (extra, exists) in enumerate(((unit_positive, None), (unit_negative, has_negative))):
             if extra is None:
                 continue
-            log_p = _extra_logits(batch.rows, extra, at, exists, scale) - lse
+            log_p = _extra_logits(own, extra, exists, scale) - lse
             factor = -of_candidates * log_p.exp()
             if index == 0:
                 factor = factor + of_positives * _phi(log_p, focal)[1]
-            factor = factor.masked_fill(left_out, 0.0)[:, None]
-            grad_unit.index_add_(0, batch.row_place, factor * at_least_float32(extra).index_select(0, at))
-            grad_extras[index] = _from_sorted(factor * at_least_float32(batch.rows), at, extra.dtype)
+            factor = factor.masked_fill(label[start:stop] < 0, 0.0)[:, None]
+            own_grad.addcmul_(factor, at_least_float32(extra))
+            grad_extras[index] = (factor * own).to(extra.dtype)
         return grad_unit.to(unit.dtype), grad_extras[0], grad_extras[1]
 
 
