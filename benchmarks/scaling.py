@@ -7,6 +7,10 @@ runs steps of a resnet50 with Core-tuning on 1, 2 and 4 processes of one thread 
 over gloo. It prints one Markdown table: the bytes of the tensors that a process gathers and sums in a step, beside the
 gradients of DistributedDataParallel, counted and by the formulas of docs/cost.md; the share of the step that these
 exchanges take; and the CPU seconds of a process, against those of one process.
+
+    python benchmarks/scaling.py --formula
+
+prints what the formulas say of 8 to 1,024 GPUs. Nothing is run.
 """
 
 import argparse
@@ -15,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any, Dict, List
+from typing import Any, Dict, List, Tuple
 
 import timm
 import torch
@@ -47,11 +51,30 @@ def count_exchanges() -> Dict[str, float]:
     return counts
 
 
-def expected_bytes(num_rows: int, width: int) -> int:
-    """Bytes of the global batch that a step gathers and sums, by the formula of docs/cost.md, in float32."""
-    forward = 8 + 4 * (2 * width + NUM_CLASSES + PROJECTION_DIM)
-    backward = 4 * (width + NUM_CLASSES + PROJECTION_DIM)
-    return num_rows * (forward + backward)
+def exchanged_bytes(num_rows: int, width: int, num_classes: int, itemsize: int = 4) -> Tuple[int, int]:
+    """Bytes of the global batch that a step gathers forward and sums backward, by the formulas of docs/cost.md."""
+    forward = 8 + itemsize * (width + num_classes) + 4 * PROJECTION_DIM
+    backward = 4 * (width + num_classes + PROJECTION_DIM)
+    return num_rows * forward, num_rows * backward
+
+
+def report_formulas(width: int = 2048, num_classes: int = 1000, forward_flops: float = 4.1e9) -> None:
+    """The table of large runs: resnet50 at 224 px, bfloat16."""
+    print(
+        '| GPUs | images a GPU | contrasted | gathered, MB | summed, MB | at 50 GB/s, ms | mining, TFLOP | '
+        'contrast, TFLOP | network, TFLOP | memory of the gathered, GB |'
+    )
+    print('|---|---|---|---|---|---|---|---|---|---|')
+    for num_processes, batch_size in ((8, 256), (64, 256), (256, 256), (1024, 256), (1024, 1024)):
+        num_rows = num_processes * batch_size
+        forward, backward = exchanged_bytes(num_rows, width, num_classes, itemsize=2)
+        pairs = batch_size * num_rows
+        print(
+            f'| {num_processes:,} | {batch_size:,} | {num_rows:,} | {forward / 1e6:,.0f} | {backward / 1e6:,.0f} | '
+            f'{(forward + backward) / 50e9 * 1e3:.1f} | {2 * pairs * width / 1e12:.3g} | '
+            f'{10 * pairs * PROJECTION_DIM / 1e12:.3g} | {3 * 2 * forward_flops * batch_size / 1e12:.3g} | '
+            f'{forward / 1e9:.2f} |'
+        )
 
 
 def work(rank: int, world_size: int, args: argparse.Namespace) -> None:
@@ -82,7 +105,8 @@ def work(rank: int, world_size: int, args: argparse.Namespace) -> None:
             values.append(step[name])
     if rank == 0:
         medians = {name: statistics.median(values[1:]) for name, values in found.items()}
-        expected = expected_bytes(world_size * args.batch_size, task.criterion.num_features) if world_size > 1 else 0
+        num_rows = world_size * args.batch_size if world_size > 1 else 0
+        expected = sum(exchanged_bytes(num_rows, task.criterion.num_features, NUM_CLASSES))
         print(*medians.values(), expected)
     if world_size > 1:
         dist.destroy_process_group()
@@ -106,11 +130,15 @@ def main() -> None:
     parser.add_argument('--img-size', type=int, default=96, metavar='N', help='image size (default: 96)')
     parser.add_argument('--steps', type=int, default=5, metavar='N', help='steps that are timed (default: 5)')
     parser.add_argument('--port', default='29577', metavar='N', help='where the processes meet (default: 29577)')
+    parser.add_argument('--formula', action='store_true', help='only what the formulas say of many GPUs')
     parser.add_argument('--rank', type=int, help=argparse.SUPPRESS)
     parser.add_argument('--world-size', type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rank is not None:
         work(args.rank, args.world_size, args)
+        return
+    if args.formula:
+        report_formulas()
         return
     print(
         '| processes | exchanges | MB gathered and summed | by formula | share of the step | CPU s a process | ratio |'

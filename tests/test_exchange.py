@@ -19,11 +19,11 @@ def found(tmp_path_factory):
 
 
 def bytes_of_a_row(name, width):
-    """What has to be sent for each row forward, and what comes back: D features, C logits, D hidden, P embeddings."""
-    target, features, logits, hidden, unit = INDEX, FLOAT * width, FLOAT * CLASSES, FLOAT * width, FLOAT * P
+    """What has to be sent for each row forward, and what comes back: D features, C logits, P embeddings."""
+    target, features, logits, unit = INDEX, FLOAT * width, FLOAT * CLASSES, FLOAT * P
     return {
-        'core': (target + features + logits + hidden + unit, logits + hidden + unit),
-        'core, smooth none': (target + features + hidden + unit, hidden + unit),
+        'core': (target + features + logits + unit, features + logits + unit),
+        'core, smooth none': (target + features + unit, features + unit),
         'core, no mixtures in the contrast': (target + features + logits + unit, logits + unit),
         'core, no mixtures at all': (target + unit, unit),
         'core, no contrast': (target + features + logits, logits),

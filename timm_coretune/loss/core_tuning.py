@@ -187,14 +187,19 @@ class CoreTuningLoss(TaskLoss):
         batch, draws = prepared
         self.check_given(classifier=classifier)
         columns = {'target': target if target.ndim == 2 else target.long()}
-        if draws is not None:
-            columns['features'] = features.detach() if classifier is None else features
-            if classifier is None and PARTS[self.smooth]:
-                columns['logits'] = logits
         if self.projector is not None:
             hidden, columns['unit'] = self.projector(features)
-            if draws is not None and PARTS[self.mixtures]:
-                columns['hidden'] = hidden
+        embeds_mixtures = self.projector is not None and draws is not None and bool(PARTS[self.mixtures])
+        # One process mixes the outputs of the projector's first layer, so as not to compute it for mixtures.
+        # Several would have to exchange them too, so they mix the features, which they exchange for mining anyway.
+        mixes_hidden = embeds_mixtures and batch.world_size == 1
+        if draws is not None:
+            needs_grad = classifier is not None or (embeds_mixtures and not mixes_hidden)
+            columns['features'] = features if needs_grad else features.detach()
+            if classifier is None and PARTS[self.smooth]:
+                columns['logits'] = logits
+        if mixes_hidden:
+            columns['hidden'] = hidden
         everyone = batch.gather_together(**columns)
         label = self.labels_of(everyone['target'])
         mixtures, mixed_logits = None, None
@@ -304,8 +309,8 @@ class CoreTuningLoss(TaskLoss):
         extras: Dict[str, torch.Tensor] = {}
         parts = PARTS[self.mixtures] if mixtures is not None else ()
         if parts:
-            mixed = [getattr(mixtures, part).mix(everyone['hidden']) for part in parts]
-            _, unit = projector(hidden=torch.cat(mixed))
+            name = 'hidden' if 'hidden' in everyone else 'features'
+            _, unit = projector(**{name: torch.cat([getattr(mixtures, part).mix(everyone[name]) for part in parts])})
             extras = dict(zip(parts, unit.tensor_split(len(parts)), strict=True))
         positive_weight = None
         if self.multi_label and mixtures is not None:
