@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 COMMANDS: Dict[str, Command] = {
     'train': Command('tune a model, with the flags of train.py', 'timm_coretune.train.main'),
-    'predict': Command('write a mask for every image', 'timm_coretune.segmentation.__main__', ('predict',)),
+    'predict': Command('classify images, or write a mask for each', 'timm_coretune.prediction.__main__'),
     'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
     'masks': Command('convert annotations to images with masks', 'timm_coretune.segmentation.convert.__main__'),
     'checkpoint': Command('look into a checkpoint, or convert it', 'timm_coretune.checkpoint.__main__'),

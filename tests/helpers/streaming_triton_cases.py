@@ -11,7 +11,8 @@ import triton
 from contrast_pairs import dense, error, errors, pairs_of
 from triton.runtime import interpreter
 
-from timm_coretune.loss import streaming_triton
+from timm_coretune.loss import streaming, streaming_triton
+from timm_coretune.loss.parts.dense_contrast import dense_contrast
 
 SCALE = 1 / 0.07
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-5, torch.float16: 1e-5}
@@ -176,3 +177,22 @@ def test_what_does_not_fit_is_an_error(change, message):
 def test_a_gradient_without_anchors_is_an_error():
     with pytest.raises(ValueError, match='got neither: there are no anchors'):
         gradient(pairs_of(3, 3, 4), SCALE, True, None, None)
+
+
+@pytest.mark.parametrize('focal', [True, False])
+def test_the_loss_by_kernels_is_that_of_the_whole_matrix(focal, monkeypatch):
+    kernels = streaming._find_kernels(torch.device('cpu'), torch.float32, 24, focal)
+    assert kernels is streaming_triton
+    monkeypatch.setattr(streaming, 'backend', lambda unit, focal: kernels)
+    label = torch.randint(-1, 4, (37,))
+    unit, positive, negative = (
+        torch.nn.functional.normalize(torch.randn(n, 24), dim=1).requires_grad_() for n in (37, 20, 20)
+    )
+    weight = torch.rand(20)
+    arguments = (unit, label, slice(5, 25), positive, negative, torch.arange(20) % 3 > 0, 0.2, focal)
+    found = streaming.streaming_contrast(*arguments)
+    gradients = torch.autograd.grad(found @ weight, (unit, positive, negative))
+    expected = dense_contrast(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    for x, y in zip(gradients, torch.autograd.grad(expected @ weight, (unit, positive, negative)), strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
