@@ -139,6 +139,7 @@ CONTRADICTIONS = [
     ('--hub-revision b', '--hub-private and --hub-revision need --push-to-hub'),
     ('--hub-private', '--hub-private and --hub-revision need --push-to-hub'),
     ('--eval-only --val-split=', '--eval-only needs a --val-split'),
+    ('--eval-output x', '--eval-output is for --eval-only'),
     ('--epochs 0 --val-split=', '--eval-only needs a --val-split'),
     ('--metrics confusion,f1', '--metrics: choose from confusion, per-class, ece'),
     ('--eval-metric accuracy', '--eval-metric: choose from loss, top1, top5\n'),

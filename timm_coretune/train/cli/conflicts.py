@@ -259,6 +259,9 @@ def _of_the_loop(settings: Settings) -> Conditions:
         '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
         '--skip-unreadable needs a --val-split': settings.data.skip_unreadable and not settings.data.val_split,
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
+        '--eval-output is for --eval-only; a run that trains writes to --output': (
+            loop.eval_output is not None and not loop.eval_only
+        ),
         f'--metrics: choose from {", ".join(known)}': set(metrics) - set(known),
         f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,
     }

@@ -426,6 +426,7 @@ class LoopSettings:
         None, 'save a state and exit with status 143 so long after the start of the process', 'MINUTES'
     )
     eval_only: bool = flag(False, 'only validate, the same as --epochs 0')
+    eval_output: Optional[str] = flag(None, 'write scores and tables of --eval-only to this folder', 'FOLDER')
 
 
 @dataclass(frozen=True)
