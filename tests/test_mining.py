@@ -1,5 +1,6 @@
 """Protects the choice of hard pairs: masks, degenerate batches, invariances and the law of the random negative"""
 
+import memory
 import pytest
 import torch
 from hypothesis import given, settings
@@ -213,6 +214,14 @@ def test_mining_in_blocks_agrees_with_loops_and_takes_the_first_of_equals(monkey
     pairs = mine_hard_pairs(features, label)
     assert pairs.hard_positive.tolist() == [(2 + i) % 4 for i in range(32)]
     assert pairs.hard_negative.tolist() == [(1 + i) % 2 for i in range(32)]
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason='the peak of memory is read as Linux has it')
+def test_mining_a_large_batch_takes_less_memory_than_one_matrix():
+    features, label, draw = torch.randn(8192, 16), torch.randint(100, (8192,)), torch.rand(8192)
+    select_hard_pairs(features[:99], label[:99], draw[:99])
+    peak = memory.peak_of(select_hard_pairs, features, label, draw)
+    assert peak < 150.0  # one matrix in float32 is 256, and there would be several
 
 
 def test_mining_in_blocks_compiles_to_one_graph_of_few_nodes(monkeypatch):

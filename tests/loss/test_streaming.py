@@ -1,8 +1,8 @@
 """The contrast of large batches, block by block: against loops and the whole matrix, compiled, and in little memory"""
 
-from pathlib import Path
 from typing import NamedTuple, Optional
 
+import memory
 import pytest
 import torch
 from reference import generator, random_features, random_label
@@ -272,18 +272,12 @@ def test_blocks_are_halved_while_memory_is_short_and_that_is_said_once(monkeypat
         case.compute(streaming_contrast, case.inputs())
 
 
-@pytest.mark.skipif(not Path('/proc/self/clear_refs').exists(), reason='the peak of memory is read as Linux has it')
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason='the peak of memory is read as Linux has it')
 def test_a_large_batch_stays_far_under_the_memory_of_one_matrix():
-    def read_mebibytes(key):
-        lines = Path('/proc/self/status').read_text().splitlines()
-        return int(next(line.split()[1] for line in lines if line.startswith(key))) / 1024
-
     embedding, label = torch.randn(8192, 16, requires_grad=True), torch.randint(100, (8192,))
     FocalSupConLoss()(embedding[:2048], label[:2048]).backward()
-    before = read_mebibytes('VmRSS')
-    Path('/proc/self/clear_refs').write_text('5')  # the peak counts from here
-    FocalSupConLoss()(embedding, label).backward()
-    assert read_mebibytes('VmHWM') - before < 32.0  # one matrix in float32 is 256
+    peak = memory.peak_of(lambda: FocalSupConLoss()(embedding, label).backward())
+    assert peak < 32.0  # one matrix in float32 is 256
 
 
 # What is chosen

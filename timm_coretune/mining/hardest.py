@@ -1,7 +1,7 @@
 """The hardest pairs of anchors, from a block of the matrix of similarities at a time"""
 
 from functools import partial
-from typing import Callable, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 
@@ -30,8 +30,16 @@ def in_blocks(
         return function(anchor, *of_anchors)
     num_blocks = -(-len(anchor) // num_rows)
     columns = [[None] * num_blocks if x is None else x.tensor_split(num_blocks) for x in (anchor, *of_anchors)]
-    blocks = [function(*block) for block in zip(*columns, strict=True)]
-    return tuple(torch.cat(parts) for parts in zip(*blocks, strict=True))
+    results: List[torch.Tensor] = []
+    start = 0
+    for block in zip(*columns, strict=True):
+        rows = function(*block)
+        # small tensors kept between the large ones of each block would keep the allocator from using their memory again
+        results = results or [x.new_empty(len(anchor), *x.shape[1:]) for x in rows]
+        for result, x in zip(results, rows, strict=True):
+            result[start : start + len(x)] = x
+        start += len(rows[0])
+    return tuple(results)
 
 
 def _hardest(
@@ -39,11 +47,12 @@ def _hardest(
 ) -> Tuple[torch.Tensor, torch.Tensor]:
     similarity = unit[anchor] @ unit.T
     same = label[anchor][:, None] == label
-    hard_negative = similarity.masked_fill(same | (label < 0), float('-inf')).argmax(dim=-1)
-    if chosen is not None:
-        return chosen.gather(1, similarity.gather(1, chosen).argmin(dim=-1, keepdim=True))[:, 0], hard_negative
-    positive = same & (anchor[:, None] != torch.arange(len(unit), device=unit.device))
-    return similarity.masked_fill(~positive, float('inf')).argmin(dim=-1), hard_negative
+    if chosen is None:
+        positive = same & (anchor[:, None] != torch.arange(len(unit), device=unit.device))
+        hard_positive = similarity.masked_fill(~positive, float('inf')).argmin(dim=-1)
+    else:
+        hard_positive = chosen.gather(1, similarity.gather(1, chosen).argmin(dim=-1, keepdim=True))[:, 0]
+    return hard_positive, similarity.masked_fill_(same | (label < 0), float('-inf')).argmax(dim=-1)
 
 
 @torch.library.custom_op('timm_coretune::hardest_pairs', mutates_args=())
