@@ -59,6 +59,11 @@ def fake_cuda():
     Reading a value of one raises an error of torch. Yields `Waits`, which also sees copies between devices here. A
     backward pass on a fake device needs a real one.
     """
-    # modules are created on their device, as torch cannot move fake parameters
-    with mock.patch.object(torch.nn.Module, 'to', lambda self, *args, **kwargs: self), _Fakes(), Waits() as waits:
+    with (
+        # modules are created on their device, as torch cannot move fake parameters
+        mock.patch.object(torch.nn.Module, 'to', lambda self, *args, **kwargs: self),
+        mock.patch.object(torch.Tensor, 'pin_memory', lambda self: self),  # torch has no fakes of pinned memory
+        _Fakes(),
+        Waits() as waits,
+    ):
         yield waits
