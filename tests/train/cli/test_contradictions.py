@@ -50,6 +50,16 @@ CONTRADICTIONS = [
     ('--aug-splits 2 --cutmix-minmax 0.2 0.8', '--aug-splits: not with pixel mixup or --no-prefetcher'),
     ('--naflex-loader --train-img-sizes 32', '--naflex-loader and --train-img-sizes are alternatives'),
     ('--naflex-loader --use-multi-epochs-loader', '--naflex-loader: not with --use-multi-epochs-loader'),
+    ('--gpu-augment-size 32', '--gpu-augment-size needs --gpu-augment'),
+    ('--gpu-augment --aa rand-m5', '--gpu-augment: the policies of --aa and --aug-splits choose other operations'),
+    ('--gpu-augment --aug-splits 2', '--gpu-augment: the policies of --aa and --aug-splits choose other operations'),
+    ('--gpu-augment --no-aug', '--gpu-augment takes random resized crops'),
+    ('--gpu-augment --train-crop-mode rkrc', '--gpu-augment takes random resized crops'),
+    ('--gpu-augment --train-interpolation lanczos', '--gpu-augment: --train-interpolation is bilinear, bicubic or'),
+    ('--gpu-augment --no-prefetcher', '--gpu-augment makes batches of one size in the prefetching loader'),
+    ('--gpu-augment --train-img-sizes 32', '--gpu-augment makes batches of one size in the prefetching loader'),
+    ('--gpu-augment --naflex-loader', '--gpu-augment makes batches of one size in the prefetching loader'),
+    ('--gpu-augment --segmentation', '--gpu-augment knows no masks'),
     ('--naflex-loader --aug-splits 2', '--naflex-loader: not with --use-multi-epochs-loader'),
     ('--naflex-loader --aug-repeats 3', '--naflex-loader: not with --use-multi-epochs-loader'),
     ('--naflex-loader --class-balance', '--naflex-loader: not with --use-multi-epochs-loader'),
@@ -200,6 +210,7 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
         '--remode pixel --batch-size 256 --amp -j 4 --opt lamb --weight-decay 0.02 --aa rand-m7-mstd0.5-inc1 --mixup '
         '0.1 --cutmix 1.0 --smoothing 0 --bce-loss --drop-path 0.05 --model-ema --clip-grad 1 --train-interpolation '
         'random --crop-pct 0.95 --channels-last --pin-mem',
+        '--gpu-augment --gpu-augment-size 256 --train-crop-mode rrc --mixup 0.2 --reprob 0.2 --aug-repeats 3',
         '--mixup 0.2 -b 5 --eval-only',
         '--mixup 0.2 -b 5 --naflex-loader',
         '-b 5 --mixup 0 --train-img-sizes 32 --train-batch-sizes 3',
@@ -214,6 +225,7 @@ def test_every_contradiction_has_a_command_line_above(no_launcher):
     ],
     ids=[
         'resnet50',
+        'gpu-augment',
         'odd',
         'odd-naflex',
         'odd-unmixed',

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ...data.resampling import INTERPOLATIONS as INTERPOLATIONS_ON_DEVICE
 from ...evaluation.scores import FURTHER_OF_IMAGES, FURTHER_OF_LABEL_SETS, OF_LABEL_SETS, OF_PIXELS, scores_of_images
 from ...loss import METHODS
 from ...segmentation.data.transforms import INTERPOLATIONS
@@ -117,6 +118,20 @@ def _of_augmentation(settings: Settings) -> Conditions:
         '--aug-splits: not with pixel mixup or --no-prefetcher': (
             data.aug_splits and (data.mixes_pixels or data.no_prefetcher)
         ),
+        '--gpu-augment-size needs --gpu-augment': data.gpu_augment_size is not None and not data.gpu_augment,
+        '--gpu-augment: the policies of --aa and --aug-splits choose other operations for each image, which a batch '
+        'on a device cannot; leave them out, or --gpu-augment': (data.gpu_augment and (data.aa or data.aug_splits)),
+        '--gpu-augment takes random resized crops; not with --no-aug or another --train-crop-mode': (
+            data.gpu_augment and (data.no_aug or data.train_crop_mode not in (None, 'rrc'))
+        ),
+        '--gpu-augment: --train-interpolation is bilinear, bicubic or random': (
+            data.gpu_augment and data.train_interpolation not in ('', *INTERPOLATIONS_ON_DEVICE)
+        ),
+        '--gpu-augment makes batches of one size in the prefetching loader; not with --no-prefetcher, '
+        '--train-img-sizes or --naflex-loader': (
+            data.gpu_augment and (data.no_prefetcher or data.train_img_sizes or data.naflex_loader)
+        ),
+        '--gpu-augment knows no masks; not with --segmentation': data.gpu_augment and data.segmentation,
     }
 
 
