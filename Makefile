@@ -7,10 +7,10 @@ help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 fast:  ## the tests that are not slow
-	pytest -m 'not slow' $(ARGS)
+	pytest $(ARGS)
 
 test:  ## all tests; those of a GPU are skipped without one
-	pytest $(ARGS)
+	pytest -m '' $(ARGS)
 
 lint:  ## everything that is checked without running the code
 	ruff check .

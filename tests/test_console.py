@@ -90,6 +90,7 @@ def test_an_unknown_command_is_refused_with_the_list_of_those_there_are(words, r
     assert calls == []
 
 
+@pytest.mark.slow
 def test_a_new_process_shows_the_help_and_the_exit_code_of_an_error(launch):
     launcher = [sys.executable, '-m', 'timm_coretune']
     assert launch([*launcher, '--help']).stdout.startswith('usage: timm-coretune COMMAND')

@@ -32,6 +32,7 @@ def bytes_of_a_row(name, width):
     }[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [name for name in METHODS if name != 'segmentation'])
 def test_a_step_makes_one_exchange_forward_and_one_backward(found, name):
     for rank in found:
@@ -41,6 +42,7 @@ def test_a_step_makes_one_exchange_forward_and_one_backward(found, name):
         assert rank[name]['backward'] == {'calls': 1, 'bytes': WORLD_SIZE * BATCH * backward}
 
 
+@pytest.mark.slow
 def test_segmentation_exchanges_the_number_of_pixels_too(found):
     for rank in found:
         assert rank['segmentation']['forward']['calls'] == 2

@@ -23,7 +23,7 @@ def test_commands_are_those_that_are_run_here_or_by_ci():
     ]
     ci = (ROOT / '.ci' / 'run').read_text()
     assert "-e '.[test]'" in ci
-    assert '\npytest -n 2\n' in ci
+    assert '\npytest -n 2\npytest -n 2 -m slow\n' in ci
 
 
 @pytest.mark.slow

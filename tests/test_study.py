@@ -95,6 +95,7 @@ def test_key_tells_runs_with_other_flags_apart():
 # Files of studies
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', STUDIES)
 def test_train_takes_the_flags_of_every_arm_of_our_studies(name, tmp_path):
     study = read_study(str(ROOT / 'benchmarks' / name))

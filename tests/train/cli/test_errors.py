@@ -66,6 +66,7 @@ def test_a_corrupt_image_is_named_by_its_path_from_a_loader_process_too(tmp_path
     assert line.startswith(f"train.py: error: Expected an image that can be read in '{path}': ")
 
 
+@pytest.mark.slow
 def test_training_that_diverges_ends_in_one_line_and_another_status(tmp_path, data, capsys):
     words = ['--data-dir', data, *ON_CPU, '--lr', '1e30', '--val-split=', '--output', tmp_path]
     status, line = ended(words, capsys)

@@ -25,6 +25,7 @@ FLAGS = (
 )
 
 
+@pytest.mark.slow
 def test_it_continues_to_the_figures_and_weights_of_the_unbroken_run(
     tmp_path, monkeypatch, one_thread, messages, read_csv
 ):

@@ -105,6 +105,7 @@ CONFIGURATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'name, method, count',
     [
