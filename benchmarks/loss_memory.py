@@ -124,7 +124,7 @@ def main(words: Optional[List[str]] = None) -> None:
         type=int,
         default=8192,
         metavar='N',
-        help='largest size of the whole matrix, which takes 9 matrices of float32 (default: 8192, 2.3 GiB)',
+        help='largest size of the whole matrix, which takes 8 of them in float32 (default: 8192, 2 GiB)',
     )
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='where to run')
     parser.add_argument('--write', action='store_true', help='write the table into docs/cost.md')

@@ -22,8 +22,8 @@ from ..mining import hard_label, normalize
 from .parts.dense_contrast import dense_contrast
 from .streaming import streaming_contrast
 
-# Number of similarities from which on they are computed block by block. With 2,048 x 2,048 of them that takes less than
-# half of the processor's time, and a seventh of the memory (docs/cost.md).
+# Number of similarities from which on they are computed block by block. With 2,048 x 2,048 of them that takes half of
+# the processor's time, and less than a quarter of the memory (docs/cost.md).
 DENSE_BELOW = 2**22
 
 
@@ -122,7 +122,7 @@ class FocalSupConLoss(nn.Module):
             unit_positive: Extra positive of each anchor (B, P).
             unit_negative: Extra negative of each anchor (B, P).
             has_negative: False for anchors whose extra negative does not exist (B,) bool.
-            anchor: The B rows of the batch that are anchors, a slice without step. When None, all rows.
+            anchor: The B rows of the batch that are anchors, with a start and a stop >= 0. When None, all rows.
             positive_weight: Jaccard index of each anchor and its extra positive (B,). Required with label sets and
                 extra positives.
 

@@ -232,5 +232,5 @@ def streaming_contrast(
 
     Embeddings may also be in half precision. Products are then summed in float32.
     """
-    start, stop, _ = anchor.indices(unit.shape[0])
-    return _contrast(unit, label, start, stop, unit_positive, unit_negative, has_negative, temperature, focal)[0]
+    place = (anchor.start, anchor.stop)
+    return _contrast(unit, label, *place, unit_positive, unit_negative, has_negative, temperature, focal)[0]
