@@ -20,6 +20,7 @@ TIERS = [
     ('mixup',),
     ('loss', 'checkpoint', 'export', 'report'),
     ('task', 'hub'),
+    ('cached_step',),
     ('segmentation/data',),
     ('segmentation/convert',),
     tuple(f'segmentation/{name}' for name in ('anchors', 'decoder', 'dense', 'feature_maps', 'locate', 'outputs')),

@@ -1,3 +1,4 @@
+from .cached_step import CachedStep as CachedStep
 from .checkpoint import convert_checkpoint as convert_checkpoint
 from .checkpoint import inspect_checkpoint as inspect_checkpoint
 from .checkpoint import load_checkpoint as load_checkpoint

@@ -6,7 +6,7 @@ cover it. Checks of the target and random draws stay outside, since a compiled g
 
 import contextlib
 import logging
-from typing import Any, ContextManager, Dict, Iterable, List, Optional, Set, Tuple, Union, cast
+from typing import Any, ContextManager, Dict, Iterable, List, NamedTuple, Optional, Sequence, Set, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -22,6 +22,7 @@ from .timm_model import (
     GroupMatcher,
     check_classifier,
     classifier_parameters,
+    get_classifiers,
     get_feature_dim,
     group_matcher,
     no_weight_decay,
@@ -30,10 +31,27 @@ from .timm_model import (
 _logger = logging.getLogger(__name__)
 
 
+class FeaturesAndLogits(NamedTuple):
+    """What the loss of a batch is computed from. CachedStep gets it for a part of a batch, and gives it for the whole.
+
+    Attributes:
+        features: Pre-logits features (B, D).
+        logits: Logits (B, C).
+        loss_parameters: Views of the parameters that the loss uses. A gradient that is given to them in a backward pass
+            reaches the parameters, as if the loss had been computed in this forward pass.
+    """
+
+    features: torch.Tensor
+    logits: torch.Tensor
+    loss_parameters: Sequence[torch.Tensor] = ()
+
+
 class CoreTuningModule(nn.Module):
     """Model and criterion in one module, which is wrapped, compiled and given to the optimizer.
 
-    In training mode it returns losses, in evaluation mode the output of the model.
+    In training mode it returns losses, in evaluation mode the output of the model. `CachedStep` calls it in training
+    mode with images and no target, which returns FeaturesAndLogits, and with those in place of images, which returns
+    the losses.
 
     Args:
         model: A timm classifier.
@@ -98,18 +116,30 @@ class CoreTuningModule(nn.Module):
             given['classifier'] = self.model.get_classifier()
         return {name: given[name] for name in self.criterion.requires}
 
+    def loss_parameters(self) -> List[nn.Parameter]:
+        """Parameters that get gradients in the loss: its own, and those of the classifier if it requires that."""
+        modules: List[nn.Module] = [self.criterion]
+        if 'classifier' in self.criterion.requires:
+            modules += get_classifiers(self.model)
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
     def forward(
         self,
-        input: Union[torch.Tensor, Dict[str, torch.Tensor]],
+        input: Any,
         target: Optional[torch.Tensor] = None,
         *prepared: Any,
     ) -> Any:
         if not self.training:
             return self.model(input)
-        feature_map, maps = self.forward_maps(input)
-        features, logits = self.forward_features_and_logits(input, feature_map)
+        if isinstance(input, FeaturesAndLogits):
+            features, logits, further = input.features, input.logits, self.required({})
+        else:
+            feature_map, maps = self.forward_maps(input)
+            features, logits = self.forward_features_and_logits(input, feature_map)
+            if target is None:
+                return FeaturesAndLogits(features, logits, [p.view_as(p) for p in self.loss_parameters()])
+            further = self.required(input, maps)
         self.criterion.check_shapes(features, logits)
-        further = self.required(input, maps)
         losses = self.criterion.compute(features, logits, cast(torch.Tensor, target), *prepared, **further)
         return {**losses, 'output': logits}
 

@@ -235,11 +235,12 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
     """Log the size of the contrasted batch, the positives per image, and the contrastive loss at chance."""
     data = settings.data
     num_gathered = 1 if settings.loss.no_coretune_gather else num_processes
-    batch_size = data.batch_size * num_gathered
+    batch_size = data.batch_size * data.contrast_batches * num_gathered
+    together = f' x {data.contrast_batches} batches' if data.contrast_batches > 1 else ''
     num_candidates = max(settings.loss.num_candidates(batch_size), 1)
     message = (
-        f'Contrast over {batch_size} images ({data.batch_size} x {num_gathered} process(es); accumulation does not '
-        f'enlarge it): at chance its loss without the focal factor is ln {num_candidates} = '
+        f'Contrast over {batch_size} images ({data.batch_size}{together} x {num_gathered} process(es); accumulation '
+        f'does not enlarge it): at chance its loss without the focal factor is ln {num_candidates} = '
         f'{math.log(num_candidates):.2f}.'
     )
     counts = count_labels(datasets.train)
@@ -256,7 +257,7 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
         if batch_size < 2 * len(counts) and not data.class_balance:
             _logger.warning(
                 f'A batch of {batch_size} is less than twice the {len(counts)} classes: many images find no positive. '
-                'Consider a larger --batch-size, or --class-balance.'
+                'Consider a larger --batch-size or --contrast-batch-size, or --class-balance.'
             )
     _logger.info(message)
 

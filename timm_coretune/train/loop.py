@@ -16,9 +16,11 @@ from timm.utils import AverageMeter, distribute_bn, unwrap_model
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from ..cached_step import CachedStep
 from ..data.seeding import kept_generators, make_key, seed_generators, seed_torch
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import Evaluator, is_better
+from ..task import CoreTuningTask
 from .data.batches import (
     Input,
     batches_from,
@@ -44,7 +46,9 @@ class LoopConfig:
     Attributes:
         seed: Random seed. The draws of a step depend on it and on the process, epoch and batch of the step. With a
             resumable loader and without `mixup_fn` this holds for torch's generators, not for Python's and NumPy's.
-        grad_accum_steps: Batches per update.
+        contrast_batches: Batches whose images are mined and contrasted together, by CachedStep if there are several.
+            The last ones of an epoch may be fewer.
+        grad_accum_steps: Batches per update, or groups of contrast_batches batches.
         channels_last: Put images into the channels_last memory layout.
         dtype: Dtype that images are cast to. None leaves them as the loader made them.
         loss_scale: How the loss is scaled by batch size / reference_batch_size: 'none', 'sqrt' or 'linear'.
@@ -65,6 +69,7 @@ class LoopConfig:
     """
 
     seed: int = 42
+    contrast_batches: int = 1
     grad_accum_steps: int = 1
     channels_last: bool = False
     dtype: Optional[torch.dtype] = None
@@ -87,6 +92,10 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if self.dist_bn not in ('reduce', 'broadcast', 'none', ''):
             raise ValueError(f"Expected dist_bn to be 'reduce', 'broadcast', 'none' or '', got {self.dist_bn!r}.")
+
+    @property
+    def batches_per_update(self) -> int:
+        return self.contrast_batches * self.grad_accum_steps
 
 
 class Position(NamedTuple):
@@ -130,7 +139,9 @@ class Trainer:
         stop: Is asked after every update and validation batch whether to stop early. None never stops.
 
     Raises:
-        ValueError: The optimizer needs second derivatives, and there are several processes.
+        TypeError: config has several contrast_batches, and the task is not a CoreTuningTask for images.
+        ValueError: The optimizer needs second derivatives, and there are several processes or contrast_batches. Or
+            FSDP or DeepSpeed shard the weights, and there are several contrast_batches.
     """
 
     def __init__(
@@ -159,6 +170,8 @@ class Trainer:
         self.accelerator = accelerator
         self.scheduler: Any = scheduler
         self.config = config or LoopConfig()
+        self.is_sharded = is_sharded(accelerator)
+        self.cached_step = self._create_cached_step() if self.config.contrast_batches > 1 else None
         self.mixup_fn = mixup_fn
         self.clip_gradients = clip_gradients
         self.freezer = freezer
@@ -171,7 +184,16 @@ class Trainer:
         self.data_share = 0.0  # share of the time of the last epoch in which this process waited for batches
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
-        self.is_sharded = is_sharded(accelerator)
+
+    def _create_cached_step(self) -> CachedStep:
+        obstacle = 'FSDP or DeepSpeed' if self.is_sharded else type(_unwrapped(self.optimizer)).__name__
+        if self.is_sharded or self.second_order:
+            raise ValueError(
+                f'Expected one batch per contrast (--contrast-batch-size) with {obstacle}, got '
+                f'{self.config.contrast_batches}. '
+                + ('Use DDP.' if self.is_sharded else 'It differentiates gradients, whose graph is not kept.')
+            )
+        return CachedStep(cast(CoreTuningTask, self.task))
 
     def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
         hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
@@ -190,18 +212,25 @@ class Trainer:
             loss = loss * (batch_size / self.accelerator.reduce(size, 'mean'))
         return loss
 
-    def _forward_backward(self, input: Input, target: torch.Tensor, num_accum: int) -> Dict[str, torch.Tensor]:
-        result = self.task(input, target)
-        loss = self._scale(result['loss'], len(target)) / num_accum
-        self.accelerator.backward(loss, **({'create_graph': True} if self.second_order else {}))
+    def _forward_backward(self, inputs: List[Input], target: torch.Tensor, num_accum: float) -> Dict[str, torch.Tensor]:
+        def backward(loss: torch.Tensor) -> None:
+            loss = self._scale(loss, len(target)) / num_accum
+            self.accelerator.backward(loss, **({'create_graph': True} if self.second_order else {}))
+
+        if self.cached_step is not None:
+            return self.cached_step(inputs, target, backward)
+        result = self.task(inputs[0], target)
+        backward(result['loss'])
         return result
 
-    def _step(self, input: Input, target: torch.Tensor, num_accum: int, need_update: bool) -> Dict[str, torch.Tensor]:
-        """Run the forward and backward pass of one batch, and the update if it is due."""
+    def _step(
+        self, inputs: List[Input], target: torch.Tensor, num_accum: float, need_update: bool
+    ) -> Dict[str, torch.Tensor]:
+        """Run the forward and backward pass of batches that are contrasted together, and the update if it is due."""
         if not need_update:
             with self.task.no_sync():
-                return self._forward_backward(input, target, num_accum)
-        result = self._forward_backward(input, target, num_accum)
+                return self._forward_backward(inputs, target, num_accum)
+        result = self._forward_backward(inputs, target, num_accum)
         if self.clip_gradients is not None:
             self.clip_gradients(self.optimizer)
         self.optimizer.step()
@@ -241,28 +270,39 @@ class Trainer:
         if not start_batch:
             self.meter = LossMeter(self.accelerator)
         meter, config, device = self.meter, self.config, self.accelerator.device
-        num_batches, accum = count_batches(loader, self.accelerator), config.grad_accum_steps
-        num_updates = -(-num_batches // accum)  # the last update may accumulate fewer batches
+        num_batches, per_update = count_batches(loader, self.accelerator), config.batches_per_update
+        num_updates = -(-num_batches // per_update)  # the last update may have fewer batches
         # a check costs nothing in a single CPU process; otherwise it waits for the device or for other processes
         check_always = device.type == 'cpu' and self.accelerator.num_processes == 1
         update_time, data_time, num_images = AverageMeter(), AverageMeter(), 0
         update_start = data_start = time.perf_counter()
         batches = in_step(batches_from(loader, epoch, start_batch), loader, self.accelerator)
-        start_update = start_batch // accum
+        start_update = start_batch // per_update
         # a resumable loader draws under keys of its own, and timm's pixel mixup from NumPy's generator
         seed = seed_torch if is_resumable(loader) and self.mixup_fn is None else seed_generators
+        inputs: List[Input] = []
+        targets: List[torch.Tensor] = []
         self._start_phase()
         with self._progress(num_updates, f'Train {epoch}', start_update) as bar, logging_redirect_tqdm():
             for batch_idx, batch in enumerate(batches, start_batch):
-                update = batch_idx // accum
-                num_accum = min(accum, num_batches - update * accum)
-                need_update = (batch_idx + 1) % accum == 0 or batch_idx + 1 == num_batches
+                update = batch_idx // per_update
+                num_in_update = min(per_update, num_batches - update * per_update)
+                need_update = (batch_idx + 1) % per_update == 0 or batch_idx + 1 == num_batches
                 input, target = to_device(batch, device, config.channels_last, config.dtype)
                 seed(make_key(config.seed, self.accelerator.process_index, epoch, batch_idx), device)
                 if self.mixup_fn is not None:
                     input, target = self.mixup_fn(input, target)
-                data_time.update(num_accum * (time.perf_counter() - data_start))
-                result = self._step(input, target, num_accum, need_update)
+                inputs.append(input)
+                targets.append(target)
+                data_time.update(num_in_update * (time.perf_counter() - data_start))
+                if len(inputs) < config.contrast_batches and not need_update:
+                    data_start = time.perf_counter()
+                    continue
+
+                target = target if len(targets) == 1 else torch.cat(targets)
+                # each image of an update has the same weight, also where fewer batches are contrasted at its end
+                result = self._step(inputs, target, num_in_update / len(inputs), need_update)
+                inputs, targets = [], []
                 num_images += len(target) * self.accelerator.num_processes
                 num_done = epoch * num_updates + update + 1
                 meter.update(result, num_done)
@@ -324,7 +364,7 @@ class Trainer:
         """Save a state within an epoch. All processes must call this together."""
         self.position = position
         if self.record is not None:
-            update = -(-position.batch // self.config.grad_accum_steps) - 1
+            update = -(-position.batch // self.config.batches_per_update) - 1
             self.record.save_recovery(self, position.epoch, update)
 
     def _eval_model(self, ema: bool) -> nn.Module:

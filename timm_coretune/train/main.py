@@ -24,7 +24,7 @@ from .cli.arguments import ParsedArguments, parse_args
 from .cli.errors import asked_by, sentence_of
 from .cli.settings import ModelSettings, SavedArguments, Settings
 from .data.datasets import Datasets
-from .data.loaders import Loaders, mean_batch_size
+from .data.loaders import Loaders, count_contrast_batches, mean_batch_size
 from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
 from .loss_meter import DivergedError
@@ -107,6 +107,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         loss_scale = data.variable_batch_loss_scale
     return LoopConfig(
         seed=loop.seed,
+        contrast_batches=data.contrast_batches,
         grad_accum_steps=settings.optimization.grad_accum_steps,
         channels_last=settings.model.channels_last,
         dtype=getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None,
@@ -156,9 +157,10 @@ def set_up(
     if name is not None and METHODS[name].contrasts and datasets.train is not None:
         kind.log_contrast(settings, datasets, num_processes)
 
-    optimization = settings.optimization
-    batch_size = mean_batch_size(settings.data, loaders.train)
-    num_batches = None if loaders.train is None else len(loaders.train)
+    # from here on a batch is one that is contrasted, of several batches of the loader with --contrast-batch-size
+    optimization, contrast_batches = settings.optimization, settings.data.contrast_batches
+    batch_size = contrast_batches * mean_batch_size(settings.data, loaders.train)
+    num_batches = None if loaders.train is None else count_contrast_batches(settings.data, len(loaders.train))
     accum = count_accumulated(optimization.grad_accum_steps, num_batches)
     resolved = Resolved(
         lr=resolve_lr(optimization, batch_size, num_processes, num_batches),
@@ -183,7 +185,7 @@ def set_up(
         )
     if scheduler is not None and (start_epoch or start_batch):
         if optimization.sched_on_updates:
-            scheduler.step_update(start_epoch * updates_per_epoch - (-start_batch // accum))
+            scheduler.step_update(start_epoch * updates_per_epoch - (-start_batch // (accum * contrast_batches)))
         else:
             scheduler.step(start_epoch)
     freezer = BackboneFreezer(task, optimization.freeze_epochs) if optimization.freeze_epochs else None
@@ -192,7 +194,7 @@ def set_up(
     if isinstance(task, CoreTuningTask):
         task.attach_optimizer(optimizer)
         task.start(num_epochs * updates_per_epoch)
-    log_update_size(settings.data.batch_size, accum, num_processes, updates_per_epoch)
+    log_update_size(settings.data.batch_size * contrast_batches, accum, num_processes, updates_per_epoch)
     log_optimization(task, optimizer, scheduler, num_epochs, updates_per_epoch)
     if not settings.loop.eval_only:
         log_average(task.get_trainable_module(ema=True), num_epochs * updates_per_epoch)

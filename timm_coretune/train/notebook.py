@@ -117,9 +117,12 @@ def fine_tune(
             task: TrainingTask = CoreTuningTask(model, method, device=accelerator.device, **loss_kwargs)
         else:
             task = ClassificationTask(model, criterion=nn.CrossEntropyLoss(), device=accelerator.device)
-        num_batches = len(train_loader)
+        num_batches = -(-len(train_loader) // config.contrast_batches)
         lr = optimization.lr or resolve_lr(
-            optimization, _batch_size_of(train_loader), accelerator.num_processes, num_batches
+            optimization,
+            _batch_size_of(train_loader) * config.contrast_batches,
+            accelerator.num_processes,
+            num_batches,
         )
         optimizer = create_optimizer(optimization, task, lr)
         updates_per_epoch = -(-num_batches // config.grad_accum_steps)

@@ -88,6 +88,8 @@ def order_of(epoch):
         (4, ['--grad-accum-steps', '2'], slice(8, 12)),
         (3, ['--grad-accum-steps', '2'], None),  # the next batch is the second of an update
         (4, ['-b', '4', '--grad-accum-steps', '2'], slice(8, 12)),
+        (4, ['--contrast-batch-size', '4'], slice(8, 12)),
+        (3, ['--contrast-batch-size', '4'], None),  # the next batch is the second of a contrast
         (2, ['-b', '4', '--class-balance'], None),  # another order
     ],
 )
@@ -105,6 +107,16 @@ def test_an_epoch_goes_on_at_the_next_image_in_other_batches_or_starts_again_and
         assert loaded[0] == order_of(0)[left or slice(whole)]
     assert [len(set(loaded[0])), len(set(loaded[1]))] == [whole if left is None else 12 - left.start, whole]
     assert [row['epoch'] for row in read_csv(folder / 'summary.csv')] == ['0', '1']
+
+
+def test_a_run_goes_on_with_fewer_batches_in_a_contrast(tmp_path, data, monkeypatch, messages, loaded, read_csv):
+    first = ('-b', 2, '--contrast-batch-size', 4, '--recovery-interval', 1, '--epochs', 1)
+    interrupted(monkeypatch, data, tmp_path, '_step', 2, *first)
+    loaded.pop(0)
+    train(data, tmp_path, *first, '--contrast-batch-size', 2, '--resume', 'auto')
+    assert loaded[0] == order_of(0)[8:]
+    said = ' '.join(messages('WARNING'))
+    assert 'updated every 2. Now they are 2 x 1, updated every 1: continuing with batch 4' in said
 
 
 def state_of(batch, size, meters, accum=1):

@@ -88,6 +88,7 @@ def stopped(monkeypatch, data, output, flags, *where):
         pytest.param(WITH_EMA, (ClassificationEvaluator, 'update', 0), (0, 6, True), 6, marks=pytest.mark.slow),
         (WITH_EMA, (ClassificationEvaluator, 'update', 4), (0, 6, True), 6),
         (ON_UPDATES, (ClassificationEvaluator, 'update', 0), (0, 6, True), 6),
+        (('-b', '2', '--contrast-batch-size', '4', '--drop', '0.1'), (Trainer, '_step', 1), (0, 4, False), 2),
     ],
 )
 def test_a_stopped_run_saves_its_place_and_ends_as_one_that_was_not(

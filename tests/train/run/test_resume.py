@@ -98,6 +98,11 @@ CONFIGURATIONS = {
         *('--metrics', 'ece', '--eval-metric', 'ece', '--head-lr-scale', '3', '--freeze-epochs', '1'),
         *('--checkpoint-hist', '2'),
     ],
+    'contrast': [
+        *('-b', '2', '--contrast-batch-size', '4', '--grad-accum-steps', '2', '--drop', '0.2'),
+        *('--recovery-interval', '1', '--mixup', '0.5', '--sched-on-updates'),
+        *('--model-ema', '--model-ema-decay', '0.7'),
+    ],
     'updates-mixup-erasing': [
         *('--sched-on-updates', '--mixup', '0.5', '--reprob', '0.5', '--drop', '0.2', '--recovery-interval', '1'),
         *('--aa', 'rand-m9-mstd0.5', '--mixup-off-epoch', '2', '--class-balance'),
@@ -112,6 +117,7 @@ CONFIGURATIONS = {
         ('coretune', 'validate', 2),
         ('ema-plateau-accumulation', 'validate', 4),
         ('ema-plateau-accumulation', '_step', 15),
+        ('contrast', '_step', 5),  # epochs have 3 steps in 2 updates
         ('updates-mixup-erasing', '_step', 5),
         ('updates-mixup-erasing', '_step', 8),
     ],

@@ -136,8 +136,9 @@ def _of_augmentation(settings: Settings) -> Conditions:
 
 
 def _of_batches(settings: Settings) -> Conditions:
-    data = settings.data
+    data, method = settings.data, settings.loss.task_loss
     sizes = data.train_img_sizes or []
+    contrasting = ', '.join(name for name, loss in METHODS.items() if loss.contrasts)
     mixed = [] if settings.loop.eval_only or data.naflex_loader or not data.mixes_pixels else data.batch_sizes
     per_size = (data.train_batch_sizes, data.train_size_probs)
     return {
@@ -159,6 +160,17 @@ def _of_batches(settings: Settings) -> Conditions:
         '--class-balance and --aug-repeats both order the images; choose one': data.class_balance and data.aug_repeats,
         '--global-batch-size: one size for all batches; not with --train-img-sizes or --naflex-loader': (
             data.global_batch_size is not None and (sizes or data.naflex_loader)
+        ),
+        '--contrast-batch-size: not with --segmentation, --naflex-loader or --train-img-sizes': (
+            data.contrast_batch_size is not None and (data.segmentation or data.naflex_loader or sizes)
+        ),
+        f'--contrast-batch-size: with --coretune or a --method that compares the images of a batch ({contrasting}); '
+        'others have --grad-accum-steps': (
+            data.contrast_batch_size is not None and not (method and METHODS[method].contrasts)
+        ),
+        '--contrast-batch-size: a multiple of the --batch-size, or of the --global-batch-size if that is given': (
+            data.contrast_batch_size is not None
+            and data.contrast_batch_size % (data.global_batch_size or data.batch_size)
         ),
         '--class-balance needs a --batch-size of 4 or more': data.class_balance and data.batch_size < 4,
         '--mixup, --cutmix and --cutmix-minmax mix pairs of images: the --batch-size, or each of --train-batch-sizes, '

@@ -66,7 +66,7 @@ def _all(kind: Range, names: str) -> Dict[str, Range]:
 
 RANGES: Dict[str, Range] = {
     # images and batches
-    **_all(_AT_LEAST_1, 'img_size in_chans input_size batch_size global_batch_size'),
+    **_all(_AT_LEAST_1, 'img_size in_chans input_size batch_size global_batch_size contrast_batch_size'),
     **_all(_AT_LEAST_0, 'train_num_samples val_num_samples validation_batch_size epoch_repeats workers crop_pct'),
     'mean': Range(-10, 10),  # of pixels between 0 and 1, as in timm
     'std': Range(0, 10, above=True),

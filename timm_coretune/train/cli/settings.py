@@ -131,6 +131,9 @@ class DataSettings:
     label_fraction: float = flag(1.0, 'share of the training images of each class to use', section=TUNING)
     val_fraction: Optional[float] = flag(None, 'share of each class held out (default: 0.1 if no split validates)')
     global_batch_size: Optional[int] = flag(None, 'images per batch of all processes together, for --batch-size')
+    contrast_batch_size: Optional[int] = flag(
+        None, 'images of several batches that are contrasted together, in the memory of one (default: a batch)'
+    )
     class_balance: bool = flag(False, 'batches in which every image has another one of its class, if there is one')
     check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
     skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')
@@ -167,6 +170,11 @@ class DataSettings:
         """Numbers of images that a training batch of a process can have: one, or one for each of train_img_sizes."""
         sizes = self.train_img_sizes
         return [self.batch_size] if not sizes else self.train_batch_sizes or [self.batch_size] * len(sizes)
+
+    @property
+    def contrast_batches(self) -> int:
+        """Number of batches whose images are mined and contrasted together."""
+        return max(1, (self.contrast_batch_size or 0) // (self.global_batch_size or self.batch_size))
 
     @property
     def num_channels(self) -> int:

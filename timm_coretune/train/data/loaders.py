@@ -1,5 +1,6 @@
 """Creates timm's loaders of labelled images, made to start at any batch of an epoch"""
 
+import logging
 from typing import Any, Dict, NamedTuple, Optional, Sized, cast
 
 import torch
@@ -21,6 +22,8 @@ from ..cli.settings import DataSettings
 from .datasets import Datasets
 from .labelled import get_labels
 from .workers import outliving_signals
+
+_logger = logging.getLogger(__name__)
 
 
 class Loaders(NamedTuple):
@@ -279,6 +282,29 @@ def check_fills_a_batch(loader: Any, dataset: Dataset, batch_size: int, num_proc
             f'Expected at least one batch of {batch_size} images for each of {num_processes} process(es), the training '
             f'split has {len(cast(Sized, dataset))}. Lower --batch-size.'
         )
+
+
+def count_contrast_batches(settings: DataSettings, num_batches: int) -> int:
+    """Number of contrasted batches in an epoch of num_batches batches of the loader. The last one may be smaller.
+
+    Raises:
+        ValueError: The epoch does not fill one.
+    """
+    together = settings.contrast_batches
+    if num_batches < together:
+        total = settings.contrast_batch_size
+        size = settings.global_batch_size or settings.batch_size
+        raise ValueError(
+            f'--contrast-batch-size: expected at most {num_batches * size}, the images of the {num_batches} batch(es) '
+            f'of {size} of an epoch, got {total}. Lower it.'
+        )
+    num_left = num_batches % together
+    if num_left:
+        _logger.info(
+            f'An epoch has {num_batches} batches, and contrasts {together} at a time: the last {num_left} of an epoch '
+            'are contrasted with each other only.'
+        )
+    return -(-num_batches // together)
 
 
 def mean_batch_size(settings: DataSettings, loader: Any) -> float:

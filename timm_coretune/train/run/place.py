@@ -1,7 +1,7 @@
 """Finds the batch to continue with when the batches of a run are others than those before it was stopped"""
 
 import logging
-from typing import Any, Dict, List, Mapping
+from typing import Any, Dict, List, Mapping, Tuple
 
 from ..data.batches import has_plain_order
 from .resume import Continuation
@@ -15,12 +15,19 @@ _ORDER = (
 )
 
 
-def _average_meter(processes: List[Dict[str, Any]], num_batches: int) -> Dict[str, Any]:
-    """The losses of an epoch so far as if they had been summed over another number of batches or processes."""
+def _batches_of(values: Mapping[str, Any]) -> Tuple[int, int, int]:
+    """Batch size of a process, number of batches that are contrasted together, and number of batches of an update."""
+    size = values['batch_size']
+    together = max(1, (values.get('contrast_batch_size') or 0) // (values.get('global_batch_size') or size))
+    return size, together, together * values['grad_accum_steps']
+
+
+def _average_meter(processes: List[Dict[str, Any]], num_steps: int) -> Dict[str, Any]:
+    """The losses of an epoch so far as if they had been summed over another number of steps or processes."""
     meters = [own['meter'] for own in processes]
     means = [[total / meter['num_steps'] for total in meter['total']] for meter in meters]
     mean = [sum(column) / len(column) for column in zip(*means, strict=True)]
-    return dict(names=meters[0]['names'], total=[value * num_batches for value in mean], num_steps=num_batches)
+    return dict(names=meters[0]['names'], total=[value * num_steps for value in mean], num_steps=num_steps)
 
 
 def place_in_epoch(
@@ -47,8 +54,8 @@ def place_in_epoch(
             processes = [{**own, 'meter': meter} for own in processes]
         return continuation._replace(batch=batch, loop_state={**state, 'batch': batch, 'processes': processes})
     names = ('batch_size', 'grad_accum_steps')
-    size, accum = (before.get(name, values[name]) for name in names)
-    size_now, accum_now = (values[name] for name in names)
+    size, together, accum = _batches_of({**{name: values[name] for name in names}, **before})
+    size_now, together_now, accum_now = _batches_of(values)
     were = len(state['processes'])
     is_same_order = all(before.get(name, values[name]) == values[name] for name in _ORDER)
     num_images = continuation.batch * size * were
@@ -56,13 +63,13 @@ def place_in_epoch(
     same_batches = size * were == size_now * num_processes
     fits = is_same_order and not rest and batch % accum_now == 0 and batch < len(loader)
     if fits and (same_batches or has_plain_order(loader)):
-        if (size, accum, were) != (size_now, accum_now, num_processes):
+        if (size, together, accum, were) != (size_now, together_now, accum_now, num_processes):
             _logger.warning(
                 f'The state was saved after {num_images} images of epoch {continuation.epoch} in batches of {size} x '
                 f'{were} process(es), updated every {accum}. Now they are {size_now} x {num_processes}, updated every '
                 f'{accum_now}: continuing with batch {batch}, the first of the images that are left.'
             )
-            meter = _average_meter(state['processes'], batch)
+            meter = _average_meter(state['processes'], batch // together_now)
             processes = [{**own, 'meter': meter} for own in state['processes']]
             state = {**state, 'batch': batch, 'processes': processes}
         return continuation._replace(batch=batch, loop_state=state)
