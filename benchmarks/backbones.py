@@ -55,7 +55,6 @@ def describe(name: str, kwargs: Dict[str, Any], img_size: int) -> str:
     task.get_trainable_module().train()
     result = task(torch.randn(2, 3, img_size, img_size), torch.randint(21, (2, img_size, img_size)))
     result['loss'].backward()
-    assert result['output'].shape == (2, 21, img_size, img_size)
     trained = {k: p for k, p in task.get_trainable_module().named_parameters() if p.requires_grad}
     wrong = [k for k, p in trained.items() if p.grad is None or not p.grad.isfinite().all()]
     if wrong:

@@ -4,7 +4,8 @@
     python benchmarks/step.py
 
 prints one Markdown table of ratios. Each is the median over alternating pairs of runs in one process, so that a machine
-that slows down slows both sides. Four questions:
+that slows down slows both sides. On a CPU the seconds are those of the processor, of all threads, which other programs
+disturb least; the ratio of wall times stands beside. Four questions:
 - A whole training step (forward, backward, update) with Core-tuning against one with cross-entropy.
 - The same of a segmentation, DeepLab-V3 on a dilated resnet50, and the most memory each takes in its own process.
 - The criterion alone (mining, mixing, projection head, losses, forward and backward; the classifier included) against a
@@ -24,7 +25,7 @@ import platform
 import resource
 import statistics
 import time
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -38,25 +39,35 @@ from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation.dense import DenseCrossEntropy
 
 
-def time_pairs(first: Callable, second: Callable, num_pairs: int, device: torch.device) -> Tuple[float, float, float]:
-    """Median seconds of both and the median of their ratios, in alternating runs.
+class Timing(NamedTuple):
+    """Median seconds of two things, and the medians of the ratios of seconds and of wall times."""
+
+    first: float
+    second: float
+    ratio: float
+    wall_ratio: float
+
+
+def time_pairs(first: Callable, second: Callable, num_pairs: int, device: torch.device) -> Timing:
+    """Time alternating runs: CPU seconds of all threads on a CPU, else wall time.
 
     A run that is timed follows one of the same kind that is not: memory is then laid out as in a loop of its own.
     """
+    clock = time.process_time if device.type == 'cpu' else time.perf_counter
 
-    def seconds(run: Callable) -> float:
+    def seconds(run: Callable) -> Tuple[float, float]:
         run()
         if device.type == 'cuda':
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start, wall = clock(), time.perf_counter()
         run()
         if device.type == 'cuda':
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return clock() - start, time.perf_counter() - wall
 
     for run in (first, second) * 2:
         seconds(run)
-    times: List[Tuple[float, float]] = []
+    times: List[Tuple[Tuple[float, float], Tuple[float, float]]] = []
     for index in range(num_pairs):
         # the order changes too, as the second of two may find warmer caches
         if index % 2:
@@ -64,10 +75,11 @@ def time_pairs(first: Callable, second: Callable, num_pairs: int, device: torch.
             times.append((seconds(first), b))
         else:
             times.append((seconds(first), seconds(second)))
-    return (
-        statistics.median(a for a, _ in times),
-        statistics.median(b for _, b in times),
-        statistics.median(a / b for a, b in times),
+    return Timing(
+        statistics.median(a for (a, _), _ in times),
+        statistics.median(b for _, (b, _) in times),
+        statistics.median(a / b for (a, _), (b, _) in times),
+        statistics.median(a / b for (_, a), (_, b) in times),
     )
 
 
@@ -112,7 +124,7 @@ def report_methods(num_pairs: int, device: torch.device, amp: bool) -> None:
     plain, _ = make_method_step(None, device, amp)
     for method in METHODS:
         step, kept = make_method_step(method, device, amp)
-        a, b, ratio = time_pairs(step, plain, num_pairs, device)
+        a, b, ratio, _ = time_pairs(step, plain, num_pairs, device)
         print(f'| `{method}` | {ratio:.2f} | {a:.4g} / {b:.4g} | {kept:.1f} |', flush=True)
 
 
@@ -275,14 +287,14 @@ def main() -> None:
         print(f'\n{describe_machine(device)}; median of {args.pairs} pairs')
         return
 
-    print('| what | against | ratio | seconds |')
-    print('|---|---|---|---|')
+    print('| what | against | ratio | seconds | ratio of wall times |')
+    print('|---|---|---|---|---|')
 
     def report(what: str, against: str, first: Callable, second: Callable, num_pairs: int) -> None:
-        a, b, ratio = time_pairs(first, second, num_pairs, device)
-        print(f'| {what} | {against} | {ratio:.3f} | {a:.4g} / {b:.4g} |', flush=True)
+        a, b, ratio, wall_ratio = time_pairs(first, second, num_pairs, device)
+        print(f'| {what} | {against} | {ratio:.3f} | {a:.4g} / {b:.4g} | {wall_ratio:.3f} |', flush=True)
 
-    for name, batch_size in (('resnet50', 16), ('vit_tiny_patch16_224', 32)):
+    for name, batch_size in (('resnet50', 16), ('vit_tiny_patch16_224', 64)):
         steps = [make_step(task, name, batch_size, device, args.amp) for task in (CoreTuningTask, ClassificationTask)]
         report(f'{name} step, batch {batch_size}, Core-tuning', 'cross-entropy', *steps, args.pairs)
     tasks = (SegmentationTask, ClassificationTask)
@@ -291,7 +303,7 @@ def main() -> None:
     report(what, 'dense cross-entropy', *steps, args.pairs)
     if device.type == 'cpu':
         a, b = (statistics.median(measure_peak(task, args.dense_batch_size) for _ in range(3)) for task in tasks)
-        print(f'| peak memory of such steps | dense cross-entropy | {a / b:.3f} | {a:.0f} / {b:.0f} MiB |')
+        print(f'| peak memory of such steps | dense cross-entropy | {a / b:.3f} | {a:.0f} / {b:.0f} MiB | - |')
     ours, theirs = make_criteria(256, 2048, 100, device)
     report('criterion, transcribed with 3B rows (B 256, D 2048, C 100)', 'ours', theirs, ours, 3 * args.pairs)
     few = make_contrast(256, 2048, 10, device)

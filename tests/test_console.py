@@ -31,11 +31,11 @@ def calls(monkeypatch):
     'words, module, arguments',
     [
         ('train --coretune --lr 0.1', 'train.main', ['--coretune', '--lr', '0.1']),
-        (
-            'predict RUN IMAGES --output MASKS',
-            'segmentation.__main__',
-            ['predict', 'RUN', 'IMAGES', '--output', 'MASKS'],
-        ),
+        ('predict RUN IMAGES --output MASKS', 'prediction.__main__', ['RUN', 'IMAGES', '--output', 'MASKS']),
+        ('evaluate RUN', 'train.main', ['--eval-only', '--model', 'RUN']),
+        ('evaluate RUN DIR --amp', 'train.main', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', '--amp']),
+        ('evaluate RUN DIR x', 'train.main', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', 'x']),
+        ('evaluate --model RUN', 'train.main', ['--eval-only', '--model', 'RUN']),
         ('sample FOLDER', 'segmentation.__main__', ['sample', 'FOLDER']),
         ('masks convert ade20k DIR', 'segmentation.convert.__main__', ['convert', 'ade20k', 'DIR']),
         ('checkpoint inspect FILE', 'checkpoint.__main__', ['inspect', 'FILE']),

@@ -1,5 +1,6 @@
 """Protects the choice of hard pairs: masks, degenerate batches, invariances and the law of the random negative"""
 
+import memory
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +9,8 @@ from reference import classes, generator, mine, random_features, random_label, r
 from scipy.stats import chi2
 
 from timm_coretune import mine_hard_pairs
-from timm_coretune.mining import HardPairs, normalize, select_hard_pairs
+from timm_coretune.mining import HardPairs, hardest, normalize, select_hard_pairs
+from timm_coretune.mining.label_sets import select_hard_pairs_of_sets
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 dtype_ids = [str(dtype).removeprefix('torch.') for dtype in DTYPES]
@@ -166,6 +168,73 @@ def test_mining_some_anchors_equals_mining_all_and_keeping_those():
     pairs = select_hard_pairs(features, label, draw)
     of_anchor = select_hard_pairs(features, label, draw[anchor], anchor=anchor)
     assert all(torch.equal(left[anchor], right) for left, right in zip(pairs, of_anchor, strict=True))
+
+
+MINED = {
+    'all': {},
+    'some anchors': {'anchor': torch.arange(30, 97)},
+    'candidates': {'positive_draw': torch.rand(150, 3, generator=generator(4))},
+    'another order': {'order': torch.randperm(150, generator=generator(5))},
+}
+
+
+@pytest.mark.parametrize('block', [1, 22499])
+@pytest.mark.parametrize('repeated', [False, True], ids=['no ties', 'ties'])
+@pytest.mark.parametrize('kwargs', MINED.values(), ids=MINED)
+@pytest.mark.parametrize(
+    'dtype', [torch.float32, torch.float64, torch.bfloat16], ids=['float32', 'float64', 'bfloat16']
+)
+def test_mining_in_blocks_finds_the_same_pairs_to_the_last_bit(monkeypatch, block, repeated, kwargs, dtype):
+    features, label = random_features(9, 150, 48, dtype), random_label(9, 150, 6) - 1
+    features = features[torch.arange(150) % 20] if repeated else features
+    sets = torch.rand(150, 5, generator=generator(6)).lt(0.3).float()
+    draw = torch.rand(len(kwargs.get('anchor', label)), generator=generator(7))
+
+    def mine_both():
+        of_sets = select_hard_pairs_of_sets(features, sets, draw, **kwargs)
+        return *select_hard_pairs(features, label, draw, **kwargs), *of_sets
+
+    whole = mine_both()
+    monkeypatch.setattr(hardest, 'BLOCK', block)
+    assert all(torch.equal(left, right) for left, right in zip(mine_both(), whole, strict=True))
+
+
+def test_mining_in_blocks_agrees_with_loops_and_takes_the_first_of_equals(monkeypatch):
+    monkeypatch.setattr(hardest, 'BLOCK', 100)
+    features, label = random_features(3, 24, 16), random_label(3, 24, 5)
+    expected = mine(features, label)
+    pairs = mine_hard_pairs(features, label)
+    assert pairs.hard_positive.tolist() == [row.hardest_positive for row in expected]
+    assert pairs.hard_negative.tolist() == [row.hardest_negative for row in expected]
+    # all cosines are 0, 1 or -1
+    features, label = (
+        torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]]).repeat(8, 1),
+        torch.arange(32) % 2,
+    )
+    pairs = mine_hard_pairs(features, label)
+    assert pairs.hard_positive.tolist() == [(2 + i) % 4 for i in range(32)]
+    assert pairs.hard_negative.tolist() == [(1 + i) % 2 for i in range(32)]
+
+
+@pytest.mark.skipif(not memory.CLEAR.exists(), reason='the peak of memory is read as Linux has it')
+def test_mining_a_large_batch_takes_less_memory_than_one_matrix():
+    features, label, draw = torch.randn(8192, 16), torch.randint(100, (8192,)), torch.rand(8192)
+    select_hard_pairs(features[:99], label[:99], draw[:99])
+    peak = memory.peak_of(select_hard_pairs, features, label, draw)
+    assert peak < 150.0  # one matrix in float32 is 256, and there would be several
+
+
+def test_mining_in_blocks_compiles_to_one_graph_of_few_nodes(monkeypatch):
+    monkeypatch.setattr(hardest, 'BLOCK', 100)
+    torch._dynamo.reset()
+    features, label, draw = random_features(3, 60, 16), random_label(3, 60, 5), torch.rand(60, generator=generator())
+    compiled = torch.compile(select_hard_pairs, fullgraph=True, backend='aot_eager')
+    pairs = zip(compiled(features, label, draw), select_hard_pairs(features, label, draw), strict=True)
+    assert all(torch.equal(left, right) for left, right in pairs)
+    assert len(torch._dynamo.explain(select_hard_pairs)(features, label, draw).graphs[0].graph.nodes) < 60
+    candidates = torch.randint(60, (60, 3), generator=generator())
+    for chosen in (None, candidates):
+        torch.library.opcheck(hardest._hardest_in_blocks, (normalize(features), label, torch.arange(60), chosen))
 
 
 @pytest.mark.parametrize(

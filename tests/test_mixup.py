@@ -302,3 +302,14 @@ def test_arguments_out_of_range_are_refused(kwargs, message):
 def test_a_batch_that_does_not_fit_is_refused(x, target, num_classes, message):
     with pytest.raises(ValueError, match=message):
         HardPairMixup(num_classes=num_classes)(x, target)
+
+
+@pytest.mark.parametrize('candidates', [0, 3])
+def test_draws_are_copied_to_a_device_at_once_and_unchanged(candidates):
+    mixup = HardPairMixup(generator=torch.Generator().manual_seed(0), positive_candidates=candidates)
+    draws = mixup.draw(7)
+    copied = draws.to(torch.device('cpu', 0))  # another name of the same device
+    for name, was, now in zip(draws._fields, draws, copied, strict=True):
+        assert torch.equal(was, now), name
+    assert copied.positive_candidates.shape == (7, candidates)
+    assert all(draw.device.type == 'meta' for draw in draws.to(torch.device('meta')))

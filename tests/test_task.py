@@ -432,5 +432,20 @@ def test_a_task_trains_under_fabric_in_mixed_precision():
 # synchronisation with the device
 
 
+@pytest.mark.parametrize('multi_label', [False, True], ids=['one label', 'several labels'])
+def test_the_evaluator_is_that_of_timm_for_such_targets(multi_label):
+    task = create_task(create_model('test_resnet'), multi_label=multi_label)
+    assert task.multi_label is multi_label
+    output = torch.randn(BATCH_SIZE, NUM_CLASSES)
+    if multi_label:
+        target = (output.sigmoid() > 0.4).float()
+        evaluator = task.create_evaluator(threshold=0.4)
+        score = 'micro_f1'
+    else:
+        target, evaluator, score = output.argmax(dim=1), task.create_evaluator(), 'top1'
+    evaluator.update(output, target)
+    assert evaluator.compute()[score] == 100
+
+
 def test_a_global_batch_of_one_process_is_its_own():
     assert GlobalBatch.create(3) == GlobalBatch(0, [3])

@@ -7,7 +7,7 @@ python -m timm_coretune COMMAND ...
 import difflib
 import importlib
 import sys
-from typing import Dict, List, NamedTuple, NoReturn, Optional, Tuple
+from typing import Dict, List, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 from .version import __version__
 
@@ -19,16 +19,24 @@ class Command(NamedTuple):
         help: What it does, in one line.
         module: Module whose `main` takes the arguments. It is imported when the command is called, not before.
         first: Arguments that `main` gets before those of the user.
+        leading: Flags whose values the user may give as the first words.
     """
 
     help: str
     module: str
     first: Tuple[str, ...] = ()
+    leading: Tuple[str, ...] = ()
 
 
 COMMANDS: Dict[str, Command] = {
     'train': Command('tune a model, with the flags of train.py', 'timm_coretune.train.main'),
-    'predict': Command('write a mask for every image', 'timm_coretune.segmentation.__main__', ('predict',)),
+    'predict': Command('classify images, or write a mask for each', 'timm_coretune.prediction.__main__'),
+    'evaluate': Command(
+        'validate MODEL [DATA_DIR], with the flags of train.py',
+        'timm_coretune.train.main',
+        ('--eval-only',),
+        ('--model', '--data-dir'),
+    ),
     'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
     'masks': Command('convert annotations to images with masks', 'timm_coretune.segmentation.convert.__main__'),
     'checkpoint': Command('look into a checkpoint, or convert it', 'timm_coretune.checkpoint.__main__'),
@@ -57,6 +65,13 @@ def _refuse(reason: str) -> NoReturn:
     sys.exit(2)
 
 
+def name_leading(words: List[str], flags: Sequence[str]) -> List[str]:
+    """Put flags before the first words, as far as these are no flags themselves."""
+    num_words = next((place for place, word in enumerate(words) if word.startswith('-')), len(words))
+    named = [word for pair in zip(flags, words[:num_words], strict=False) for word in pair]
+    return [*named, *words[min(num_words, len(flags)) :]]
+
+
 def main(arguments: Optional[List[str]] = None) -> None:
     """Run the command that the first argument names with the arguments behind it.
 
@@ -76,6 +91,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
         print(f'timm_coretune {__version__}')
     elif word in COMMANDS:
         command = COMMANDS[word]
+        rest = name_leading(rest, command.leading)
         # what it returns is dropped: a console script would take it for an exit code
         importlib.import_module(command.module).main([*command.first, *rest])
     else:

@@ -92,6 +92,13 @@ def _without_vmap(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
+def is_in_functorch(*tensors: torch.Tensor) -> bool:
+    """Whether torch.func transforms one of these tensors, as torch.vmap does. A compiled graph does not know."""
+    if torch.compiler.is_compiling():
+        return False
+    return any(_functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
 def check_not_recomputed() -> None:
     """Refuse to draw random numbers in a backward pass, where torch.utils.checkpoint runs a forward pass again.
 

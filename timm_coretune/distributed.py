@@ -5,8 +5,9 @@ in the losses of the others, and the backward pass adds up these gradients. Dist
 averages over processes, and the result is exactly the gradient of one process with the whole batch.
 """
 
+import functools
 from dataclasses import dataclass
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,13 @@ def _all_gather(x: torch.Tensor) -> torch.Tensor:
     return gathered
 
 
+def copy_to(x: torch.Tensor, device: Optional[torch.device]) -> torch.Tensor:
+    """Copy x to a device without waiting for it. Only memory that is pinned can be read later by a GPU."""
+    if device is not None and device.type == 'cuda' and x.device.type == 'cpu':
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)
+
+
 def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
     """Sum of x over processes, without gradient."""
     if process_index_and_count()[1] > 1:
@@ -38,20 +46,46 @@ def sum_over_processes(x: torch.Tensor) -> torch.Tensor:
     return x
 
 
-class _AllGather(torch.autograd.Function):
-    """Gathers rows of all processes in rank order, with gradient. All processes must have the same number of rows.
+def _pack(columns: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of tensors (B, ...) of any dtypes in one matrix (B, num_bytes) uint8."""
+    return torch.cat([x.flatten(1).contiguous().view(torch.uint8) for x in columns], dim=1)
 
-    The losses of all processes use the gathered rows, so the backward pass sums their gradients over processes.
+
+def _unpack(rows: torch.Tensor, columns: Sequence[torch.Tensor]) -> Tuple[torch.Tensor, ...]:
+    """The tensors (N, ...) whose bytes are in `rows`, in the dtypes and widths of `columns`."""
+    num_bytes = [x[:1].numel() * x.element_size() for x in columns]
+    parts = zip(rows.split(num_bytes, dim=1), columns, strict=True)
+    return tuple(part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in parts)
+
+
+class _AllGather(torch.autograd.Function):
+    """Gathers the rows of all processes in rank order, with gradient: one exchange forward and one backward.
+
+    All processes must have the same number of rows. The losses of all processes use the gathered rows, so the backward
+    pass sums their gradients over processes, in the widest of their dtypes.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: torch.Tensor) -> torch.Tensor:
-        return _all_gather(x)
+    def forward(ctx: Any, *columns: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        flat = [x.unsqueeze(1) if x.ndim == 1 else x for x in columns]
+        gathered = _unpack(_all_gather(_pack(flat)), flat)
+        gathered = tuple(x.squeeze(1) if own.ndim == 1 else x for x, own in zip(gathered, columns, strict=True))
+        wanted = zip(gathered, ctx.needs_input_grad, strict=True)
+        ctx.mark_non_differentiable(*[x for x, needs_grad in wanted if not needs_grad])
+        return gathered
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, *grads: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
+        given = [grad for grad in grads if grad is not None]
+        if not given:
+            return grads
+        dtype = functools.reduce(torch.promote_types, [grad.dtype for grad in given])
+        packed = torch.cat([grad.flatten(1).to(dtype) for grad in given], dim=1)
         # with create_graph=True the backward pass is differentiated itself
-        return _SumScatter.apply(grad) if torch.is_grad_enabled() else _sum_scatter(grad)
+        own = _SumScatter.apply(packed) if torch.is_grad_enabled() else _sum_scatter(packed)
+        parts = iter(own.split([grad[:1].numel() for grad in given], dim=1))
+        return tuple(None if grad is None else next(parts).to(grad.dtype).view(-1, *grad.shape[1:]) for grad in grads)
 
 
 def _sum_scatter(grad: torch.Tensor) -> torch.Tensor:
@@ -76,7 +110,7 @@ class _SumScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
-        return _AllGather.apply(grad)
+        return _AllGather.apply(grad)[0]
 
 
 @dataclass  # not frozen: wrappers such as Lightning Fabric rebuild the arguments of the modules that they call
@@ -141,10 +175,15 @@ class GlobalBatch:
         label = label if label.ndim == 1 else label.amax(dim=1)
         return total * self.world_size / (label >= 0).sum().clamp(min=1)
 
+    @property
+    def own(self) -> slice:
+        """The rows of this process in the global batch."""
+        start = sum(self.sizes[: self.rank])
+        return slice(start, start + self.sizes[self.rank])
+
     def own_rows(self, device: torch.device) -> torch.Tensor:
         """Indices of the rows of this process in the global batch (B,) int64."""
-        start = sum(self.sizes[: self.rank])
-        return torch.arange(start, start + self.sizes[self.rank], device=device)
+        return torch.arange(self.own.start, self.own.stop, device=device)
 
     def reading_order(self, device: torch.device) -> Optional[torch.Tensor]:
         """Order in which a single process would read the rows of the global batch.
@@ -161,8 +200,10 @@ class GlobalBatch:
         if min(self.sizes) == max(self.sizes):
             rows = torch.arange(self.num_rows, device=device)
             return rows.view(self.world_size, -1, self.rows_per_image).transpose(0, 1).flatten()
-        places = [(row // self.rows_per_image, rank) for rank, size in enumerate(self.sizes) for row in range(size)]
-        return torch.tensor(sorted(range(self.num_rows), key=places.__getitem__), device=device)
+        # by the index of the image, then by process; rows of an image stay next to each other
+        rows = torch.cat([torch.arange(size, device=device) for size in self.sizes])
+        rank = torch.cat([torch.full((size,), r, device=device) for r, size in enumerate(self.sizes)])
+        return torch.argsort(rows // self.rows_per_image * self.world_size + rank, stable=True)
 
     def own_share(self, draws: torch.Tensor) -> torch.Tensor:
         """Random numbers for the rows of this process, from those for the rows of all processes.
@@ -183,11 +224,21 @@ class GlobalBatch:
 
     def gather(self, x: torch.Tensor) -> torch.Tensor:
         """Gather the rows x (B, ...) of all processes in rank order into (N, ...), differentiable in x."""
-        if self.world_size == 1:
-            return x
+        return self.gather_together(x=x)['x']
+
+    def gather_together(self, **columns: torch.Tensor) -> Dict[str, torch.Tensor]:
+        """Gather several tensors (B, ...) as `gather` does, of any dtypes, in one exchange forward and one backward."""
+        if self.world_size == 1 or not columns:
+            return columns
         largest = max(self.sizes)
-        if min(self.sizes) == largest:
-            return _AllGather.apply(x)
-        padded = F.pad(x, [0, 0] * (x.ndim - 1) + [0, largest - x.shape[0]])
-        gathered = _AllGather.apply(padded)
-        return torch.cat([part[:size] for part, size in zip(gathered.split(largest), self.sizes, strict=True)])
+        is_even = min(self.sizes) == largest
+        padded = [
+            x if is_even else F.pad(x, [0, 0] * (x.ndim - 1) + [0, largest - x.shape[0]]) for x in columns.values()
+        ]
+        gathered = dict(zip(columns, _AllGather.apply(*padded), strict=True))
+        if is_even:
+            return gathered
+        return {
+            name: torch.cat([part[:size] for part, size in zip(x.split(largest), self.sizes, strict=True)])
+            for name, x in gathered.items()
+        }

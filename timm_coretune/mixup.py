@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import library
 
 from .checks import check_features, check_not_recomputed, check_target
+from .distributed import copy_to
 from .mining import at_least_float32, hard_label, select_hard_pairs
 from .mining.label_sets import select_hard_pairs_of_sets
 
@@ -60,6 +61,15 @@ class MixupDraws(NamedTuple):
     negative_lam: torch.Tensor
     random_negative: torch.Tensor
     positive_candidates: torch.Tensor
+
+    def to(self, device: Optional[torch.device]) -> 'MixupDraws':
+        """Copy them to a device, all at once and without waiting for it."""
+        if device is None or device == self.positive_lam.device:
+            return self
+        rows = torch.cat([torch.stack(self[:3]), self.positive_candidates.T])
+        positive_lam, negative_lam, random_negative, *candidates = copy_to(rows, device).unbind()
+        columns = torch.stack(candidates, dim=1) if candidates else positive_lam.new_empty(rows.shape[1], 0)
+        return MixupDraws(positive_lam, negative_lam, random_negative, columns)
 
     def as_bits(self) -> 'MixupDraws':
         """The same bits as int32. Wrappers such as Lightning Fabric and FSDP round floats that a module is given."""
@@ -135,8 +145,8 @@ class HardPairMixup:
     the share of the hardest positive in a hard positive, and of the random negative in a semi-hard negative.
 
     Numbers are drawn on the generator's device, the CPU by default, so a run draws the same numbers on any device.
-    Three floats per image, and one for each positive candidate, are copied to the device of the features, without
-    synchronisation.
+    Three floats per image, and one for each positive candidate, are copied to the device of the features, at once and
+    without synchronisation.
 
     Args:
         mixup_alpha: Parameter alpha of Beta(alpha, alpha), from which both shares are drawn, > 0.
@@ -217,10 +227,7 @@ class HardPairMixup:
             )
         else:
             draws = self.draw_on_own_device(batch_size)
-        copied = [draw.to(device, non_blocking=True) for draw in draws[: 4 if self.positive_candidates else 3]]
-        if not self.positive_candidates:  # nothing to copy
-            copied.append(copied[0].new_empty(batch_size, 0))
-        return MixupDraws(*copied)
+        return MixupDraws(*draws).to(device)
 
     def draw_on_own_device(self, batch_size: int) -> MixupDraws:
         """Draw the random numbers of one batch, on the device of the generator."""

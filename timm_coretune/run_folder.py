@@ -13,6 +13,7 @@ from .model_config import Description, describe_config
 
 ARGS_NAME = 'args.yaml'
 SUMMARY_NAME = 'summary.csv'
+RESULTS_NAME = 'results.json'  # of --eval-only with --eval-output
 BEST_WEIGHTS_NAME = 'model_best.safetensors'
 WEIGHTS_NAME = 'model.safetensors'  # of an exported model; the backbone if that is a segmentation model
 SEGMENTATION_WEIGHTS_NAME = 'segmentation.safetensors'  # backbone and head of an exported segmentation model

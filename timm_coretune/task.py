@@ -11,6 +11,7 @@ from typing import Any, ContextManager, Dict, Iterable, List, Optional, Set, Tup
 import torch
 import torch.nn as nn
 from timm.task import TrainingTask
+from timm.task.evaluator import ClassificationEvaluator, MultiLabelClassificationEvaluator
 from timm.utils import unwrap_model
 
 from .loss import TaskLoss, create_method
@@ -185,6 +186,16 @@ class CoreTuningTask(TrainingTask):
     def is_global_mean(self) -> bool:
         """Whether the loss, averaged over processes, is the mean over all images even if batches differ in size."""
         return self.criterion.is_global_mean
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether images may have several labels."""
+        return self.criterion.multi_label
+
+    def create_evaluator(self, **kwargs: Any) -> Any:
+        """Create timm's evaluator of the outputs of the evaluation model, with further arguments of the evaluator."""
+        kind = MultiLabelClassificationEvaluator if self.multi_label else ClassificationEvaluator
+        return kind(self.device, **kwargs)
 
     def attach_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the loss hook on to the optimizer. Call this before the first optimizer step."""

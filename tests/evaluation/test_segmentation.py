@@ -2,7 +2,6 @@
 
 import csv
 import math
-import sys
 
 import pytest
 import torch
@@ -191,9 +190,3 @@ def test_what_does_not_fit_is_refused(output_shape, target_shape, value, message
     evaluator = SegmentationEvaluator(NUM_CLASSES)
     with pytest.raises(ValueError, match=message):
         evaluator.update(torch.zeros(output_shape), torch.full(target_shape, value))
-
-
-def test_missing_torchmetrics_names_the_extra(monkeypatch):
-    monkeypatch.setitem(sys.modules, 'torchmetrics', None)
-    with pytest.raises(ImportError, match=r"pip install 'timm-coretune\[seg\]'"):
-        SegmentationEvaluator(5)

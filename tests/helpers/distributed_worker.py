@@ -5,7 +5,7 @@ Run as `distributed_worker.py RANK DIRECTORY` for each rank; what it found is wr
 
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Tuple
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -121,9 +121,9 @@ def global_batch(scenario: Scenario) -> Tuple[torch.Tensor, torch.Tensor]:
     return images, target
 
 
-def forget_other_ranks(ctx, grad: torch.Tensor) -> torch.Tensor:
-    num_rows = grad.shape[0] // dist.get_world_size()
-    return grad.narrow(0, dist.get_rank() * num_rows, num_rows)
+def forget_other_ranks(ctx, *grads: Optional[torch.Tensor]) -> Tuple[Optional[torch.Tensor], ...]:
+    world_size, rank = dist.get_world_size(), dist.get_rank()
+    return tuple(None if grad is None else grad.chunk(world_size)[rank] for grad in grads)
 
 
 def hessian_product(task: CoreTuningTask, *arguments: Any) -> Dict[str, torch.Tensor]:

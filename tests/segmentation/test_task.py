@@ -17,6 +17,9 @@ from timm.optim import create_optimizer_v2
 
 from timm_coretune import CoreTuningLoss
 from timm_coretune.distributed import GlobalBatch
+from timm_coretune.loss import focal_supcon
+from timm_coretune.loss.parts import score_blocks
+from timm_coretune.mining import hardest
 from timm_coretune.mixup import MixupDraws
 from timm_coretune.segmentation import SegmentationModel, SegmentationTask, create_segmentation_model
 from timm_coretune.segmentation.dense import check_masks
@@ -138,14 +141,20 @@ def check_losses(task, images, target):
     expected = losses_by_loops(copy.deepcopy(task), images, target, draws)
     result = task(images, target)
     assert scalars(result) == pytest.approx(expected, rel=1e-9, abs=1e-12)
-    assert set(result) == {*expected, 'output'}
-    assert result['output'].shape == (len(images), NUM_CLASSES, *images.shape[2:])
+    assert set(result) == set(expected)  # no logits, of which there is a row for each pixel
     return result
 
 
 @pytest.mark.parametrize('case', CASES)
 def test_losses_are_those_of_loops_over_pixels_and_anchors(case):
     check_losses(create_task(**CASES[case]), *BATCHES['three images']())
+
+
+def test_many_anchors_are_mined_and_contrasted_block_by_block(monkeypatch):
+    monkeypatch.setattr(focal_supcon, 'DENSE_BELOW', 1)
+    monkeypatch.setattr(score_blocks, 'CPU_BLOCK', 50)
+    monkeypatch.setattr(hardest, 'BLOCK', 50)
+    check_losses(create_task(**CASES['as published']), *BATCHES['odd size']())
 
 
 @pytest.mark.parametrize('batch', [name for name in BATCHES if name != 'three images'])
@@ -166,8 +175,10 @@ def test_pixels_without_an_anchor_count_with_their_whole_cross_entropy(contrast_
     images, target = blobs(2, 2, (32, 32))
     target[:] = IGNORED
     target[:, ::8, ::8] = torch.randint(NUM_CLASSES, (2, 4, 4))  # none is in the middle of a cell
-    result = check_losses(create_task(contrast_weight=contrast_weight), images, target)
-    expected = nn.functional.cross_entropy(result['output'], target, ignore_index=IGNORED)
+    task = create_task(contrast_weight=contrast_weight)
+    output = copy.deepcopy(task).get_eval_model()(images)
+    result = check_losses(task, images, target)
+    expected = nn.functional.cross_entropy(output, target, ignore_index=IGNORED)
     torch.testing.assert_close(result['task_loss'], expected, rtol=1e-12, atol=0)
 
 
@@ -436,3 +447,12 @@ def test_nothing_of_a_task_stays_on_the_model():
     model = task.get_eval_model()
     kinds = ('_forward_pre_hooks', '_forward_hooks', '_backward_hooks', '_backward_pre_hooks')
     assert [name for name, part in model.named_modules() if any(getattr(part, kind) for kind in kinds)] == []
+
+
+def test_the_evaluator_scores_pixels_and_leaves_out_the_ignored_ones():
+    task = create_task(ignore_index=IGNORED)
+    _, target = blobs(0, 2, (32, 32))
+    output = nn.functional.one_hot(target.where(target != IGNORED, 0), NUM_CLASSES).movedim(-1, 1).float()
+    evaluator = task.create_evaluator()
+    evaluator.update(output, target)
+    assert evaluator.compute()['miou'] == 100

@@ -1,11 +1,13 @@
 """Validation in a run and alone, and the end of a run that gets no better"""
 
 import csv
+import json
 import re
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from ranks import launch_ranks
 from runs import results_of, train
 from safetensors import safe_open
@@ -13,6 +15,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, log_loss
 from timm.task import ClassificationTask
 from validation_worker import sorted_images
 
+from timm_coretune.__main__ import main
 from timm_coretune.train import Trainer
 from timm_coretune.train.loop import LoopConfig
 
@@ -32,6 +35,14 @@ def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_pa
         (again,) = results_of(data, tmp_path, *flags)
         assert again['validation'] == pytest.approx(result['validation'], rel=1e-5)
     assert sorted(tmp_path.rglob('*')) == files
+    results = tmp_path / 'results'
+    words = ['evaluate', folder, data, '--metrics', 'confusion,per-class,ece', '--eval-output', results, '--workers', 0]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    main([str(word) for word in (*words, '--device', 'cpu', '-b', 8)])
+    assert json.loads((results / 'results.json').read_text()) == pytest.approx(result['validation'], rel=1e-5)
+    for name in ('confusion.csv', 'per_class.csv'):
+        assert (results / name).read_text() == (folder / name).read_text()
+    assert 'eval_only: true' in (results / 'args.yaml').read_text()
 
 
 def test_validation_alone_takes_the_flags_of_a_training_run(data, tmp_path):

@@ -16,7 +16,7 @@ import logging
 import os
 import re
 import stat
-from typing import IO, Any, Callable, Dict, Iterator, List, Optional, Union
+from typing import IO, Any, Callable, Dict, Iterator, Optional, Union
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -251,11 +251,6 @@ class LabelledImages(ImageDataset):
         reader: A timm reader, which opens the file of an image and tells its label.
         input_img_mode: PIL mode of the images.
     """
-
-    @functools.cached_property
-    def stored_labels(self) -> List[Any]:
-        """Label of every image as the reader of records has it. Reading them takes a minute for a million images."""
-        return list(self.reader.iter_targets())
 
     def __getitem__(self, index: int) -> Any:
         try:

@@ -16,13 +16,18 @@ def make_key(*numbers: int) -> int:
     return int.from_bytes(digest, 'little') >> 1
 
 
+def seed_torch(key: int, device: Optional[torch.device] = None) -> None:
+    """Seed the generators of torch, on the CPU and, if given, on a device."""
+    torch.default_generator.manual_seed(key)
+    if device is not None and device.type != 'cpu':
+        getattr(torch, device.type).manual_seed(key)
+
+
 def seed_generators(key: int, device: Optional[torch.device] = None) -> None:
     """Seed the generators of Python, NumPy and torch, on the CPU and, if given, on a device."""
     random.seed(key)
     np.random.seed(key % 2**32)  # noqa: NPY002, timm draws from this generator
-    torch.default_generator.manual_seed(key)
-    if device is not None and device.type != 'cpu':
-        getattr(torch, device.type).manual_seed(key)
+    seed_torch(key, device)
 
 
 @contextlib.contextmanager

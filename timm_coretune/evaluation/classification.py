@@ -9,6 +9,7 @@ from timm.task.evaluator import ClassificationEvaluator as TopKEvaluator
 
 from ..distributed import process_index_and_count
 from ..run_folder import CONFUSION_NAME, PER_CLASS_NAME
+from .confusion import ConfusionMatrix
 from .scores import OF_IMAGES, describe
 from .tables import complete_names, write_confusion, write_records
 
@@ -26,7 +27,7 @@ class ClassificationEvaluator(TopKEvaluator):
         class_names: Names of the classes by index. When None their indices.
 
     Raises:
-        ImportError: There are further metrics, and torchmetrics is not installed.
+        ImportError: The calibration error is one of them, and torchmetrics is not installed.
     """
 
     def __init__(
@@ -39,22 +40,25 @@ class ClassificationEvaluator(TopKEvaluator):
         self.metrics = tuple(metrics)
         self.class_names = complete_names(class_names, num_classes)
         self.matrix: Optional[torch.Tensor] = None
-        self.confusion = self.calibration = None
-        if metrics:
+        self.confusion = ConfusionMatrix(num_classes, device) if metrics else None
+        self.calibration: Any = None
+        # for the calibration error: probability of the predicted class of each image, and whether it is right
+        self.confidences: List[torch.Tensor] = []
+        self.hits: List[torch.Tensor] = []
+        if 'ece' in metrics:
             try:
-                from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
+                from torchmetrics.classification import BinaryCalibrationError
             except ImportError as e:
-                raise ImportError("--metrics needs torchmetrics: pip install 'timm-coretune[metrics]'") from e
-            self.confusion = MulticlassConfusionMatrix(num_classes).to(device)
-            if 'ece' in metrics:
-                self.calibration = MulticlassCalibrationError(num_classes, n_bins=15).to(device)
+                raise ImportError("--metrics ece needs torchmetrics: pip install 'timm-coretune[metrics]'") from e
+            self.calibration = BinaryCalibrationError(n_bins=15).to(device)
         super().__init__(device, criterion=nn.CrossEntropyLoss(reduction='sum'))
 
     def reset(self) -> None:
         super().reset()
-        for metric in (self.confusion, self.calibration):
-            if metric is not None:
-                metric.reset()
+        if self.confusion is not None:
+            self.confusion.reset()
+        self.confidences = [torch.zeros(0, device=self.device)]
+        self.hits = [torch.zeros(0, dtype=torch.bool, device=self.device)]
 
     def _accumulate_loss(self, loss: torch.Tensor, num_examples: int) -> None:
         self.loss_sum += loss.to(self.loss_sum.dtype)
@@ -64,9 +68,11 @@ class ClassificationEvaluator(TopKEvaluator):
         """Add a batch: logits of any floating dtype (batch_size, num_classes) and class indices int64 (batch_size,)."""
         super().update(output, target)
         if self.confusion is not None:
-            self.confusion.update(output, target)
+            self.confusion.update(output.argmax(dim=1), target)
         if self.calibration is not None:
-            self.calibration.update(output.softmax(dim=1), target)
+            confidence, predicted = output.softmax(dim=1).max(dim=1)
+            self.confidences.append(confidence)
+            self.hits.append(predicted == target)
 
     def compute(self, distributed: Optional[bool] = None) -> Dict[str, float]:
         """Compute the scores by name over all processes. All processes must call this together."""
@@ -74,14 +80,20 @@ class ClassificationEvaluator(TopKEvaluator):
             distributed = process_index_and_count()[1] > 1
         scores = super().compute(distributed)
         if self.confusion is not None:
-            self.matrix = self.confusion.compute().cpu()
+            self.matrix = self.confusion.compute()
         if 'per-class' in self.metrics:
             # macro F1 is the mean over the classes that occur in the data
             rows = [row for row in self.per_class() if row['support']]
             scores['macro_f1'] = sum(row['f1'] for row in rows) / max(len(rows), 1)
         if self.calibration is not None:
-            scores['ece'] = 100 * self.calibration.compute().item()
+            scores['ece'] = self._calibration_error()
         return scores
+
+    def _calibration_error(self) -> float:
+        # torchmetrics checks the values of what it is given, for which it waits: once here, not in every batch
+        self.calibration.reset()
+        self.calibration.update(torch.cat(self.confidences), torch.cat(self.hits).long())
+        return 100 * self.calibration.compute().item()
 
     def per_class(self) -> List[Dict[str, Any]]:
         """Compute precision, recall and F1 in percent, and the number of images, of every class.

@@ -1,7 +1,8 @@
 """Scores of a classifier of images with several labels, over all processes"""
 
+import logging
 import os
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,10 @@ from ..distributed import process_index_and_count
 from ..run_folder import OUTPUTS_NAME, PER_CLASS_NAME
 from .scores import OF_LABEL_SETS, describe
 from .tables import complete_names, write_records
+
+_logger = logging.getLogger(__name__)
+
+_VALUES_ON_DEVICE = 2**25  # logits that are kept on the device before they move: 128 MiB, and 32 MiB of targets
 
 
 class MultiLabelEvaluator(MultiLabelClassificationEvaluator):
@@ -41,10 +46,50 @@ class MultiLabelEvaluator(MultiLabelClassificationEvaluator):
         self.class_names = complete_names(class_names, num_classes)
         super().__init__(device, threshold=threshold)
 
+    def reset(self) -> None:
+        super().reset()
+        self.waiting: List[Tuple[torch.Tensor, torch.Tensor]] = []  # logits and targets that are still on the device
+        self.num_waiting = 0
+        self.has_soft_targets = torch.zeros((), dtype=torch.bool, device=self.device)
+
+    @torch.no_grad()
+    def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
+        """Add a batch: logits of any floating dtype and targets, both (batch_size, num_classes).
+
+        timm's evaluator looks at the values of every batch, and copies it to the CPU: both wait for the device. Here
+        that is done for many batches at once.
+        """
+        if output.ndim != 2 or target.shape != output.shape:
+            raise ValueError(
+                f'Expected logits and targets (batch_size, num_classes), got {tuple(output.shape)} and '
+                f'{tuple(target.shape)}.'
+            )
+        output, target = self._prepare(output, target.float())
+        if not output.shape[0]:
+            return
+        self._accumulate_loss(self.criterion(output, target), output.shape[0])
+        self.has_soft_targets |= ((target != 0) & (target != 1)).any()
+        self.waiting.append((output, target >= 0.5))
+        self.num_waiting += output.numel()
+        if self.num_waiting >= _VALUES_ON_DEVICE:
+            self._move()
+
+    def _move(self) -> None:
+        """Move the logits and targets that wait on the device to the CPU, in their order."""
+        if self.waiting:
+            outputs, targets = zip(*self.waiting, strict=True)
+            self.outputs.append(torch.cat(outputs).cpu())
+            self.targets.append(torch.cat(targets).cpu())
+        self.waiting, self.num_waiting = [], 0
+
     def compute(self, distributed: Optional[bool] = None) -> Dict[str, float]:
         """Compute the scores by name over all processes. All processes must call this together."""
         if distributed is None:
             distributed = process_index_and_count()[1] > 1
+        self._move()
+        if self.has_soft_targets and not self._warned_soft_targets:
+            _logger.warning('Targets between 0 and 1 count as labels from 0.5 on in mAP and F1.')
+            self._warned_soft_targets = True
         scores = super().compute(distributed)
         if distributed and self.metrics:  # the tables are of all images; nothing is added before the next reset
             parts: List[Any] = [None] * dist.get_world_size()

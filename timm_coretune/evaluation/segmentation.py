@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import wrong_classes
+from ..distributed import sum_over_processes
 from ..run_folder import CONFUSION_NAME, PER_CLASS_NAME
+from .confusion import ConfusionMatrix
 from .scores import describe
 from .tables import complete_names, write_confusion, write_records
 
@@ -33,7 +35,6 @@ class SegmentationEvaluator:
         device: Device of the outputs, where the counts are kept. When None the CPU.
 
     Raises:
-        ImportError: torchmetrics is not installed.
         ValueError: There are less than 2 classes.
     """
 
@@ -44,14 +45,6 @@ class SegmentationEvaluator:
         ignore_index: int = 255,
         device: Optional[Union[str, torch.device]] = None,
     ):
-        try:
-            from torchmetrics import SumMetric
-            from torchmetrics.classification import MulticlassConfusionMatrix
-        except ImportError as e:
-            raise ImportError(
-                "Validation of a segmentation needs torchmetrics: pip install 'timm-coretune[seg]'"
-            ) from e
-
         if num_classes < 2:
             raise ValueError(
                 f'Expected at least 2 classes, got {num_classes}. Masks have a class for the background too: check '
@@ -61,18 +54,16 @@ class SegmentationEvaluator:
         self.class_names = complete_names(class_names, num_classes)
         self.ignore_index = ignore_index
         device = torch.device(device or 'cpu')
-        self.confusion = MulticlassConfusionMatrix(num_classes, ignore_index=ignore_index).to(device)
-        # torchmetrics checks values by sorting all pixels and waiting for the device; update() has a cheaper check
-        self.confusion.validate_args = False
-        # Sum the losses of all pixels; the matrix has their number. NaN is kept, so that it is seen. float64 sums many
-        # pixels without loss of precision, but MPS does not support it.
+        self.confusion = ConfusionMatrix(num_classes, device, ignore_index)
+        # Sum the losses of all pixels; the matrix has their number. float64 sums many pixels without loss of precision,
+        # but MPS does not support it.
         dtype = torch.float32 if device.type == 'mps' else torch.float64
-        self.loss = SumMetric(nan_strategy='disable').set_dtype(dtype).to(device)
+        self.loss_sum = torch.zeros((), dtype=dtype, device=device)
         self.matrix: Optional[torch.Tensor] = None
 
     def reset(self) -> None:
         self.confusion.reset()
-        self.loss.reset()
+        self.loss_sum.zero_()
         self.matrix = None
 
     def update(self, output: torch.Tensor, target: torch.Tensor) -> None:
@@ -89,7 +80,7 @@ class SegmentationEvaluator:
         self._check(output, target)
         target = target.long()
         loss = F.cross_entropy(output.float(), target, ignore_index=self.ignore_index, reduction='sum')
-        self.loss.update(loss)
+        self.loss_sum += loss
         self.confusion.update(output.argmax(dim=1), target)
 
     def _check(self, output: torch.Tensor, target: torch.Tensor) -> None:
@@ -110,12 +101,12 @@ class SegmentationEvaluator:
 
     def compute(self) -> Dict[str, float]:
         """Compute the cross-entropy in nats and the other scores in percent. All processes must call this together."""
-        self.matrix = self.confusion.compute().cpu()
+        self.matrix = self.confusion.compute()
         correct, pixels, union = self._counts()
         total = pixels.sum().clamp(min=1)
         iou = correct / union.clamp(min=1)
         return OrderedDict(
-            loss=self.loss.compute().item() / total.item(),
+            loss=sum_over_processes(self.loss_sum).item() / total.item(),
             pa=(100 * correct.sum() / total).item(),
             mpa=(100 * (correct / pixels.clamp(min=1)).sum() / (pixels > 0).sum().clamp(min=1)).item(),
             miou=(100 * iou.sum() / (union > 0).sum().clamp(min=1)).item(),

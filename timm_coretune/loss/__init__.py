@@ -7,12 +7,12 @@ from .base import arguments_of
 from .bcl import BCLLoss as BCLLoss
 from .bi_tuning import BiTuningLoss as BiTuningLoss
 from .coin import COINLoss as COINLoss
-from .contrastive import ContrastiveLoss as ContrastiveLoss
 from .core_tuning import CoreTuningLoss as CoreTuningLoss
 from .dr_tune import DRTuneLoss as DRTuneLoss
 from .focal_supcon import FocalSupConLoss as FocalSupConLoss
 from .l2_sp import L2SPLoss as L2SPLoss
 from .ldifs import LDIFSLoss as LDIFSLoss
+from .parts.contrastive import ContrastiveLoss as ContrastiveLoss
 from .parts.projection import ProjectionHead as ProjectionHead
 from .scl import SCLLoss as SCLLoss
 from .spd import SPDLoss as SPDLoss

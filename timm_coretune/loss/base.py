@@ -8,11 +8,12 @@ from typing import Any, Callable, Dict, FrozenSet, Optional, Sequence, Tuple, Ty
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.loss import create_classification_loss
 from timm.utils import unwrap_model
 
 from ..checks import check_features, check_not_recomputed, check_target
-from ..distributed import GlobalBatch, process_index_and_count
+from ..distributed import GlobalBatch, copy_to, process_index_and_count
 from ..mining import at_least_float32, hard_label
 from ..mining.label_sets import check_multi_label, label_sets
 from .parts.cross_entropy import finite, infinite_again, nll
@@ -45,10 +46,11 @@ class TaskLoss(nn.Module):
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
-        classification_loss: With multi_label, the loss of logits and multi-hot targets in place of the cross-entropy. A
-            module that returns the mean over rows, such as those of
-            timm.loss.create_classification_loss(multi_label=True). Any label smoothing is its own. When None, binary
-            cross-entropy with label_smoothing.
+        classification_loss: The loss on the labels in place of the cross-entropy. A module of logits (B, C) and soft
+            targets (B, C) that returns the mean over rows, such as those of timm.loss.create_classification_loss. Class
+            indices reach it as one-hot rows with the label_smoothing of this loss, so it should have none itself. With
+            multi_label it gets multi-hot rows as they are, and any smoothing is its own. When None, it is the
+            cross-entropy, and with multi_label the binary cross-entropy with label_smoothing.
 
     Attributes:
         num_features: Width D of the features, None if any width is accepted.
@@ -58,6 +60,7 @@ class TaskLoss(nn.Module):
             model counts them. `attach` sets it.
         contrasts: Whether the rows of a batch are compared with each other, so that its size matters.
         for_multi_label: Whether the loss has a meaning for images with several labels.
+        takes_classification_loss: Whether a classification_loss may take the place of the cross-entropy.
         for_pixels: Whether the loss has a meaning for anchor pixels. `SegmentationTask` takes no other.
         keeps_copy: Whether the loss keeps a copy of the model, whole on each process. FSDP cannot train it.
         is_global_mean: Whether averaging the loss over processes gives the mean over all rows, even if batches differ
@@ -65,7 +68,7 @@ class TaskLoss(nn.Module):
 
     Raises:
         ValueError: label_smoothing or class_weight is out of its range, the loss has no meaning for several labels, or
-            an argument does not go with multi_label.
+            takes no classification_loss, or one is given with a class_weight.
     """
 
     num_features: Optional[int] = None
@@ -74,6 +77,7 @@ class TaskLoss(nn.Module):
     contrasts: bool = False
     for_pixels: bool = True
     for_multi_label: bool = True
+    takes_classification_loss: bool = True
     keeps_copy: bool = False
     is_global_mean: bool = True
 
@@ -103,13 +107,15 @@ class TaskLoss(nn.Module):
         self.label_smoothing = label_smoothing
         if multi_label and not self.for_multi_label:
             raise ValueError(f'{type(self).__name__} compares images by their one class, got multi_label=True.')
-        if classification_loss is not None and not multi_label:
-            name = type(classification_loss).__name__
-            raise ValueError(f'Expected multi_label=True with a classification_loss, got {name} without.')
-        if multi_label and class_weight is not None:
+        if classification_loss is not None and not self.takes_classification_loss:
             raise ValueError(
-                'Expected no class_weight with multi_label=True, got one. Give the weights to the classification_loss: '
-                'timm.loss.create_classification_loss(multi_label=True, class_weight=...).'
+                f'Expected no classification_loss, got {type(classification_loss).__name__}: {type(self).__name__} '
+                'takes the cross-entropy of more rows than those of the batch.'
+            )
+        if class_weight is not None and (multi_label or classification_loss is not None):
+            raise ValueError(
+                'Expected no class_weight with a classification_loss or multi_label=True, got one. Give the weights to '
+                'the classification_loss, as class_weight of timm.loss.create_classification_loss.'
             )
         self.multi_label = multi_label
         if multi_label and classification_loss is None:
@@ -237,9 +243,10 @@ class TaskLoss(nn.Module):
         """
         if clean_loss is not None:
             return clean_loss
-        if self.multi_label:
-            return self.multi_label_loss(logits, target, label, batch)
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
+        if self.classification_loss is not None:
+            soft = self.soft_target(target, logits)
+            return self.label_loss(logits, soft, label, batch)
+        left_out = label[batch.own] < 0
         target = target if target.ndim == 2 else target.long()
         loss = infinite_again(self.nll(at_least_float32(logits).log_softmax(dim=-1), target))
         return batch.mean(loss.masked_fill(left_out, 0.0).sum(), label)
@@ -253,14 +260,21 @@ class TaskLoss(nn.Module):
         """
         return nll(log_p, target, self.label_smoothing, self.class_weight)
 
-    def multi_label_loss(
+    def soft_target(self, target: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Soft targets (B, C), which stay as they are, of class indices (B,) with the label smoothing of this loss."""
+        if target.ndim == 2:
+            return target
+        one_hot = F.one_hot(target.long(), logits.shape[1]).to(at_least_float32(logits[:0]).dtype)
+        return one_hot * (1.0 - self.label_smoothing) + self.label_smoothing / logits.shape[1]
+
+    def label_loss(
         self,
         logits: torch.Tensor,
         target: torch.Tensor,
         label: torch.Tensor,
         batch: GlobalBatch,
     ) -> torch.Tensor:
-        """The classification loss for logits and multi-hot targets of the rows of this process (B, C), a scalar.
+        """The classification_loss of logits and soft targets of the rows of this process (B, C), a scalar.
 
         Its average over processes is the mean over all rows.
         """
@@ -333,7 +347,7 @@ class TaskLoss(nn.Module):
         own_images = batch.sizes[batch.rank] // batch.rows_per_image
         shape, generator = (num_processes * most_images,), self.generator
         seeds = torch.randint(2**32, shape, generator=generator, device=generator.device)
-        return seeds[rank::num_processes][:own_images].to(device, non_blocking=True)
+        return copy_to(seeds[rank::num_processes][:own_images], device)
 
     def task_state(self) -> Dict[str, Any]:
         """State of the loss for a checkpoint of the task."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .contrastive import ContrastiveLoss
+from .parts.contrastive import ContrastiveLoss
 
 
 class BCLLoss(ContrastiveLoss):
@@ -36,15 +36,15 @@ class BCLLoss(ContrastiveLoss):
     def __init__(self, num_features: int, contrast_weight: float = 0.35, **kwargs: Any):
         super().__init__(num_features, contrast_weight, **kwargs)
 
-    def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: slice) -> torch.Tensor:
         candidate = torch.arange(unit.shape[0], device=unit.device)
-        own_label = label.index_select(0, anchor)
-        hidden = (anchor[:, None] == candidate) | (label < 0)
+        own_label = label[anchor]
+        hidden = (candidate[anchor, None] == candidate) | (label < 0)
         positive = (own_label[:, None] == label) & ~hidden
         class_size = (label[:, None] == label).sum(dim=0) - positive.long()  # (B, N), without the anchor
         hidden = hidden & ~hidden.all(dim=1, keepdim=True)  # a logarithm of a sum of nothing would be NaN
         with torch.autocast(device_type=unit.device.type, enabled=False):
-            logits = unit.index_select(0, anchor) @ unit.T / self.temperature
+            logits = unit[anchor] @ unit.T / self.temperature
             shares = logits - class_size.clamp(min=1).to(logits.dtype).log()
             log_sum = shares.masked_fill(hidden, -math.inf).logsumexp(dim=1, keepdim=True)
             pair_loss = (log_sum - logits).masked_fill(~positive, 0.0)

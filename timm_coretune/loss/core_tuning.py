@@ -72,7 +72,7 @@ class CoreTuningLoss(TaskLoss):
         generator: Source of all random draws. When None, a new one on the CPU, seeded from torch's global seed. With
             several processes it needs the same seed on all of them, since each uses its part of the same draws.
         multi_label: Images may have several labels or none. Targets are multi-hot rows (B, C) in [0, 1].
-        classification_loss: With multi_label, the loss in place of the cross-entropy, see TaskLoss. It gets the soft
+        classification_loss: The loss on the labels in place of the cross-entropy, see TaskLoss. It gets the mixed
             targets of mixtures too.
 
     Raises:
@@ -166,8 +166,8 @@ class CoreTuningLoss(TaskLoss):
         if not self.mixup.mixup_enabled:
             return batch, None
         _, num_processes = process_index_and_count()
-        draws = self.mixup.draw(num_processes * max(batch.sizes), device)
-        return batch, MixupDraws(*map(batch.own_share, draws))
+        draws = self.mixup.draw(num_processes * max(batch.sizes))
+        return batch, MixupDraws(*map(batch.own_share, draws)).to(device)
 
     def compute(
         self,
@@ -186,20 +186,42 @@ class CoreTuningLoss(TaskLoss):
         """
         batch, draws = prepared
         self.check_given(classifier=classifier)
-        label = batch.gather(self.labels_of(target))
-        own = batch.own_rows(features.device)
+        columns = {'target': target if target.ndim == 2 else target.long()}
+        if self.projector is not None:
+            hidden, columns['unit'] = self.projector(features)
+        embeds_mixtures = self.projector is not None and draws is not None and bool(PARTS[self.mixtures])
+        # One process mixes the outputs of the projector's first layer, so as not to compute it for mixtures.
+        # Several would have to exchange them too, so they mix the features, which they exchange for mining anyway.
+        mixes_hidden = embeds_mixtures and batch.world_size == 1
+        if draws is not None:
+            needs_grad = classifier is not None or (embeds_mixtures and not mixes_hidden)
+            columns['features'] = features if needs_grad else features.detach()
+            if classifier is None and PARTS[self.smooth]:
+                columns['logits'] = logits
+        if mixes_hidden:
+            columns['hidden'] = hidden
+        everyone = batch.gather_together(**columns)
+        label = self.labels_of(everyone['target'])
         mixtures, mixed_logits = None, None
         if draws is not None:
-            order = batch.reading_order(features.device)
-            all_features = batch.gather(features.detach() if classifier is None else features)
-            mixtures = self.mixup.pair(all_features, label, draws.as_numbers(), anchor=own, order=order)
-            if classifier is not None and PARTS[self.smooth]:
-                mixed = [getattr(mixtures, part).mix(all_features) for part in PARTS[self.smooth]]
-                mixed_logits = classifier(torch.cat(mixed)).tensor_split(len(mixed))
-        task_loss = self._task_loss(logits, target, label, batch, mixtures, mixed_logits, clean_loss)
+            order, own = batch.reading_order(features.device), batch.own_rows(features.device)
+            mixtures = self.mixup.pair(everyone['features'], label, draws.as_numbers(), anchor=own, order=order)
+            if PARTS[self.smooth]:
+                parts = [getattr(mixtures, part) for part in PARTS[self.smooth]]
+                if classifier is None:
+                    all_logits = finite(everyone['logits'])
+                    mixed_logits = [mixture.mix(all_logits) for mixture in parts]
+                else:
+                    mixed = classifier(torch.cat([mixture.mix(everyone['features']) for mixture in parts]))
+                    mixed_logits = [finite(rows) for rows in mixed.tensor_split(len(parts))]
+        clean_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
+        task_loss = clean_loss
+        if mixtures is not None and mixed_logits is not None:
+            mixed_loss = self._mixed_nll if self.classification_loss is None else self._mixed_label_loss
+            task_loss = self._weigh(clean_loss, *mixed_loss(mixed_logits, everyone['target'], label, batch, mixtures))
         if self.projector is None:
             return {'loss': task_loss, 'task_loss': task_loss}
-        contrast_loss = self._contrast_loss(self.projector, features, label, batch, own, mixtures)
+        contrast_loss = self._contrast_loss(self.projector, everyone, label, batch, mixtures)
         return {
             'loss': task_loss + self.contrast_weight * contrast_loss,
             'task_loss': task_loss,
@@ -223,28 +245,19 @@ class CoreTuningLoss(TaskLoss):
         if 'generator' in state:
             self.generator.set_state(state['generator'])
 
-    def _task_loss(
+    def _mixed_nll(
         self,
-        logits: torch.Tensor,
-        target: torch.Tensor,
+        mixed_logits: Sequence[torch.Tensor],
+        all_target: torch.Tensor,
         label: torch.Tensor,
         batch: GlobalBatch,
-        mixtures: Optional[HardMixtures],
-        mixed_logits: Optional[Tuple[torch.Tensor, ...]],
-        clean_loss: Optional[torch.Tensor],
-    ) -> torch.Tensor:
-        clean_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
-        if mixtures is None or not PARTS[self.smooth]:
-            return clean_loss
-        all_logits = finite(batch.gather(logits)) if mixed_logits is None else logits
-        all_target = batch.gather(target if target.ndim == 2 else target.long())
-        if self.multi_label:
-            return self._mixed_loss_of_sets(clean_loss, all_logits, all_target, label, batch, mixtures, mixed_logits)
-        left_out = label.index_select(0, batch.own_rows(label.device)) < 0
-        total, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(label[:1]).sum()
-        for part, name in enumerate(PARTS[self.smooth]):
+        mixtures: HardMixtures,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The sum over parts of the mean cross-entropy of mixtures, and the number of parts that exist."""
+        left_out = label[batch.own] < 0
+        total, num_parts = mixed_logits[0].new_zeros(()), torch.zeros_like(label[:1]).sum()
+        for name, mixed_rows in zip(PARTS[self.smooth], mixed_logits, strict=True):
             mixture = getattr(mixtures, name)
-            mixed_rows = mixture.mix(all_logits) if mixed_logits is None else finite(mixed_logits[part])
             log_p = mixed_rows.log_softmax(dim=-1)
             # cross-entropy is linear in the target
             mixed_nll = torch.lerp(
@@ -256,29 +269,28 @@ class CoreTuningLoss(TaskLoss):
             missing = left_out if name == 'positive' else left_out | ~mixtures.has_negative
             total = total + infinite_again(mixed_nll).masked_fill(missing, 0.0).sum()
             num_parts = num_parts + ((label >= 0).any() if name == 'positive' else mixtures.has_negative.any())
-        return self._weigh(clean_loss, batch.mean(total, label), num_parts)
+        return batch.mean(total, label), num_parts
 
-    def _mixed_loss_of_sets(
+    def _mixed_label_loss(
         self,
-        clean_loss: torch.Tensor,
-        all_logits: torch.Tensor,
+        mixed_logits: Sequence[torch.Tensor],
         all_target: torch.Tensor,
         label: torch.Tensor,
         batch: GlobalBatch,
         mixtures: HardMixtures,
-        mixed_logits: Optional[Tuple[torch.Tensor, ...]],
-    ) -> torch.Tensor:
-        mixed_loss, num_parts = torch.zeros_like(clean_loss), torch.zeros_like(clean_loss)
-        for part, name in enumerate(PARTS[self.smooth]):
-            mixture = getattr(mixtures, name)
-            mixed_rows = mixture.mix(all_logits) if mixed_logits is None else mixed_logits[part]
-            part_loss = self.multi_label_loss(mixed_rows, mixture.mix(all_target), label, batch)
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """The same for the classification_loss."""
+        soft = self.soft_target(all_target, mixed_logits[0])
+        mixed_loss, num_parts = mixed_logits[0].new_zeros(()), torch.zeros_like(label[:1]).sum()
+        for name, mixed_rows in zip(PARTS[self.smooth], mixed_logits, strict=True):
+            part_loss = self.label_loss(mixed_rows, getattr(mixtures, name).mix(soft), label, batch)
             # a missing semi-hard negative is the anchor itself; there is no such part if all of them are missing
             exists = mixtures.has_negative if name == 'negative' else torch.ones_like(mixtures.has_negative)
-            exists = batch.gather(exists.long()).any()
-            mixed_loss = mixed_loss + part_loss.masked_fill(~exists, 0.0)
-            num_parts = num_parts + exists
-        return self._weigh(clean_loss, mixed_loss, num_parts)
+            if label.ndim == 2:  # with one label an image, either all images of all processes have one or none has
+                exists = batch.gather(exists)
+            mixed_loss = mixed_loss + part_loss.masked_fill(~exists.any(), 0.0)
+            num_parts = num_parts + exists.any()
+        return mixed_loss, num_parts
 
     def _weigh(self, clean_loss: torch.Tensor, mixed_loss: torch.Tensor, num_parts: torch.Tensor) -> torch.Tensor:
         """The loss of clean rows and mixtures, of which there are num_parts (0, 1 or 2) for each clean row."""
@@ -289,26 +301,27 @@ class CoreTuningLoss(TaskLoss):
     def _contrast_loss(
         self,
         projector: ProjectionHead,
-        features: torch.Tensor,
+        everyone: Dict[str, torch.Tensor],
         label: torch.Tensor,
         batch: GlobalBatch,
-        own: torch.Tensor,
         mixtures: Optional[HardMixtures],
     ) -> torch.Tensor:
+        extras: Dict[str, torch.Tensor] = {}
         parts = PARTS[self.mixtures] if mixtures is not None else ()
-        embedding = projector(features, [getattr(mixtures, part) for part in parts], batch)
-        unit, *extra = embedding.tensor_split(1 + len(parts))
-        extras = dict(zip(parts, extra, strict=True))
+        if parts:
+            name = 'hidden' if 'hidden' in everyone else 'features'
+            _, unit = projector(**{name: torch.cat([getattr(mixtures, part).mix(everyone[name]) for part in parts])})
+            extras = dict(zip(parts, unit.tensor_split(len(parts)), strict=True))
         positive_weight = None
         if self.multi_label and mixtures is not None:
-            positive_weight = jaccard_of_rows(label[own], label[mixtures.positive.index])
+            positive_weight = jaccard_of_rows(label[batch.own], label[mixtures.positive.index])
         per_anchor = self.contrast.per_anchor(
-            batch.gather(unit),
+            everyone['unit'],
             label,
             unit_positive=extras.get('positive'),
             unit_negative=extras.get('negative'),
             has_negative=None if mixtures is None else mixtures.has_negative,
-            anchor=own,
+            anchor=batch.own,
             positive_weight=positive_weight,
         )
         return batch.mean(per_anchor.sum(), label)

@@ -52,6 +52,7 @@ class DRTuneLoss(TaskLoss):
     requires = ('input', 'classifier')
     for_pixels = False
     for_multi_label = False
+    takes_classification_loss = False
     keeps_copy = True
 
     def __init__(self, num_features: int, weight: Optional[float] = None, bank_size: int = 2048, **kwargs: Any):

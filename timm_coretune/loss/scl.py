@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .contrastive import ContrastiveLoss
 from .focal_supcon import FocalSupConLoss
+from .parts.contrastive import ContrastiveLoss
 
 
 class SCLLoss(ContrastiveLoss):
@@ -26,5 +26,5 @@ class SCLLoss(ContrastiveLoss):
         super().__init__(num_features, **kwargs)
         self.contrast = FocalSupConLoss(self.temperature, focal=False)
 
-    def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: slice) -> torch.Tensor:
         return self.contrast.per_anchor(unit, label, anchor=anchor)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from ..checks import check_features, check_not_recomputed, check_target
+from .hardest import find_hardest
 
 
 class HardPairs(NamedTuple):
@@ -51,13 +52,6 @@ def normalize(x: torch.Tensor) -> torch.Tensor:
     return F.normalize(x.masked_fill((x == 0).all(dim=-1, keepdim=True), 0.0), dim=-1)
 
 
-def cosine_similarity(features: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
-    """Cosine similarity of the rows `anchor` (B,) of features (N, D) with all rows (B, N), without gradient."""
-    with torch.autocast(device_type=features.device.type, enabled=False):
-        unit = normalize(features.detach())
-        return unit[anchor] @ unit.T
-
-
 @torch.no_grad()
 def select_hard_pairs(
     features: torch.Tensor,
@@ -68,6 +62,8 @@ def select_hard_pairs(
     positive_draw: Optional[torch.Tensor] = None,
 ) -> HardPairs:
     """Find the hard pairs for given random draws, deterministically, with static shapes and no wait for the device.
+
+    The similarities of a large batch are computed block by block, so memory grows with N, and not with B * N.
 
     Args:
         features: Features of the candidates (N, D) of any scale.
@@ -86,17 +82,11 @@ def select_hard_pairs(
     num_candidates = features.shape[0]
     candidate = torch.arange(num_candidates, device=features.device)
     anchor = candidate if anchor is None else anchor
-    similarity = cosine_similarity(features, anchor)
     anchor_label = label[anchor]
     takes_part = label >= 0
-    same = anchor_label[:, None] == label
-    positive = same & (anchor[:, None] != candidate)
-    has_positive = positive.any(dim=-1)
     # an anchor is a candidate itself, so either all have a negative or none has
     highest = label.max()
     has_negative = (torch.where(takes_part, label, highest).min() < highest).expand(anchor.shape)
-    negative_similarity = similarity.masked_fill(same | ~takes_part, float('-inf'))
-    hard_negative = torch.where(has_negative, negative_similarity.argmax(dim=-1), anchor)
 
     # After sorting by label, candidates that take no part come first, and every class is one run of rows. Skip those
     # candidates and the run of the anchor's class: the k-th remaining row is the k-th negative.
@@ -111,18 +101,19 @@ def select_hard_pairs(
     position = torch.where(k < start, k, k + num_same).clamp(max=num_candidates - 1)
     random_negative = torch.where(has_negative, by_label[position], anchor)
 
-    if positive_draw is None or positive_draw.shape[1] == 0:
-        hard_positive = similarity.masked_fill(~positive, float('inf')).argmin(dim=-1)
-    else:
+    chosen = None
+    if positive_draw is not None and positive_draw.shape[1] > 0:
         # the run of the anchor's class without the anchor: the k-th remaining row is the k-th positive
         place = torch.empty_like(candidate).index_copy(0, by_label, candidate)[anchor] - start
         num_positive = (num_same - 1)[:, None]
         k = torch.minimum((positive_draw * num_positive).long(), num_positive - 1).clamp(min=0)
         position = start[:, None] + torch.where(k < place[:, None], k, k + 1)
         chosen = by_label[position.clamp(max=num_candidates - 1)]
-        hard_positive = chosen.gather(1, similarity.gather(1, chosen).argmin(dim=-1, keepdim=True))[:, 0]
+    with torch.autocast(device_type=features.device.type, enabled=False):
+        hard_positive, hard_negative = find_hardest(normalize(features.detach()), label, anchor, chosen)
     # an anchor that is alone in its class has only itself
-    hard_positive = torch.where(has_positive, hard_positive, anchor)
+    hard_positive = torch.where(num_same > 1, hard_positive, anchor)
+    hard_negative = torch.where(has_negative, hard_negative, anchor)
     return HardPairs(hard_positive, hard_negative, random_negative, has_negative)
 
 

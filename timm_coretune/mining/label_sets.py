@@ -8,12 +8,13 @@ Here and in the losses, labels are a matrix (N, C) of 0 and 1 in a floating dtyp
 indices (N,). Where every row has one label, results are those of class indices to the last bit.
 """
 
-from typing import Optional
+from typing import Optional, Tuple
 
 import torch
 
 from ..checks import check_target
-from . import HardPairs, cosine_similarity
+from . import HardPairs, normalize
+from .hardest import in_blocks
 
 
 def label_sets(target: torch.Tensor) -> torch.Tensor:
@@ -85,31 +86,39 @@ def select_hard_pairs_of_sets(
     """
     candidate = torch.arange(features.shape[0], device=features.device)
     anchor = candidate if anchor is None else anchor
-    similarity = cosine_similarity(features, anchor)
-    is_other = anchor[:, None] != candidate
-    overlaps = jaccard(label[anchor], label) > 0
-    positive, negative = overlaps & is_other, ~overlaps & is_other
-    has_positive, has_negative = positive.any(dim=1), negative.any(dim=1)
-    hard_negative = similarity.masked_fill(~negative, float('-inf')).argmax(dim=1)
-
+    unit = normalize(features.detach())
     first_label = label.argmax(dim=1)
     by_label = torch.sort(first_label if order is None else first_label[order], stable=True).indices
     if order is not None:
         by_label = order[by_label]
-    num_negative = negative.sum(dim=1)
-    k = torch.minimum((draw * num_negative).long(), num_negative - 1).clamp(min=0)
-    random_negative = by_label[_find_nth(negative[:, by_label], k[:, None])[:, 0]]
 
-    if positive_draw is None or positive_draw.shape[1] == 0:
-        hard_positive = similarity.masked_fill(~positive, float('inf')).argmin(dim=1)
-    else:
-        num_positive = positive.sum(dim=1, keepdim=True)
-        k = torch.minimum((positive_draw * num_positive).long(), num_positive - 1).clamp(min=0)
-        chosen = by_label[_find_nth(positive[:, by_label], k)]
-        hard_positive = chosen.gather(1, similarity.gather(1, chosen).argmin(dim=1, keepdim=True))[:, 0]
-    return HardPairs(
-        torch.where(has_positive, hard_positive, anchor),
-        torch.where(has_negative, hard_negative, anchor),
-        torch.where(has_negative, random_negative, anchor),
-        has_negative,
-    )
+    def select(
+        anchor: torch.Tensor, draw: torch.Tensor, positive_draw: Optional[torch.Tensor]
+    ) -> Tuple[torch.Tensor, ...]:
+        with torch.autocast(device_type=unit.device.type, enabled=False):
+            similarity = unit[anchor] @ unit.T
+        is_other = anchor[:, None] != candidate
+        overlaps = jaccard(label[anchor], label) > 0
+        positive, negative = overlaps & is_other, ~overlaps & is_other
+        has_positive, has_negative = positive.any(dim=1), negative.any(dim=1)
+        hard_negative = similarity.masked_fill(~negative, float('-inf')).argmax(dim=1)
+
+        num_negative = negative.sum(dim=1)
+        k = torch.minimum((draw * num_negative).long(), num_negative - 1).clamp(min=0)
+        random_negative = by_label[_find_nth(negative[:, by_label], k[:, None])[:, 0]]
+
+        if positive_draw is None or positive_draw.shape[1] == 0:
+            hard_positive = similarity.masked_fill(~positive, float('inf')).argmin(dim=1)
+        else:
+            num_positive = positive.sum(dim=1, keepdim=True)
+            k = torch.minimum((positive_draw * num_positive).long(), num_positive - 1).clamp(min=0)
+            chosen = by_label[_find_nth(positive[:, by_label], k)]
+            hard_positive = chosen.gather(1, similarity.gather(1, chosen).argmin(dim=1, keepdim=True))[:, 0]
+        return (
+            torch.where(has_positive, hard_positive, anchor),
+            torch.where(has_negative, hard_negative, anchor),
+            torch.where(has_negative, random_negative, anchor),
+            has_negative,
+        )
+
+    return HardPairs(*in_blocks(select, len(candidate), anchor, draw, positive_draw))

@@ -31,11 +31,22 @@ class DenseCrossEntropy(nn.Module):
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
 
-    def forward(self, output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    def count(self, target: torch.Tensor) -> torch.Tensor:
+        """Number of pixels of all processes that are not ignored, a scalar. The processes exchange their numbers."""
+        return sum_over_processes((target != self.ignore_index).sum())
+
+    def forward(
+        self,
+        output: torch.Tensor,
+        target: torch.Tensor,
+        num_pixels: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
         """
         Args:
             output: Logits of any floating dtype (B, C, H, W).
             target: Class indices (B, H, W) int64.
+            num_pixels: What `count` returns. Counted before the forward pass of a network, the exchange does not make
+                the network wait for the other processes. When None it is counted here.
 
         Returns:
             The loss of this process in nats, a scalar of float32 or better. The average of the losses of all processes
@@ -50,7 +61,7 @@ class DenseCrossEntropy(nn.Module):
             reduction='sum',
             label_smoothing=self.label_smoothing,
         )
-        num_pixels = sum_over_processes((target != self.ignore_index).sum())
+        num_pixels = self.count(target) if num_pixels is None else num_pixels
         return total * process_index_and_count()[1] / num_pixels.clamp(min=1)
 
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn as nn
 from timm.utils import unwrap_model
 
+from ..evaluation.segmentation import SegmentationEvaluator
 from ..loss import TaskLoss
 from ..loss.core_tuning import FOR_PIXELS
 from ..mixup import protect_draws
@@ -51,13 +52,14 @@ class SegmentationModule(CoreTuningModule):
         target: Optional[torch.Tensor] = None,
         *prepared: Any,
     ) -> Any:
-        """In training mode the losses, given the seeds of the images and what the loss prepared, else the logits."""
+        """In training mode the losses, given the number of pixels that count in all images of all processes, the seeds
+        of the images, and what the loss prepared. Else the logits."""
         if not self.training:
             return self.model(input)
         target = cast(torch.Tensor, target)
-        seed, *prepared_by_loss = prepared
+        num_pixels, seed, *prepared_by_loss = prepared
         features, logits, output = self.model.forward_pixels(input)
-        dense_loss = self.dense_loss(output, target)
+        dense_loss = self.dense_loss(output, target, num_pixels)
         padded = self.model.pad(target, value=self.dense_loss.ignore_index)
         label = label_of_cells(padded, *features.shape[2:])
         label = label.masked_fill(label == self.dense_loss.ignore_index, -1)
@@ -72,7 +74,7 @@ class SegmentationModule(CoreTuningModule):
             clean_loss=dense_loss,
             **self.required(input),
         )
-        return {**losses, 'dense_loss': dense_loss, 'output': output}
+        return {**losses, 'dense_loss': dense_loss}
 
 
 def _take(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -133,6 +135,11 @@ class SegmentationTask(CoreTuningTask):
         super().__init__(model, criterion, device=device, dtype=dtype, verbose=verbose, **loss_kwargs)
         if not self.criterion.for_pixels:
             raise ValueError(f'Expected a loss with a meaning for pixels, got {type(self.criterion).__name__}.')
+        if self.criterion.classification_loss is not None:
+            raise ValueError(
+                'Expected a loss with the cross-entropy, which leaves pixels out, got one with a classification_loss '
+                'or multi_label=True.'
+            )
 
     def check_model(self, model: nn.Module) -> None:
         """Does nothing: every SegmentationModel can be trained."""
@@ -143,6 +150,11 @@ class SegmentationTask(CoreTuningTask):
     def create_module(self, model: nn.Module, criterion: TaskLoss) -> SegmentationModule:
         dense_loss = DenseCrossEntropy(self.ignore_index, criterion.label_smoothing, criterion.class_weight)
         return SegmentationModule(cast(SegmentationModel, model), criterion, dense_loss, self.anchors_per_image)
+
+    def create_evaluator(self, **kwargs: Any) -> SegmentationEvaluator:
+        """Create the evaluator of the outputs of the evaluation model, with further arguments of the evaluator."""
+        num_classes = unwrap_model(self.trainable_module).model.num_classes
+        return SegmentationEvaluator(num_classes, ignore_index=self.ignore_index, device=self.device, **kwargs)
 
     def forward(  # type: ignore[override]  # no model of segmentation takes a dictionary of patches
         self,
@@ -157,13 +169,15 @@ class SegmentationTask(CoreTuningTask):
 
         Returns:
             Scalars in nats: 'loss' to minimise, 'task_loss', 'dense_loss' (cross-entropy of all pixels, a part of
-            'task_loss') and, unless its weight is 0, 'contrast_loss'. Also 'output', the logits (B, C, H, W).
+            'task_loss') and, unless its weight is 0, 'contrast_loss'. There are no logits, as classifiers have, which
+            would be a row for each pixel.
 
         Raises:
             ValueError: target does not fit the images or the classes of the model.
         """
         module = unwrap_model(self.trainable_module)
         check_masks(target, input, module.model.num_classes, self.ignore_index)
+        num_pixels = module.dense_loss.count(target)
         batch, *rest = module.criterion.prepare(input.shape[0], target.device, self.anchors_per_image)
         seed = module.criterion.draw_image_seeds(batch, target.device)
-        return self.trainable_module(input, target, seed, batch, *protect_draws(rest))
+        return self.trainable_module(input, target, num_pixels, seed, batch, *protect_draws(rest))

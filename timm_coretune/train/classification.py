@@ -32,6 +32,7 @@ from .cli.criterion import (
     ClassStats,
     check_class_stats,
     create_criterion,
+    label_loss,
     needs_stats,
     read_class_stats,
     weight_of_each_class,
@@ -170,9 +171,9 @@ def create_task(
     create = functools.partial(
         create_criterion,
         loss,
-        data.mixes_pixels,
-        data.aug_splits,
-        data.is_multi_label,
+        soft_targets=data.mixes_pixels,
+        aug_splits=data.aug_splits,
+        multi_label=data.is_multi_label,
         stats=stats,
         num_classes=num_classes,
     )
@@ -181,6 +182,8 @@ def create_task(
             _logger.info('Pixel mixup makes soft targets: pairs are mined by the most probable class of each image.')
         if data.is_multi_label:
             of_labels: Dict[str, Any] = dict(multi_label=True, classification_loss=create())
+        elif label_loss(loss, multi_label=False) != 'ce':
+            of_labels = dict(classification_loss=create(soft_targets=True))
         else:
             of_labels = dict(class_weight=weight_of_each_class(loss, stats, num_classes))
         return CoreTuningTask(

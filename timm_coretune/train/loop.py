@@ -16,10 +16,19 @@ from timm.utils import AverageMeter, distribute_bn, unwrap_model
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..data.seeding import kept_generators, make_key, seed_generators
+from ..data.seeding import kept_generators, make_key, seed_generators, seed_torch
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import Evaluator, is_better
-from .data.batches import Input, batches_from, count_batches, count_shared, in_step, num_own_samples, to_device
+from .data.batches import (
+    Input,
+    batches_from,
+    count_batches,
+    count_shared,
+    in_step,
+    is_resumable,
+    num_own_samples,
+    to_device,
+)
 from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
 from .preemption import Preempted, StopRequest
@@ -33,7 +42,8 @@ class LoopConfig:
     """Options of the training loop.
 
     Attributes:
-        seed: Random seed. The draws of a step depend on it and on the process, epoch and batch of the step.
+        seed: Random seed. The draws of a step depend on it and on the process, epoch and batch of the step. With a
+            resumable loader and without `mixup_fn` this holds for torch's generators, not for Python's and NumPy's.
         grad_accum_steps: Batches per update.
         channels_last: Put images into the channels_last memory layout.
         dtype: Dtype that images are cast to. None leaves them as the loader made them.
@@ -158,6 +168,7 @@ class Trainer:
         # after a validation: has its tables, and whether its scores are those of the moving average
         self.scored, self.ema_counts = self.evaluator, True
         self.meter = LossMeter(accelerator)
+        self.data_share = 0.0  # share of the time of the last epoch in which this process waited for batches
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
         self.is_sharded = is_sharded(accelerator)
@@ -175,7 +186,7 @@ class Trainer:
             ratio = batch_size / config.reference_batch_size
             loss = loss * (ratio**0.5 if config.loss_scale == 'sqrt' else ratio)
         if config.uneven_batches and not getattr(self.task, 'is_global_mean', False):
-            size = torch.tensor(float(batch_size), device=self.accelerator.device)
+            size = torch.full((), float(batch_size), device=self.accelerator.device)
             loss = loss * (batch_size / self.accelerator.reduce(size, 'mean'))
         return loss
 
@@ -238,6 +249,8 @@ class Trainer:
         update_start = data_start = time.perf_counter()
         batches = in_step(batches_from(loader, epoch, start_batch), loader, self.accelerator)
         start_update = start_batch // accum
+        # a resumable loader draws under keys of its own, and timm's pixel mixup from NumPy's generator
+        seed = seed_torch if is_resumable(loader) and self.mixup_fn is None else seed_generators
         self._start_phase()
         with self._progress(num_updates, f'Train {epoch}', start_update) as bar, logging_redirect_tqdm():
             for batch_idx, batch in enumerate(batches, start_batch):
@@ -245,9 +258,7 @@ class Trainer:
                 num_accum = min(accum, num_batches - update * accum)
                 need_update = (batch_idx + 1) % accum == 0 or batch_idx + 1 == num_batches
                 input, target = to_device(batch, device, config.channels_last, config.dtype)
-                seed_generators(
-                    make_key(config.seed, self.accelerator.process_index, epoch, batch_idx), device
-                )  # fmt: skip
+                seed(make_key(config.seed, self.accelerator.process_index, epoch, batch_idx), device)
                 if self.mixup_fn is not None:
                     input, target = self.mixup_fn(input, target)
                 data_time.update(num_accum * (time.perf_counter() - data_start))
@@ -281,7 +292,8 @@ class Trainer:
                         f'Time: {update_time.val:.3f}s, {num_images / update_time.val:>7.2f}/s  '
                         f'({update_time.avg:.3f}s, {num_images / update_time.avg:>7.2f}/s)  '
                         f'LR: {sum(lrs) / len(lrs):.3e}  '
-                        f'Data: {data_time.val:.3f} ({data_time.avg:.3f})'
+                        f'Data: {data_time.val:.3f} ({data_time.avg:.3f}), '
+                        f'{100 * data_time.avg / update_time.avg:.0f}% of the time'
                     )
                     if self.record is not None:
                         self.record.save_images(input, batch_idx)
@@ -297,6 +309,7 @@ class Trainer:
         sync_lookahead: Any = getattr(_unwrapped(self.optimizer), 'sync_lookahead', None)
         if sync_lookahead is not None:
             sync_lookahead()
+        self.data_share = data_time.avg / max(update_time.avg, 1e-9)
         meter.check()
         return meter.average()
 

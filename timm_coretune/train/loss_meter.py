@@ -1,7 +1,7 @@
 """Averages of the training losses, kept on the device so that no step has to wait for it"""
 
 from collections import OrderedDict
-from typing import Any, Dict, Iterable, List, Tuple
+from typing import Any, Dict, Iterable, List, Optional, Tuple
 
 import torch
 from accelerate import Accelerator
@@ -14,6 +14,9 @@ class DivergedError(ValueError):
 class LossMeter:
     """Averages the losses of a task and notices the first step whose losses are not finite.
 
+    A step stacks its losses into one tensor, and nothing else is computed on the device. They move to the CPU and are
+    added up when somebody asks for them.
+
     Args:
         accelerator: Device and processes.
     """
@@ -22,28 +25,39 @@ class LossMeter:
         self.accelerator = accelerator
         self.names: Tuple[str, ...] = ()
         self.num_steps = 0
+        self.waiting: List[torch.Tensor] = []  # losses of the steps that are not added yet, on the device
+        self.steps: List[int] = []  # the numbers of these steps
+        self.bad_step: Optional[int] = None
 
     def _start(self, names: Iterable[str]) -> None:
         # in the log 'task_loss' is called 'task', and the total stays 'loss'
         self.names = tuple(name.removesuffix('_loss') for name in names)
-        device = self.accelerator.device
-        self.total = torch.zeros(len(self.names), device=device)
-        self.last = torch.full((len(self.names),), float('nan'), device=device)
+        self.total = torch.zeros(len(self.names))
+        self.last = torch.full((len(self.names),), float('nan'))
         self.last_finite = self.last.clone()
-        self.first_bad_step = torch.full((), -1.0, device=device)
 
     def update(self, result: Dict[str, torch.Tensor], step: int) -> None:
         """Add the losses of one step, from the dictionary that the task returned."""
         losses = {k: v for k, v in result.items() if k.endswith('loss')}
         if not self.names:
             self._start(losses)
-        self.last = torch.stack([loss.detach().float() for loss in losses.values()])
-        finite = torch.isfinite(self.last).all()
-        healthy = self.first_bad_step < 0
-        self.first_bad_step = torch.where(healthy & ~finite, float(step), self.first_bad_step)
-        self.last_finite = torch.where(healthy & finite, self.last, self.last_finite)
-        self.total = self.total + self.last
+        self.waiting.append(torch.stack([loss.detach().float() for loss in losses.values()]))
+        self.steps.append(step)
         self.num_steps += 1
+
+    def _add(self) -> None:
+        """Add the losses that wait, in the order of the steps: sums do not depend on when they are asked for."""
+        if not self.waiting:
+            return
+        for step, losses in zip(self.steps, torch.stack(self.waiting).cpu(), strict=True):
+            self.total = self.total + losses
+            self.last = losses
+            if self.bad_step is None:
+                if torch.isfinite(losses).all():
+                    self.last_finite = losses
+                else:
+                    self.bad_step = step
+        self.waiting, self.steps = [], []
 
     def check(self) -> None:
         """Raise an error if training has diverged. All processes must call this together.
@@ -51,8 +65,10 @@ class LossMeter:
         Raises:
             DivergedError: A loss was not finite. The message gives the update and the last finite losses.
         """
-        values = torch.stack([*self.last_finite, self.first_bad_step])
-        rows: List[List[float]] = self.accelerator.gather(values[None]).tolist()
+        self._add()
+        bad_step = -1.0 if self.bad_step is None else float(self.bad_step)
+        values = torch.tensor([[*self.last_finite, bad_step]], device=self.accelerator.device)
+        rows: List[List[float]] = self.accelerator.gather(values).tolist()
         for *last_finite, step in rows:
             if step >= 0:
                 losses = ', '.join(f'{name} {value:.4g}' for name, value in zip(self.names, last_finite, strict=True))
@@ -64,20 +80,24 @@ class LossMeter:
 
     def state_dict(self) -> Dict[str, Any]:
         """The sums of this process, with which it continues in the middle of an epoch."""
+        self._add()
         return dict(names=list(self.names), total=self.total.tolist(), num_steps=self.num_steps)
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         self._start(state['names'])
-        self.total += torch.tensor(state['total'], device=self.accelerator.device)
+        self.total += torch.tensor(state['total'])
         self.num_steps = state['num_steps']
 
     def _by_name(self, values: torch.Tensor) -> Dict[str, float]:
-        return OrderedDict(zip(self.names, self.accelerator.reduce(values, 'mean').tolist(), strict=True))
+        mean = self.accelerator.reduce(values.to(self.accelerator.device), 'mean')
+        return OrderedDict(zip(self.names, mean.tolist(), strict=True))
 
     def now(self) -> Dict[str, float]:
         """Losses of the last step, averaged over all processes."""
+        self._add()
         return self._by_name(self.last)
 
     def average(self) -> Dict[str, float]:
         """Losses averaged over all steps so far and all processes."""
+        self._add()
         return self._by_name(self.total / self.num_steps)

@@ -39,7 +39,7 @@ from .optimization import (
 )
 from .preemption import Preempted, StopRequest
 from .processes import check_strategy, create_accelerator, precision_of, share_batch, start_trackers
-from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop
+from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop, write_results
 from .run.first_lines import log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, take_folder
 from .run.place import place_in_epoch
@@ -321,6 +321,8 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
         metrics = trainer.evaluate(loaders.validation)
         if accelerator.is_main_process:
             print_results([{'validation': metrics}], resolved.eval_metric)
+            if settings.loop.eval_output is not None:
+                write_results(settings.loop.eval_output, metrics, trainer.scored, parsed.text)
         return [{'validation': metrics}]
     if output.push_to_hub and accelerator.is_main_process and get_token() is None:
         _logger.warning('There is no token to push to the Hub with: `hf auth login` before this run is over.')

@@ -73,6 +73,9 @@ def test_distribution_balanced_loss_gets_the_counts():
     [
         ('--loss asl --mixup 0.2', 'does not support Mixup/CutMix'),
         ('--loss zlpr', 'requires multi-label targets'),
+        ('--coretune --loss zlpr', 'requires multi-label targets'),
+        ('--coretune --loss poly --poly-gamma 1', 'Poly gamma and alpha only apply to the multi-label'),
+        ('--coretune --loss poly --loss-class-weight 1,2', 'only supported by bce and multi-label asl'),
         ('--loss-class-weight 2', 'only supported by bce and multi-label asl'),
         ('--loss bce --loss-class-weight missing.json', '--loss-class-weight: expected numbers with commas'),
         ('--loss bce --loss-pos-weight inv_freq', "ValueError: Method 'inv_freq' computes class_weight"),

@@ -2,13 +2,16 @@
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
+from runs import train
 from timm.data import ImageDataset
 from tiny_data import write_folders
 from torch.utils.data import IterableDataset
 
+from timm_coretune.data.safetensors_reader import ReaderSafetensors
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.datasets import create_datasets
 from timm_coretune.train.data.labelled import LabelledSubset, get_labels
@@ -79,3 +82,26 @@ def test_labels_that_cannot_be_told_are_none(tmp_path):
     folders = ImageDataset(make_folders(tmp_path), target_transform=lambda target: 0)
     assert get_labels(folders) is None
     assert get_labels(LabelledSubset(folders, [0])) is None
+
+
+class _CountedLabels(torch.Tensor):
+    reads: ClassVar = []
+
+    def tolist(self):
+        if self.ndim:  # of all images
+            self.reads.append(len(self))
+        return super().tolist()
+
+
+def test_a_run_reads_the_labels_of_each_split_once(tiny, tmp_path, monkeypatch):
+    open_reader = ReaderSafetensors.__init__
+
+    def init(self, *args):
+        open_reader(self, *args)
+        self.label = self.label.as_subclass(_CountedLabels)
+
+    monkeypatch.setattr(ReaderSafetensors, '__init__', init)
+    monkeypatch.setattr(_CountedLabels, 'reads', [])
+    flags = ('--coretune', '--class-balance', '--loss-class-weight', 'inv_freq', '--label-fraction', '0.7')
+    train(tiny, tmp_path, *flags, '--epochs', '1')
+    assert sorted(_CountedLabels.reads) == [12, 24]

@@ -59,6 +59,17 @@ AUGMENTATIONS = {
     'balanced': ['--class-balance'],
     'multi-epochs': ['--use-multi-epochs-loader', '--reprob', 1],
     'grey-and-blur': ['--color-jitter-prob', 0.5, '--grayscale-prob', 0.5, '--gaussian-blur-prob', 0.5],
+    'gpu-augment': [
+        '--gpu-augment',
+        '--color-jitter-prob',
+        0.5,
+        '--grayscale-prob',
+        0.5,
+        '--vflip',
+        0.5,
+        '--reprob',
+        1,
+    ],
 }
 
 ON_CPU = ['--no-prefetcher']
@@ -130,6 +141,28 @@ def test_mixup_ends_at_its_epoch_also_in_processes_that_live_on(images, workers)
     assert not any(is_mixed(read(loader, 2)))
     assert not any(is_mixed(read(loader, 3, start=1)))
     assert any(is_mixed(read(loader, 1)))
+
+
+def test_images_that_are_augmented_on_the_device_are_mixed_there_after_it(images):
+    loaders = create_loaders(images, '--gpu-augment', '--mixup', 5, '--smoothing', 0)
+    assert isinstance(loaders.mixup_fn, Mixup)
+    batches = read(loaders.train, 0)
+    assert [target.dtype for _, target in batches] == [torch.int64] * len(batches)
+    assert any(is_mixed([loaders.mixup_fn(*batch) for batch in batches]))
+    assert create_loaders(images, '--mixup', 5).mixup_fn is None
+
+
+def test_images_are_handed_over_small_and_normalised_as_others(images):
+    flags = ['--gpu-augment', '--scale', 1, 1, '--ratio', 1, 1, '--hflip', 0, '--color-jitter', 0]
+    loader = create_loaders(images, *flags, '--gpu-augment-size', 24).train
+    assert loader.dataset.dataset[0][0][0].shape == (24, 24, 3)
+    same_crop = create_loaders(images, *flags[1:], '--train-interpolation', 'bicubic').train
+    for (x, s), (y, t) in zip(read(loader, 0), read(same_crop, 0), strict=True):
+        assert torch.equal(s, t)
+        assert x.shape == y.shape == (4, 3, 16, 16)
+        assert (x - y).abs().mean() < 0.2  # of noise, resized twice
+        assert abs(x.mean() - y.mean()) < 0.02
+        assert 0.7 < x.std() / y.std() < 1.3
 
 
 def test_a_seeded_collate_mixes_without_an_end_when_there_is_none():

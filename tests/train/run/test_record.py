@@ -33,14 +33,15 @@ def test_batches_of_log_lines_are_written_as_pictures(data, tmp_path):
     assert pictures == {f'train-batch-{number}.jpg': (8 * 32, 32) for number in (0, 2)}
 
 
-def test_a_tracker_gets_the_columns_of_the_summary(data, tmp_path, read_csv):
+def test_a_tracker_gets_the_columns_of_the_summary_and_the_share_of_waiting_for_data(data, tmp_path, read_csv):
     train(
         data, tmp_path, '--coretune', '--log-with', 'tensorboard', '--metrics', 'ece,per-class', '--wandb-project', 'p'
     )
     rows = read_csv(tmp_path / 'run' / 'summary.csv')
     events = EventAccumulator(str(tmp_path / 'run' / 'p'))  # the hyperparameters lie in a folder in it
     events.Reload()
-    assert set(events.Tags()['scalars']) == rows[0].keys() - {'epoch'}
+    assert set(events.Tags()['scalars']) == rows[0].keys() - {'epoch'} | {'train_data_share'}
+    assert all(0 < event.value < 1 for event in events.Scalars('train_data_share'))
     for name in rows[0].keys() - {'epoch'}:
         seen = [(event.step, event.value) for event in events.Scalars(name)]
         assert [step for step, _ in seen] == [int(row['epoch']) for row in rows]

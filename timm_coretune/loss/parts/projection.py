@@ -1,13 +1,11 @@
 """Projection head: maps features to the embedding that the contrastive loss compares"""
 
-from typing import Optional, Sequence
+from typing import Optional, Tuple, cast
 
 import torch
 import torch.nn as nn
 
-from ...distributed import GlobalBatch
 from ...mining import normalize
-from ...mixup import Mixture
 
 
 class ProjectionHead(nn.Module):
@@ -21,22 +19,21 @@ class ProjectionHead(nn.Module):
     def __init__(self, num_features: int, projection_dim: int):
         super().__init__()
         self.fc1 = nn.Linear(num_features, num_features)
-        self.act = nn.ReLU(inplace=True)
+        self.act = nn.ReLU()
         self.fc2 = nn.Linear(num_features, projection_dim)
 
     def forward(
         self,
-        features: torch.Tensor,
-        mixtures: Sequence[Mixture] = (),
-        batch: Optional[GlobalBatch] = None,
-    ) -> torch.Tensor:
-        """Embed features (B, D), and M mixtures of them, as unit vectors ((1 + M) * B, P) in float32 or float64.
+        features: Optional[torch.Tensor] = None,
+        hidden: Optional[torch.Tensor] = None,
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Embed features (N, D), or outputs of the first layer (N, D), such as mixtures of them.
 
-        The first layer is affine, so its output for a mixture is the mixture of its outputs. It is therefore computed
-        for B rows only. Indices in mixtures refer to rows of the global batch.
+        The first layer is affine, so its output for a mixture is the mixture of its outputs.
+
+        Returns:
+            The outputs of the first layer (N, D), and the embeddings (N, P) of unit length in float32 or float64.
         """
-        hidden = self.fc1(features.to(self.fc1.weight.dtype))
-        if mixtures:
-            all_hidden = hidden if batch is None else batch.gather(hidden)
-            hidden = torch.cat([hidden, *[mixture.mix(all_hidden) for mixture in mixtures]])
-        return normalize(self.fc2(self.act(hidden)))
+        if hidden is None:
+            hidden = self.fc1(cast(torch.Tensor, features).to(self.fc1.weight.dtype))
+        return hidden, normalize(self.fc2(self.act(hidden)))

@@ -6,10 +6,11 @@ from typing import Any, Dict, List, Optional
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ...data.resampling import INTERPOLATIONS as INTERPOLATIONS_ON_DEVICE
 from ...evaluation.scores import FURTHER_OF_IMAGES, FURTHER_OF_LABEL_SETS, OF_LABEL_SETS, OF_PIXELS, scores_of_images
 from ...loss import METHODS
 from ...segmentation.data.transforms import INTERPOLATIONS
-from .criterion import find_obstacle, needs_stats
+from .criterion import find_obstacle, label_loss, needs_stats
 from .settings import DataSettings, LossSettings, Settings
 
 Conditions = Dict[str, Any]  # error message -> a value that is true if the error is present
@@ -33,17 +34,23 @@ def find_contradictions(settings: Settings) -> List[str]:
 def _of_losses(settings: Settings) -> Conditions:
     loss, data, defaults = settings.loss, settings.data, LossSettings()
     names, weights = loss.label_losses, (loss.loss_class_weight, loss.pos_weight)
-    has_cross_entropy = loss.task_loss is not None and not data.is_multi_label
+    method = METHODS[loss.task_loss] if loss.task_loss and not data.is_multi_label else None
+    has_cross_entropy = method is not None and label_loss(loss, multi_label=False) == 'ce'
     return {
         '--loss, --bce-loss and --jsd-loss each name the loss on the labels; choose one': len(names) > 1,
         '--bce-pos-weight is --loss-pos-weight; give one of them': (
             loss.bce_pos_weight is not None and loss.loss_pos_weight is not None
         ),
-        '--loss, --jsd-loss, --bce-loss, --bce-sum, --bce-target-thresh: with --coretune or a --method the loss on the '
-        'labels is cross-entropy, unless images have several; leave them out': has_cross_entropy
-        and (any(name != 'ce' for name in names) or loss.bce_sum or loss.bce_target_thresh is not None),
-        '--loss-pos-weight: with --coretune or a --method the loss on the labels is cross-entropy, which has no '
-        'positives and negatives, unless images have several; use --loss-class-weight': (
+        '--loss asl: with --coretune or a --method a row may have shares of several classes, and asl takes class '
+        'indices, unless images have several labels; choose ce, bce or poly': bool(method) and 'asl' in names,
+        '--loss jsd and --jsd-loss compare augmentation splits of the same images, which --coretune and a --method '
+        'would take for positives; choose ce, bce or poly': bool(loss.task_loss) and 'jsd' in names,
+        '--loss: this --method takes the cross-entropy of rows that it remembers too; leave it out': (
+            method is not None and not method.takes_classification_loss and not has_cross_entropy
+        ),
+        '--bce-sum and --bce-target-thresh need --loss bce': has_cross_entropy
+        and (loss.bce_sum or loss.bce_target_thresh is not None),
+        '--loss-pos-weight: cross-entropy has no positives and negatives; use --loss-class-weight, or --loss bce': (
             has_cross_entropy and loss.pos_weight is not None
         ),
         '--loss coretune is --coretune: not with another --method': (
@@ -111,6 +118,20 @@ def _of_augmentation(settings: Settings) -> Conditions:
         '--aug-splits: not with pixel mixup or --no-prefetcher': (
             data.aug_splits and (data.mixes_pixels or data.no_prefetcher)
         ),
+        '--gpu-augment-size needs --gpu-augment': data.gpu_augment_size is not None and not data.gpu_augment,
+        '--gpu-augment: the policies of --aa and --aug-splits choose other operations for each image, which a batch '
+        'on a device cannot; leave them out, or --gpu-augment': (data.gpu_augment and (data.aa or data.aug_splits)),
+        '--gpu-augment takes random resized crops; not with --no-aug or another --train-crop-mode': (
+            data.gpu_augment and (data.no_aug or data.train_crop_mode not in (None, 'rrc'))
+        ),
+        '--gpu-augment: --train-interpolation is bilinear, bicubic or random': (
+            data.gpu_augment and data.train_interpolation not in ('', *INTERPOLATIONS_ON_DEVICE)
+        ),
+        '--gpu-augment makes batches of one size in the prefetching loader; not with --no-prefetcher, '
+        '--train-img-sizes or --naflex-loader': (
+            data.gpu_augment and (data.no_prefetcher or data.train_img_sizes or data.naflex_loader)
+        ),
+        '--gpu-augment knows no masks; not with --segmentation': data.gpu_augment and data.segmentation,
     }
 
 
@@ -253,6 +274,9 @@ def _of_the_loop(settings: Settings) -> Conditions:
         '--device: cpu or cuda; accelerate launch --gpu_ids chooses among devices': loop.device not in _DEVICES,
         '--skip-unreadable needs a --val-split': settings.data.skip_unreadable and not settings.data.val_split,
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
+        '--eval-output is for --eval-only; a run that trains writes to --output': (
+            loop.eval_output is not None and not loop.eval_only
+        ),
         f'--metrics: choose from {", ".join(known)}': set(metrics) - set(known),
         f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,
     }

@@ -117,19 +117,24 @@ def weight_of_each_class(loss: LossSettings, stats: Optional[ClassStats], num_cl
     return torch.full((num_classes,), weight) if isinstance(weight, float) else weight
 
 
+def label_loss(loss: LossSettings, multi_label: bool) -> str:
+    """Name of the loss on the labels in timm's factory."""
+    return next(iter(loss.label_losses), 'bce' if multi_label else 'ce')
+
+
 def create_criterion(
     loss: LossSettings,
-    mixes_pixels: bool = False,
+    soft_targets: bool = False,
     aug_splits: int = 0,
     multi_label: bool = False,
     stats: Optional[ClassStats] = None,
     num_classes: Optional[int] = None,
 ) -> nn.Module:
-    """Create the loss of plain tuning by timm's factory.
+    """Create the loss on the labels by timm's factory.
 
     Args:
         loss: The settings.
-        mixes_pixels: Whether targets are soft, from pixel mixup, which applies the label smoothing too.
+        soft_targets: Whether targets are soft, from pixel mixup or a TaskLoss, which apply the label smoothing too.
         aug_splits: Number of AugMix splits.
         multi_label: Whether an image may have several labels.
         stats: Class counts, if `needs_stats`.
@@ -138,12 +143,12 @@ def create_criterion(
     Raises:
         ValueError: Flags do not fit each other or the classes.
     """
-    loss_type = next(iter(loss.label_losses), 'bce' if multi_label else 'ce')
+    loss_type = label_loss(loss, multi_label)
     kwargs: Dict[str, Any] = dict(
         loss_type=loss_type,
         multi_label=multi_label,
         smoothing=loss.smoothing,
-        soft_targets=mixes_pixels,
+        soft_targets=soft_targets,
         class_weight=resolve_weight(loss, 'class_weight', stats, num_classes),
         pos_weight=resolve_weight(loss, 'pos_weight', stats, num_classes),
         bce_target_thresh=loss.bce_target_thresh,
@@ -166,10 +171,11 @@ def find_obstacle(settings: Settings) -> str:
     try:
         if loss.class_stats is not None:
             stats = read_class_stats(loss.class_stats)
-        if (loss.task_loss is not None and not data.is_multi_label) or data.segmentation:
+        is_method = loss.task_loss is not None and not data.is_multi_label
+        if (is_method and label_loss(loss, False) == 'ce') or data.segmentation:
             resolve_weight(loss, 'class_weight', stats)
             return ''
-        create_criterion(loss, data.mixes_pixels, data.aug_splits, data.is_multi_label, stats)
+        create_criterion(loss, is_method or data.mixes_pixels, data.aug_splits, data.is_multi_label, stats)
     except (ValueError, OSError) as e:
         return str(e)
     return ''

@@ -79,7 +79,7 @@ RANGES: Dict[str, Range] = {
     'ratio': Range(0, above=True, num_values=2),
     **_all(_SHARE, 'hflip vflip color_jitter_prob grayscale_prob gaussian_blur_prob reprob'),
     **_all(_AT_LEAST_0, 'color_jitter aug_repeats aug_splits'),
-    **_all(_AT_LEAST_1, 'recount'),
+    **_all(_AT_LEAST_1, 'recount gpu_augment_size'),
     # mixing of pixels
     **_all(_AT_LEAST_0, 'mixup cutmix mixup_off_epoch'),
     'cutmix_minmax': Range(0, 1, num_values=2),

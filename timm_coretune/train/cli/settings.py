@@ -134,6 +134,10 @@ class DataSettings:
     class_balance: bool = flag(False, 'batches in which every image has another one of its class, if there is one')
     check_images: Check = flag('files', 'look before a run for images that cannot be read: files, pixels or none')
     skip_unreadable: bool = flag(False, 'leave validation images that cannot be read out of all scores')
+    gpu_augment: bool = flag(False, 'augment on the device, batch by batch; loader processes decode and resize only')
+    gpu_augment_size: Optional[int] = flag(
+        None, 'height and width that --gpu-augment takes crops from (default: 8/7 of the image size)'
+    )
 
     segmentation: bool = flag(False, 'segmentation: classify pixels, on images with masks', section=SEGMENTATION)
     reduce_zero_label: bool = flag(False, 'ignore mask value 0; value 1 is the first class', section=SEGMENTATION)
@@ -152,6 +156,11 @@ class DataSettings:
     def mixes_pixels(self) -> bool:
         """Whether pixel mixup or CutMix is on, so that training targets are soft."""
         return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
+    @property
+    def mixes_in_loader(self) -> bool:
+        """Whether the loader of images of one size mixes their pixels, not the training loop."""
+        return self.mixes_pixels and not self.no_prefetcher and not self.gpu_augment
 
     @property
     def batch_sizes(self) -> List[int]:
@@ -426,6 +435,7 @@ class LoopSettings:
         None, 'save a state and exit with status 143 so long after the start of the process', 'MINUTES'
     )
     eval_only: bool = flag(False, 'only validate, the same as --epochs 0')
+    eval_output: Optional[str] = flag(None, 'write scores and tables of --eval-only to this folder', 'FOLDER')
 
 
 @dataclass(frozen=True)

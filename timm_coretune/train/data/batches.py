@@ -70,9 +70,14 @@ def has_plain_order(loader: Any) -> bool:
     return isinstance(batches, BatchSampler) and isinstance(order, (RandomSampler, DistributedSampler))
 
 
+def is_resumable(loader: Any) -> bool:
+    """Whether `make_resumable` made this loader."""
+    return isinstance(_order_of(loader), EpochBatchSampler)
+
+
 def is_even(loader: Any, accelerator: Accelerator) -> bool:
     """Whether all processes are known to have equally many batches."""
-    return accelerator.num_processes == 1 or isinstance(_order_of(loader), EpochBatchSampler)
+    return accelerator.num_processes == 1 or is_resumable(loader)
 
 
 def count_batches(loader: Any, accelerator: Accelerator) -> int:
@@ -90,19 +95,51 @@ def count_shared(loader: Any, accelerator: Accelerator) -> int:
     return count_batches(loader, accelerator)
 
 
+class _HaveAll:
+    """Asks all processes whether each has a batch. The answer is on its way while the device computes something else.
+
+    Args:
+        has_one: Whether this process has a batch.
+        accelerator: The processes.
+    """
+
+    def __init__(self, has_one: bool, accelerator: Accelerator):
+        self.num_processes = accelerator.num_processes
+        # torch.tensor would copy a number to the device, and wait for that
+        count = torch.full((), float(has_one), device=accelerator.device)
+        total = cast(torch.Tensor, accelerator.reduce(count, 'sum'))
+        self.total = total.to('cpu', non_blocking=True)
+        self.arrival: Any = None
+        if total.device.type != 'cpu':
+            self.arrival = getattr(torch, total.device.type).Event()
+            self.arrival.record()
+
+    def __bool__(self) -> bool:
+        if self.arrival is not None:
+            self.arrival.synchronize()
+        return self.total.item() == self.num_processes
+
+
 def in_step(batches: Iterator[Any], loader: Any, accelerator: Accelerator) -> Iterator[Any]:
-    """End on all processes when the first runs out of batches, since the others would wait for it forever."""
+    """End on all processes when the first runs out of batches, since the others would wait for it forever.
+
+    The processes are asked about a batch before the step of the batch before it, so that the device has that step to
+    compute while this process waits for the answer.
+    """
     if is_even(loader, accelerator):
         yield from batches
         return
+    batch = next(batches, None)
+    have_all = _HaveAll(batch is not None, accelerator)
     for number in itertools.count():
-        batch = next(batches, None)
-        have_one = torch.tensor(float(batch is not None), device=accelerator.device)
-        if accelerator.reduce(have_one, 'sum').item() < accelerator.num_processes:
+        if not have_all:
             if batch is not None:
                 _logger.warning(f'Another process ran out of batches after {number}, leaving out the rest.')
             return
+        following = next(batches, None)
+        have_all = _HaveAll(following is not None, accelerator)
         yield batch
+        batch = following
 
 
 def _count_shared(num_images: int, share: Any, loader: Any, accelerator: Accelerator) -> int:

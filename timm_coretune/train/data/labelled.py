@@ -100,7 +100,7 @@ def get_labels(dataset: Dataset) -> Optional[List[int]]:
 
 
 def read_labels(dataset: Dataset) -> Optional[List[Any]]:
-    """Label of every image, an index or what else the data set has, None if it cannot tell."""
+    """Label of every image, an index or what else the data set has, None if it cannot tell. Not to be changed."""
     if isinstance(dataset, LabelledSubset):
         whole = read_labels(dataset.dataset)
         return None if whole is None else [whole[index] for index in dataset.indices]
@@ -109,20 +109,27 @@ def read_labels(dataset: Dataset) -> Optional[List[Any]]:
     if isinstance(dataset, IterableDataset):
         return None
     transform = getattr(dataset, 'target_transform', None)
-    if transform is not None:
-        if not isinstance(transform, LabelMap):
-            return None
-        original: Any = copy.copy(dataset)
-        original.target_transform = None
-        whole = read_labels(original)
-        return None if whole is None else [transform(label) for label in whole]
+    if transform is not None and not isinstance(transform, LabelMap):
+        return None
+    stored = _stored_labels(dataset)
+    return stored if stored is None or transform is None else [transform(label) for label in stored]
+
+
+def _stored_labels(dataset: Any) -> Optional[List[Any]]:
+    """Label of every image as it is stored, None if the data set cannot tell. The data set keeps what was read once."""
+    if not hasattr(dataset, '_labels_in_store'):
+        dataset._labels_in_store = _read_stored_labels(dataset)
+    return dataset._labels_in_store
+
+
+def _read_stored_labels(dataset: Any) -> Optional[List[Any]]:
     reader: Any = getattr(dataset, 'reader', dataset)
     labels: List[Any]
     if isinstance(reader, ReaderSafetensors):
         return reader.label.tolist()
     if isinstance(dataset, LabelledImages) and hasattr(reader, 'iter_targets'):
         try:
-            labels = dataset.stored_labels
+            labels = list(reader.iter_targets())  # a minute for a million images
         except KeyError as e:
             raise ValueError(f'Expected all labels of {reader.split!r} in --class-map, it has no {e}.') from e
     elif isinstance(dataset, INaturalist) and dataset.target_type == ['full']:

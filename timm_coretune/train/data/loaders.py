@@ -15,6 +15,7 @@ from timm.data import (
 from torch.utils.data import Dataset, IterableDataset
 
 from ...data.class_balance import ClassBalancedBatchSampler
+from ...data.device_augment import CollateStored, DeviceAugment
 from ...data.resumable import make_resumable
 from ..cli.settings import DataSettings
 from .datasets import Datasets
@@ -101,7 +102,7 @@ class LoaderFactory:
             check_fills_a_batch(train, datasets.train, settings.batch_size, self.accelerator.num_processes)
         validation = None if datasets.validation is None else self._create_validation(datasets.validation)
         mixup_fn = None
-        if settings.mixes_pixels and settings.no_prefetcher and not settings.naflex_loader:
+        if settings.mixes_pixels and not settings.naflex_loader and not settings.mixes_in_loader:
             mixup_fn = Mixup(**self.mixup_kwargs)
         return Loaders(train, validation, mixup_fn)
 
@@ -160,15 +161,20 @@ class LoaderFactory:
         batch_sampler = self._create_balanced_sampler(dataset) if settings.class_balance else None
         if settings.aug_splits:
             dataset = AugMixDataset(dataset, num_splits=settings.aug_splits)
-        in_loader = settings.mixes_pixels and not settings.no_prefetcher
+        collate_fn: Any = FastCollateMixup(**self.mixup_kwargs) if settings.mixes_in_loader else None
+        augment = self._device_augment() if settings.gpu_augment else None
+        if augment is not None:
+            collate_fn = CollateStored(augment)
         loader = cast(Any, create_loader)(
             dataset,
             input_size=self.data_config['input_size'],
-            collate_fn=FastCollateMixup(**self.mixup_kwargs) if in_loader else None,
+            collate_fn=collate_fn,
             use_multi_epochs_loader=settings.use_multi_epochs_loader,
             **self._size_kwargs(),
             **self._train_kwargs(),
         )
+        if augment is not None:
+            cast(Any, dataset).transform = augment  # in place of the one that timm's loader sets
         loader = outliving_signals(loader)
         if is_stream:
             return loader
@@ -180,6 +186,25 @@ class LoaderFactory:
             batch_sampler=batch_sampler,
             mixup_off_epoch=settings.mixup_off_epoch,
         )
+
+    def _device_augment(self) -> DeviceAugment:
+        settings, (num_channels, *size) = self.settings, self.data_config['input_size']
+        augment = DeviceAugment(
+            size=(size[0], size[1]),
+            # the share in which timm's validation resizes images before its crop, by default
+            stored_size=settings.gpu_augment_size or round(max(size) / 0.875),
+            scale=settings.scale,
+            ratio=settings.ratio,
+            interpolation=settings.train_interpolation or self.data_config['interpolation'],
+            hflip=settings.hflip,
+            vflip=settings.vflip,
+            color_jitter=settings.color_jitter,
+            color_jitter_prob=settings.color_jitter_prob,
+            grayscale_prob=settings.grayscale_prob or 0.0,
+            gaussian_blur_prob=settings.gaussian_blur_prob or 0.0,
+        )
+        augment.check(num_channels)
+        return augment
 
     def _create_balanced_sampler(self, dataset: Dataset) -> ClassBalancedBatchSampler:
         labels = get_labels(dataset)

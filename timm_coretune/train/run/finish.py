@@ -8,17 +8,21 @@ from typing import Any, Dict, List, Mapping, Optional
 
 from accelerate import Accelerator
 
-from ...evaluation.scores import SCORES, describe_value, for_ranking
+from ...atomic import write_text
+from ...evaluation.scores import SCORES, Evaluator, describe_value, for_ranking
+from ...export import write_json
 from ...hub.connection import NOT_PUSHED, HubError
 from ...hub.push import push_command, push_run
 from ...redaction import join_command, redact
 from ...report.plots import plot_confusion, plot_curves
 from ...run_folder import (
+    ARGS_NAME,
     BEST_WEIGHTS_NAME,
     CONFUSION_NAME,
     CONFUSION_PICTURE_NAME,
     CURVES_NAME,
     EVAL_PREFIX,
+    RESULTS_NAME,
     SUMMARY_NAME,
     read_summary,
 )
@@ -159,6 +163,22 @@ def push(settings: OutputSettings, folder: str, is_over: bool) -> None:
         _logger.error(f'Trained, but not pushed: {reason}\nEverything is in {folder}. Try again with:\n{command}')
         raise SystemExit(NOT_PUSHED) from None
     _logger.info(f'Pushed: {url}')
+
+
+def write_results(folder: str, scores: Mapping[str, float], scored: Evaluator, args_text: str) -> None:
+    """Write what --eval-only found: its scores, the tables of the evaluator that has them, and the arguments.
+
+    Raises:
+        ValueError: The folder cannot be written.
+    """
+    try:
+        os.makedirs(folder, exist_ok=True)
+        write_json(dict(scores), os.path.join(folder, RESULTS_NAME))
+        scored.write(folder)
+        write_text(args_text, os.path.join(folder, ARGS_NAME))
+    except OSError as e:
+        raise ValueError(f'Expected a folder for results in {folder!r}: {e}. Choose another --eval-output.') from e
+    _logger.info(f'Results: {folder}')
 
 
 def print_results(results: List[Dict[str, Any]], eval_metric: str) -> None:

@@ -222,7 +222,8 @@ class RunRecord:
         if not trainer.is_sharded:
             self.loop_state.values = {**trainer.state_dict(), ROWS_KEY: self.rows}
         if self.accelerator.trackers:
-            self.accelerator.log(row, step=epoch)
+            # not a column of the summary, which is the same in every run of the same settings
+            self.accelerator.log({**row, 'train_data_share': trainer.data_share}, step=epoch)
         if self.saver is None:
             return
         with self._writing():

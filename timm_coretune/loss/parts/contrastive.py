@@ -4,9 +4,9 @@ from typing import Any, Dict, Optional
 
 import torch
 
-from ..distributed import GlobalBatch
-from .base import TaskLoss
-from .parts.projection import ProjectionHead
+from ...distributed import GlobalBatch
+from ..base import TaskLoss
+from .projection import ProjectionHead
 
 
 class ContrastiveLoss(TaskLoss):
@@ -51,14 +51,14 @@ class ContrastiveLoss(TaskLoss):
     def extra_repr(self) -> str:
         return f'contrast_weight={self.contrast_weight}, temperature={self.temperature}'
 
-    def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: slice) -> torch.Tensor:
         """The contrastive loss of each anchor in nats (B,), 0 for those that take no part or have no positive.
 
         Args:
             unit: Embeddings of unit length of all rows (N, P) in float32 or float64.
             label: Class of each row (N,) int64, negative for those that take no part. With multi_label the label sets
                 (N, C), see `mining.label_sets`.
-            anchor: Rows that are anchors (B,) int64.
+            anchor: The B rows that are anchors, those of this process.
         """
         raise NotImplementedError(f'{type(self).__name__} must define per_anchor().')
 
@@ -72,10 +72,11 @@ class ContrastiveLoss(TaskLoss):
         **further: Any,
     ) -> Dict[str, torch.Tensor]:
         batch: GlobalBatch = prepared[0]
-        label = batch.gather(self.labels_of(target))
+        _, unit = self.projector(features)
+        everyone = batch.gather_together(label=self.labels_of(target), unit=unit)
+        label, unit = everyone['label'], everyone['unit']
         task_loss = self.cross_entropy(logits, target, label, batch, clean_loss)
-        unit = batch.gather(self.projector(features))
-        contrast_loss = batch.mean(self.per_anchor(unit, label, batch.own_rows(features.device)).sum(), label)
+        contrast_loss = batch.mean(self.per_anchor(unit, label, batch.own).sum(), label)
         return {
             'loss': self.weigh(task_loss, contrast_loss),
             'task_loss': task_loss,

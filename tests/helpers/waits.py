@@ -1,0 +1,69 @@
+"""Finds where the host waits for a device, on a machine that has only a CPU"""
+
+import contextlib
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+CUDA = torch.device('cuda')
+ATEN = torch.ops.aten
+# a value, or the number of rows of a result, has to be known on the host
+READING = (
+    *(ATEN._local_scalar_dense, ATEN.is_nonzero, ATEN.equal, ATEN.nonzero, ATEN.masked_select, ATEN.bincount),
+    *(ATEN._unique, ATEN._unique2, ATEN.unique_dim, ATEN.unique_consecutive, ATEN.repeat_interleave),
+)
+
+
+def _reads_mask(packet, args):
+    if packet not in (ATEN.index, ATEN.index_put, ATEN.index_put_, ATEN._unsafe_index):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+
+
+def _crosses(packet, args, kwargs, result):
+    """Whether this is a copy between host and device that the host waits for."""
+    if packet is ATEN._to_copy:
+        return args[0].device.type != result.device.type and not kwargs.get('non_blocking', False)
+    return packet is ATEN.copy_ and args[0].device.type != args[1].device.type and not (len(args) > 2 and args[2])
+
+
+class Waits(TorchDispatchMode):
+    """Notes in `found` the operations for which the host would wait if the tensors were on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        packet = func.overloadpacket
+        if packet in READING or _reads_mask(packet, args):
+            self.found.append(str(func))
+        result = func(*args, **kwargs)
+        if _crosses(packet, args, kwargs, result):
+            self.found.append(f'{func} of {tuple(result.shape)} to {result.device.type}')
+        return result
+
+
+class _Fakes(FakeTensorMode):
+    def __deepcopy__(self, memo):  # a copy of a model stays in the same mode
+        return self
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """In the context all new tensors are torch's fakes, which have a shape and a device but no values.
+
+    Reading a value of one raises an error of torch. Yields `Waits`, which also sees copies between devices here. A
+    backward pass on a fake device needs a real one.
+    """
+    with (
+        # modules are created on their device, as torch cannot move fake parameters
+        mock.patch.object(torch.nn.Module, 'to', lambda self, *args, **kwargs: self),
+        mock.patch.object(torch.Tensor, 'pin_memory', lambda self: self),  # torch has no fakes of pinned memory
+        _Fakes(),
+        Waits() as waits,
+    ):
+        yield waits
