@@ -179,7 +179,8 @@ def _fill(tensor: torch.Tensor, source: torch.Tensor) -> None:
     is_plain = tensor.dtype == source.dtype and all(t.device.type == 'cpu' and t.is_contiguous() for t in both)
     # a tenth faster on one thread, which is what launchers of several processes give to each
     if is_plain and tensor.nbytes >= 2**16 and torch.get_num_threads() == 1:
-        np.copyto(*(t.detach().view(-1).view(torch.uint8).numpy() for t in both))
+        to, of = (t.detach().view(-1).view(torch.uint8).numpy() for t in both)
+        np.copyto(to, of)
     else:
         tensor.copy_(source)
 
