@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_coretune import load_checkpoint
 from timm_coretune.checkpoint import load
 from timm_coretune.checkpoint.plan import total
+from timm_coretune.checkpoint.read import read_files
 from timm_coretune.checkpoint.reading import safetensors_files
 from timm_coretune.checkpoint.reading.safetensors_files import read_safetensors
 
@@ -93,15 +94,16 @@ def test_tensors_equal_those_of_the_library(tmp_path):
 
 
 def test_memory_that_is_given_back_is_read_again_unless_a_filter_wrote_into_it(tmp_path):
+    path = tmp_path / 'file.safetensors'
     weight = torch.randn(100, 1000)
-    save_file({'weight': weight, 'token': torch.ones(4)}, tmp_path / 'file.safetensors')
-    read = read_safetensors(str(tmp_path / 'file.safetensors'))
-    read.pages.give_back()
-    assert torch.equal(read.tensors['weight'], weight)
-    read.tensors['token'] += 1  # as timm's filter of NaFlexViT does
-    read.pages.give_back()
-    assert read.tensors['token'].tolist() == [2, 2, 2, 2]
-    assert load_file(tmp_path / 'file.safetensors')['token'].tolist() == [1, 1, 1, 1]
+    save_file({'weight': weight, 'token': torch.ones(4)}, path)
+    checkpoint = read_files('file', (str(path),), {})
+    for _ in range(2):
+        assert all(torch.equal(batch['weight'], weight) for batch in checkpoint.batches(checkpoint.tree))
+    checkpoint.tree['token'] += 1  # as timm's filter of NaFlexViT does
+    for _ in range(2):
+        assert all(batch['token'].tolist() == [2, 2, 2, 2] for batch in checkpoint.batches(checkpoint.tree))
+    assert load_file(path)['token'].tolist() == [1, 1, 1, 1]
 
 
 @pytest.mark.parametrize('value', [math.nan, math.inf, -math.inf])

@@ -52,6 +52,7 @@ class Checkpoint(NamedTuple):
         If all pages of a safetensors file stayed in memory after they were read, the whole file would be there beside
         the model. Tensors that stand for several, see `renames.fuse`, are concatenated.
         """
+        read_again = [pages for pages in self.pages if pages.can_be_read_again()]
         batch: Dict[str, torch.Tensor] = {}
         size = 0
         for name, tensor in sorted(tensors.items(), key=lambda item: parts_of(item[1])[0].data_ptr()):
@@ -60,14 +61,11 @@ class Checkpoint(NamedTuple):
             size += tensor.nbytes
             if size >= BATCH_BYTES:
                 yield batch
-                self._give_back_pages()
                 batch, size = {}, 0
-        if batch:
-            yield batch
-            self._give_back_pages()
-
-    def _give_back_pages(self) -> None:
-        for pages in self.pages:
+                for pages in read_again:
+                    pages.give_back()
+        yield batch
+        for pages in read_again:
             pages.give_back()
 
 

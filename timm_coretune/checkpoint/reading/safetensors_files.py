@@ -30,12 +30,13 @@ class Pages:
         self._tensors.append(flat)
         return flat.view(shape)
 
-    def give_back(self) -> None:
-        """Take the pages out of memory. A tensor that is used again is read from the file again.
+    def can_be_read_again(self) -> bool:
+        """Whether the tensors are what the file holds. Some of timm's filters write into tensors."""
+        return not any(tensor._version for tensor in self._tensors)
 
-        They stay if one of timm's filters wrote into a tensor, as the file has other values.
-        """
-        if hasattr(mmap, 'MADV_DONTNEED') and not any(tensor._version for tensor in self._tensors):
+    def give_back(self) -> None:
+        """Take the pages out of memory, if they can be read again. The file is read when a tensor is used again."""
+        if hasattr(mmap, 'MADV_DONTNEED'):
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
 
