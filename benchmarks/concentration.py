@@ -29,7 +29,7 @@ import timm_coretune
 from timm_coretune.loss import CoreTuningLoss
 from timm_coretune.mixup import Mixture
 from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.main import kind_of, set_up
+from timm_coretune.train.session import kind_of, set_up
 
 _ASSETS = os.path.join(os.path.dirname(timm_coretune.__file__), 'assets')
 _SAMPLE = os.path.join(_ASSETS, 'fashion_mnist_sample.safetensors')

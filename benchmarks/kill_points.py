@@ -33,7 +33,7 @@ import torch
 from kill_resume import fingerprint
 from PIL import Image
 
-from timm_coretune.train.main import main as train
+from timm_coretune.train import main as train
 
 _RECIPE = (
     *('--coretune', '--model', 'test_resnet', '--img-size', '32', '-b', '2', '--epochs', '2', '--workers', '0'),

@@ -3,33 +3,35 @@
 
     python benchmarks/load.py
 
-prints one Markdown table. Each load runs in a process of its own, the two in turns, on a file of timm's own names that
-lies in the system's file cache. Seconds are those of the one call; memory is what it adds at its peak to the resident
-memory before it, in sizes of the model, mapped pages of the file included.
+prints one Markdown table. The two load a file of timm's own names into the same model, in turns, after one load of each
+that is not counted. The file lies in the system's file cache. Seconds are those of one call, as wall time and as CPU
+time; memory is what it adds at its peak to the resident memory before it, in sizes of the model, mapped pages of the
+file included.
 """
 
 import argparse
+import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from typing import Dict, List, Tuple
 
 import timm
 import torch
 from safetensors.torch import save_file
 
-MODELS = ('vit_base_patch16_224', 'resnet50')
+MODELS = ('resnet18', 'vit_base_patch16_224', 'vit_large_patch16_224')
 FORMATS = ('safetensors', 'pth')
 
 LOAD = """
-import sys, time, timm, torch
+import json, logging, sys, time, timm, torch
 from timm.models import load_checkpoint as of_timm
 from timm_coretune import load_checkpoint as of_coretune
-torch.set_num_threads(int(sys.argv[4]))
-which, name, file = sys.argv[1:4]
+logging.disable(logging.WARNING)
+name, file, runs, threads = sys.argv[1:]
+torch.set_num_threads(int(threads))
 model = timm.create_model(name)
 size = sum(t.numel() * t.element_size() for t in model.state_dict().values())
 
@@ -37,53 +39,45 @@ def memory(key):
     with open('/proc/self/status') as f:
         return 1024 * int(next(line.split()[1] for line in f if line.startswith(key)))
 
-before = memory('VmRSS')
-open('/proc/self/clear_refs', 'w').write('5')  # the peak counts from here
-start = time.perf_counter()
-if which == 'timm':
-    of_timm(model, file)
-else:
-    of_coretune(model, file, load_classifier=True)
-seconds = time.perf_counter() - start
-print(seconds, (memory('VmHWM') - before) / size)
+def measure(load, **arguments):
+    before = memory('VmRSS')
+    open('/proc/self/clear_refs', 'w').write('5')  # the peak counts from here
+    wall, cpu = time.perf_counter(), time.process_time()
+    load(model, file, **arguments)
+    return time.perf_counter() - wall, time.process_time() - cpu, (memory('VmHWM') - before) / size
+
+results = []
+for run in range(int(runs) + 1):
+    pair = {}
+    for which in ('ours', 'timm') if run % 2 else ('timm', 'ours'):
+        pair[which] = measure(of_timm) if which == 'timm' else measure(of_coretune, load_classifier=True)
+    results.append((pair['ours'], pair['timm']))
+print(json.dumps(results[1:]))
 """
 
 
-def measure(which: str, name: str, file: str, threads: int) -> Tuple[float, float]:
-    """Seconds and added memory of one load in a new process."""
-    command = [sys.executable, '-c', LOAD, which, name, file, str(threads)]
-    finished = subprocess.run(command, check=True, capture_output=True, text=True)
-    seconds, memory = finished.stdout.split()
-    return float(seconds), float(memory)
-
-
 def compare(name: str, file: str, runs: int, threads: int) -> str:
-    """A row of the table."""
-    results: Dict[str, List[Tuple[float, float]]] = {'ours': [], 'timm': []}
-    for run in range(-1, runs):  # the first reads the file into the cache
-        for which in ('ours', 'timm') if run % 2 else ('timm', 'ours'):
-            result = measure(which, name, file, threads)
-            if run >= 0:
-                results[which].append(result)
-    (seconds, memory), (timm_seconds, timm_memory) = (
-        [statistics.median(values) for values in zip(*results[which], strict=True)] for which in ('ours', 'timm')
-    )
+    """A row of the table. Ratios are medians over the pairs of loads that follow each other."""
+    command = [sys.executable, '-c', LOAD, name, file, str(runs), str(threads)]
+    pairs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    ratios = [statistics.median(ours[i] / of_timm[i] for ours, of_timm in pairs) for i in range(2)]
+    ours, of_timm = ([statistics.median(pair[k][i] for pair in pairs) for i in range(3)] for k in range(2))
     return (
-        f'| {name}, {file.rsplit(".")[-1]} | {seconds / timm_seconds:.2f} | {seconds:.3f} / {timm_seconds:.3f} '
-        f'| {memory:.2f} / {timm_memory:.2f} |'
+        f'| {name}, {file.rsplit(".")[-1]} | {ratios[0]:.2f} | {ratios[1]:.2f} | {ours[0]:.3f} / {of_timm[0]:.3f} '
+        f'| {ours[1]:.3f} / {of_timm[1]:.3f} | {ours[2]:.2f} / {of_timm[2]:.2f} |'
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--runs', type=int, default=7, metavar='N', help='loads of each (default: 7)')
+    parser.add_argument('--runs', type=int, default=9, metavar='N', help='pairs of loads (default: 9)')
     parser.add_argument('--threads', type=int, default=torch.get_num_threads(), metavar='N', help='of torch')
     args = parser.parse_args()
     if not sys.platform.startswith('linux'):
         parser.error('memory is read from /proc, which only Linux has')
 
-    print('| load | time against timm | seconds, ours / timm | memory added, ours / timm |')
-    print('|---|---|---|---|')
+    print('| load | wall against timm | CPU against timm | wall, s | CPU, s | memory added, ours / timm |')
+    print('|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         for name in MODELS:
             tensors = timm.create_model(name).state_dict()

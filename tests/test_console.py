@@ -30,12 +30,12 @@ def calls(monkeypatch):
 @pytest.mark.parametrize(
     'words, module, arguments',
     [
-        ('train --coretune --lr 0.1', 'train.main', ['--coretune', '--lr', '0.1']),
+        ('train --coretune --lr 0.1', 'train.__main__', ['--coretune', '--lr', '0.1']),
         ('predict RUN IMAGES --output MASKS', 'prediction.__main__', ['RUN', 'IMAGES', '--output', 'MASKS']),
-        ('evaluate RUN', 'train.main', ['--eval-only', '--model', 'RUN']),
-        ('evaluate RUN DIR --amp', 'train.main', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', '--amp']),
-        ('evaluate RUN DIR x', 'train.main', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', 'x']),
-        ('evaluate --model RUN', 'train.main', ['--eval-only', '--model', 'RUN']),
+        ('evaluate RUN', 'train.__main__', ['--eval-only', '--model', 'RUN']),
+        ('evaluate RUN DIR --amp', 'train.__main__', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', '--amp']),
+        ('evaluate RUN DIR x', 'train.__main__', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', 'x']),
+        ('evaluate --model RUN', 'train.__main__', ['--eval-only', '--model', 'RUN']),
         ('sample FOLDER', 'segmentation.__main__', ['sample', 'FOLDER']),
         ('masks convert ade20k DIR', 'segmentation.convert.__main__', ['convert', 'ade20k', 'DIR']),
         ('checkpoint inspect FILE', 'checkpoint.__main__', ['inspect', 'FILE']),

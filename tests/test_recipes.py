@@ -1,6 +1,5 @@
 """Recipes of the paper's data sets: the parser knows their lines, each has a source, and they train"""
 
-import importlib
 import json
 import pickle
 import re
@@ -42,7 +41,7 @@ QUICK = (
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw nothing at their end, which would take longer than they do."""
-    monkeypatch.setattr(importlib.import_module('timm_coretune.train.main'), '_summarize', lambda *args: None)
+    monkeypatch.setattr('timm_coretune.train.session._summarize', lambda *args: None)
 
 
 def run(name, output, data, batch_size, *flags):

@@ -2,9 +2,6 @@
 
 import functools
 import inspect
-import json
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -206,18 +203,3 @@ def test_a_loss_of_the_factory_trains_in_the_right_task():
     loss = timm.loss.create_classification_loss('coretune', num_features=model.num_features)
     task = CoreTuningTask(model, criterion=loss, verbose=False)
     assert task(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))['loss'].requires_grad
-
-
-def loaded_modules(statement):
-    """Top-level modules that a fresh interpreter has loaded after a statement."""
-    source = f'import sys, json\n{statement}\nprint(json.dumps(sorted({{name.split(".")[0] for name in sys.modules}})))'
-    result = subprocess.run([sys.executable, '-c', source], capture_output=True, text=True, check=True)
-    return set(json.loads(result.stdout.splitlines()[-1]))
-
-
-@pytest.mark.slow
-def test_importing_the_package_loads_nothing_heavy_that_timm_does_not_load():
-    heavy = {'matplotlib', 'sklearn', 'transformers', 'accelerate', 'datasets', 'wandb', 'pandas', 'scipy'}
-    loaded = loaded_modules('import timm_coretune')
-    assert 'timm_coretune' in loaded
-    assert (loaded - loaded_modules('import timm, timm.task')) & heavy == set()

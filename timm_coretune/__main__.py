@@ -29,11 +29,11 @@ class Command(NamedTuple):
 
 
 COMMANDS: Dict[str, Command] = {
-    'train': Command('tune a model, with the flags of train.py', 'timm_coretune.train.main'),
+    'train': Command('tune a model, with the flags of train.py', 'timm_coretune.train.__main__'),
     'predict': Command('classify images, or write a mask for each', 'timm_coretune.prediction.__main__'),
     'evaluate': Command(
         'validate MODEL [DATA_DIR], with the flags of train.py',
-        'timm_coretune.train.main',
+        'timm_coretune.train.__main__',
         ('--eval-only',),
         ('--model', '--data-dir'),
     ),

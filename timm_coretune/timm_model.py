@@ -237,6 +237,7 @@ class Target(NamedTuple):
     """The tensors of a model that a checkpoint fills, and how timm reads checkpoints of its architecture.
 
     Attributes:
+        state: Tensors of the model by their names: its parameters and buffers themselves.
         shapes: Shape of each tensor of the model, by its name.
         dtypes: Dtype of each tensor of the model, by its name.
         backbone: Names of the tensors that a checkpoint must have.
@@ -249,6 +250,7 @@ class Target(NamedTuple):
         model: The model itself.
     """
 
+    state: Dict[str, torch.Tensor]
     shapes: Dict[str, torch.Size]
     dtypes: Dict[str, torch.dtype]
     backbone: FrozenSet[str]
@@ -261,10 +263,10 @@ class Target(NamedTuple):
 
 def create_target(model: nn.Module) -> Target:
     """Describe the tensors of a model."""
-    state = model.state_dict()
+    state = model.state_dict(keep_vars=True)
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    classifying = {id(p) for p in classifier_parameters(model)}
-    classifier = frozenset(name for name, p in model.named_parameters() if id(p) in classifying)
+    names = {id(tensor): name for name, tensor in reversed(state.items())}  # the first name of a shared parameter
+    classifier = frozenset(names[id(p)] for p in classifier_parameters(model) if id(p) in names)
     fresh = frozenset(name for name in shapes if name.startswith('fc_norm.'))
     # the step counters of BatchNorm are optional: converted checkpoints lack them, and no forward pass uses them
     counters = {name for name in shapes if name.endswith('num_batches_tracked')}
@@ -272,6 +274,7 @@ def create_target(model: nn.Module) -> Target:
     filter_fn = next((m.checkpoint_filter_fn for m in modules if hasattr(m, 'checkpoint_filter_fn')), None)
     first_conv = (getattr(model, 'pretrained_cfg', None) or {}).get('first_conv') or ()
     return Target(
+        state,
         shapes,
         {name: tensor.dtype for name, tensor in state.items()},
         frozenset(shapes) - classifier - fresh - counters,

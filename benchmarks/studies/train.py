@@ -15,7 +15,7 @@ import threading
 import time
 from typing import Dict, List, NamedTuple
 
-PRELOAD = ['timm_coretune.train.main', 'timm', 'torchmetrics.classification', 'torch.utils.data']
+PRELOAD = ['timm_coretune.train.session', 'timm', 'torchmetrics.classification', 'torch.utils.data']
 NAME = 'run'
 DIVERGED = 'diverged'
 
@@ -76,7 +76,7 @@ def _train(words: List[str], folder: str, num_threads: int) -> None:
 
     from timm_coretune.train.cli.arguments import parse_args
     from timm_coretune.train.loss_meter import DivergedError
-    from timm_coretune.train.main import run
+    from timm_coretune.train.session import run
 
     torch.set_num_threads(num_threads)
     # only the last epoch is validated and saved

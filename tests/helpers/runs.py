@@ -6,7 +6,7 @@ from accelerate.state import AcceleratorState
 
 from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.main import run
+from timm_coretune.train.session import run
 
 SMALL = (
     *('--model', 'test_resnet', '--img-size', '32', '--workers', '0', '--epochs', '2', '--warmup-epochs', '0'),

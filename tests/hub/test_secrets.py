@@ -36,9 +36,9 @@ from timm_coretune.redaction import (
     remember,
     strip_path,
 )
+from timm_coretune.train import main
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.cli.settings import OutputSettings, Settings
-from timm_coretune.train.main import main
 from timm_coretune.train.processes import start_trackers
 
 PASSWORD = "tr0ub4dor'&3"

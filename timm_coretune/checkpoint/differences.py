@@ -178,7 +178,9 @@ def _epsilons(model: nn.Module) -> List[float]:
 
 
 def _compare_epsilon(trained: Any, model: nn.Module, key: str) -> List[str]:
-    built = sorted({eps for eps in _epsilons(model) if isinstance(trained, (int, float)) and eps != trained})
+    if not isinstance(trained, (int, float)):
+        return []
+    built = sorted({eps for eps in _epsilons(model) if eps != trained})
     if not built:
         return []
     return [

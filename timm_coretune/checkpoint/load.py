@@ -10,6 +10,7 @@ import logging
 import os
 from typing import Dict, Optional, Tuple, Union
 
+import numpy as np
 import torch
 import torch.nn as nn
 from safetensors.torch import save_file
@@ -79,12 +80,11 @@ def load_checkpoint(
         checkpoint = checkpoint._replace(tree=average_frames(checkpoint.tree, frames))
     target = create_target(model)
     plan = make_plan(target, checkpoint, load_classifier, checkpoint_key, allow_partial, allow_differences)
-    state = model.state_dict()
-    _check_shapes(state, plan.tensors, checkpoint.source)
+    _check_shapes(target.state, plan.tensors, checkpoint.source)
     with torch.no_grad():
         for batch in checkpoint.batches(plan.tensors):
             for name, tensor in batch.items():
-                state[name].copy_(tensor)
+                _fill(target.state[name], tensor)
     report = plan.report
     if description is not None:
         data_config = {**report.data_config, **description.data_config}
@@ -171,6 +171,18 @@ def _check_shapes(state: Dict[str, torch.Tensor], tensors: Dict[str, torch.Tenso
     ]
     if wrong:
         raise ValueError(f'Expected the shapes of the model in {source!r}, got {few(wrong)}. The model is unchanged.')
+
+
+def _fill(tensor: torch.Tensor, source: torch.Tensor) -> None:
+    """Copy a tensor of a file into one of the model."""
+    both = (tensor, source)
+    is_plain = tensor.dtype == source.dtype and all(t.device.type == 'cpu' and t.is_contiguous() for t in both)
+    # a tenth faster on one thread, which is what launchers of several processes give to each
+    if is_plain and tensor.nbytes >= 2**16 and torch.get_num_threads() == 1:
+        to, of = (t.detach().view(-1).view(torch.uint8).numpy() for t in both)
+        np.copyto(to, of)
+    else:
+        tensor.copy_(source)
 
 
 def _describe(checkpoint: Checkpoint, model: nn.Module) -> Optional[Description]:

@@ -14,7 +14,7 @@ from timm.models import adapt_input_conv
 
 from ..timm_model import Target
 from .names.copies import choose_copy
-from .read import walk
+from .read import parts_of, walk
 from .renames import apply_rename, renames_for
 from .rules import BLOCKS, HEADS, RULES, WRAPPERS, Rule
 
@@ -245,23 +245,26 @@ def search(target: Target, tree: Dict[str, Any], checkpoint_key: Optional[str] =
         The complete mappings that give the model different values. If none is complete, the one that fills most of the
         model. Empty if no prefix has enough tensors.
     """
-    dicts = [(path, tensors, '\n'.join(tensors)) for path, tensors in state_dicts(tree)]
+    dicts = state_dicts(tree)
+    rules: Dict[str, List[Rule]] = {}
+    for path, tensors in dicts:
+        keys = '\n'.join(tensors)
+        rules[path] = [rule for rule in RULES if matches(rule, tree, path, keys)]
     found: List[Mapping] = []
     if checkpoint_key is None:
         for rule in RULES[:-1]:
-            for path, tensors, keys in dicts:
-                if not matches(rule, tree, path, keys):
+            for path, tensors in dicts:
+                if rule not in rules[path]:
                     continue
                 for prefix in rule.prefixes:
                     mapping = read_names(target, path, prefix, tensors, rule)
                     if mapping.complete:
                         return [mapping]
                     found.append(mapping)
-    for path, tensors, keys in dicts:
-        rule = next(rule for rule in RULES if matches(rule, tree, path, keys))
+    for path, tensors in dicts:
         for prefix in prefixes(target, tensors):
             if checkpoint_key is None or _is_asked_for(checkpoint_key, path, prefix):
-                found.append(read_names(target, path, prefix, tensors, rule))
+                found.append(read_names(target, path, prefix, tensors, rules[path][0]))
     found.sort(key=rank, reverse=True)
     complete = [mapping for mapping in found if mapping.complete]
     different: List[Mapping] = []
@@ -293,19 +296,14 @@ def _is_asked_for(checkpoint_key: str, path: str, prefix: str) -> bool:
     return any(key == name or name.startswith((key + '.', key + '/')) for name in names)
 
 
-def _sources(tensor: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    """Tensors of the file that a tensor is made of, see `renames.fuse`."""
-    return getattr(tensor, 'parts', (tensor,))
-
-
 def _same(one: Mapping, other: Mapping) -> bool:
     """Whether two mappings give the model the same values. Some files hold one copy under two names."""
     if one.tensors.keys() != other.tensors.keys():
         return False
     for name in one.tensors:
-        sources, others = _sources(one.tensors[name]), _sources(other.tensors[name])
-        if len(sources) != len(others):
+        parts, others = parts_of(one.tensors[name]), parts_of(other.tensors[name])
+        if len(parts) != len(others):
             return False
-        if not all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in zip(sources, others, strict=True)):
+        if not all(a.data_ptr() == b.data_ptr() or torch.equal(a, b) for a, b in zip(parts, others, strict=True)):
             return False
     return True

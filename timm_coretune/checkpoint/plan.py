@@ -125,6 +125,16 @@ def _refuse_known(checkpoint: Checkpoint, target: Target) -> None:
                     )
 
 
+def total(tensor: torch.Tensor) -> float:
+    """A sum over all elements of a tensor, which is finite only if all of them are."""
+    if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.numel() < 2**16:
+        return float(tensor.sum(dtype=torch.float32))
+    # the product of both halves, as memory is read faster at two places
+    half = tensor.numel() // 2
+    flat = tensor.view(-1)
+    return float(torch.dot(flat[:half], flat[half : 2 * half])) + float(flat[2 * half :].sum())
+
+
 def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], target: Target) -> None:
     """Refuse quantised weights and values that are not finite.
 
@@ -144,8 +154,7 @@ def check_values(checkpoint: Checkpoint, tensors: Dict[str, torch.Tensor], targe
         bad += [
             name
             for name, tensor in batch.items()
-            if not math.isfinite(tensor.sum(dtype=torch.float32))
-            and not torch.isfinite(tensor.to(target.dtypes[name])).all()
+            if not math.isfinite(total(tensor)) and not torch.isfinite(tensor.to(target.dtypes[name])).all()
         ]
     if bad:
         raise ValueError(

@@ -218,9 +218,11 @@ def other_windows(model: nn.Module, file_tensors: Dict[str, torch.Tensor], confi
     tables = (t for key, t in file_tensors.items() if key.endswith('relative_coords_table') and t.ndim == 4)
     table = next(tables, None)
     trained = section_of(config, CONFIG_NAME).get('window_size') if table is None else (table.shape[1] + 1) // 2
+    if not isinstance(trained, int):
+        return []
     blocks: List[Any] = [module for module in model.modules() if hasattr(module, 'cpb_mlp')]
     built = max((block.window_size[0] for block in blocks), default=None)
-    if not isinstance(trained, int) or built is None or trained == built:
+    if built is None or trained == built:
         return []
     return [f'pretrained with attention windows of {trained} x {trained}, the model has {built} x {built}']
 

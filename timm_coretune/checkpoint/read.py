@@ -6,24 +6,21 @@ is checked. Tensors are mapped into memory and stay on disk until they are used.
 
 import collections
 from collections import Counter
-from typing import Any, Dict, Iterator, NamedTuple, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
 
 import torch
-from safetensors import safe_open
 
 from .reading.configs import FILE
-from .reading.limits import MAX_DEPTH, MAX_JSON, MAX_TENSORS, UnreadableError, refuse, refuse_damaged
+from .reading.limits import MAX_DEPTH, UnreadableError, refuse, refuse_damaged
 from .reading.npz import check_npz
+from .reading.safetensors_files import Pages, read_safetensors
 from .reading.torch_files import PickleContent, read_archive, read_pickle
 from .reading.tree import plain_tree
 from .reading.unpickle import CommandError, Placeholder
 from .report import count_objects
 from .sniff import sniff, unpacked_size
 
-SMALL_BYTES = 2**19  # smaller tensors are not mapped again, see Checkpoint.batches: together they need little memory
-BATCH_BYTES = 4 * 2**20  # size of the batches of tensors that are copied into a model
-
-Places = Dict[Tuple[int, int], Tuple[str, str]]  # (address, number of elements) -> (file, key)
+BATCH_BYTES = 16 * 2**20  # size of the batches of tensors that are copied into a model
 
 
 class Checkpoint(NamedTuple):
@@ -34,8 +31,7 @@ class Checkpoint(NamedTuple):
         kind: Format of the files, as `sniff` names it.
         files: Paths of the files.
         tree: Nested dictionaries with tensors at their leaves.
-        places: File and key of each tensor of a safetensors file, by the address and number of its elements. With
-            them the tensor can be read again on its own.
+        pages: Memory that the tensors of safetensors files are mapped into, one item for each file.
         config: Contents of the JSON files beside the weights, by file name. The metadata of a safetensors file is
             under 'metadata' and the path of this file under FILE, the short name of a published checkpoint under
             'release'.
@@ -46,45 +42,31 @@ class Checkpoint(NamedTuple):
     kind: str
     files: Tuple[str, ...]
     tree: Dict[str, Any]
-    places: Places
+    pages: Tuple[Pages, ...]
     config: Dict[str, Any]
     left_out: Dict[str, int] = {}
 
     def batches(self, tensors: Dict[str, torch.Tensor]) -> Iterator[Dict[str, torch.Tensor]]:
-        """Yield tensors in small batches, each read through a new memory mapping of the files.
+        """Yield tensors in small batches, in the order of the file, and take each batch out of memory after its use.
 
-        Pages of a mapping stay in memory after they are read. If all tensors were read through one mapping, the whole
-        file would be in memory beside the model.
+        If all pages of a safetensors file stayed in memory after they were read, the whole file would be there beside
+        the model. Tensors that stand for several, see `renames.fuse`, are concatenated.
         """
+        read_again = [pages for pages in self.pages if pages.can_be_read_again()]
         batch: Dict[str, torch.Tensor] = {}
         size = 0
-        for name, tensor in tensors.items():
-            batch[name] = tensor
-            size += tensor.numel() * tensor.element_size()
+        for name, tensor in sorted(tensors.items(), key=lambda item: parts_of(item[1])[0].data_ptr()):
+            parts = parts_of(tensor)
+            batch[name] = torch.cat(parts) if len(parts) > 1 else tensor
+            size += tensor.nbytes
             if size >= BATCH_BYTES:
-                yield self._read_again(batch)
+                yield batch
                 batch, size = {}, 0
-        if batch:
-            yield self._read_again(batch)
-
-    def _read_again(self, tensors: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-        """Read tensors through a new mapping, and concatenate those that stand for several, see `renames.fuse`."""
-        handles: Dict[str, Any] = {}
-
-        def again(tensor: torch.Tensor) -> torch.Tensor:
-            small = tensor.numel() * tensor.element_size() < SMALL_BYTES
-            place = None if small else self.places.get((tensor.data_ptr(), tensor.numel()))
-            if place is None or not tensor.is_contiguous():
-                return tensor
-            file, key = place
-            if file not in handles:
-                handles[file] = safe_open(file, 'pt')
-            return handles[file].get_tensor(key).reshape(tensor.shape)
-
-        return {
-            name: torch.cat([again(part) for part in tensor.parts]) if hasattr(tensor, 'parts') else again(tensor)
-            for name, tensor in tensors.items()
-        }
+                for pages in read_again:
+                    pages.give_back()
+        yield batch
+        for pages in read_again:
+            pages.give_back()
 
 
 def read_torch(path: str, kind: str) -> PickleContent:
@@ -108,19 +90,6 @@ def read_torch(path: str, kind: str) -> PickleContent:
     return read
 
 
-def read_safetensors(path: str) -> Tuple[Dict[str, torch.Tensor], Dict[str, str]]:
-    """Map the tensors of a safetensors file and read its metadata. safetensors checks the header against the file."""
-    with open(path, 'rb') as raw:
-        length = int.from_bytes(raw.read(8), 'little')
-    if length > MAX_JSON:
-        raise refuse(path, f'a safetensors file whose header has {length} bytes', f'At most {MAX_JSON} are read.')
-    with safe_open(path, 'pt') as f:
-        keys = list(f.keys())
-        if len(keys) > MAX_TENSORS:
-            raise refuse(path, f'a file of more than {MAX_TENSORS} tensors', 'Write those of the model alone.')
-        return {key: f.get_tensor(key) for key in keys}, f.metadata() or {}
-
-
 def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> Checkpoint:
     """Read one file, or the shards of one state dict.
 
@@ -128,7 +97,7 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
         UnreadableError: A file is no checkpoint, is damaged, or reading it would need to run code from it.
     """
     tree: Dict[str, Any] = {}
-    places: Places = {}
+    pages: List[Pages] = []
     left_out: Counter = Counter()
     kind = ''
     for path in files:
@@ -139,8 +108,8 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
         try:
             part: Any = {}
             if kind == 'safetensors':
-                part, metadata = read_safetensors(path)
-                places.update({(t.data_ptr(), t.numel()): (path, key) for key, t in part.items() if t.numel()})
+                part, metadata, mapped = read_safetensors(path)
+                pages.append(mapped)
                 config = {**config, 'metadata': metadata, FILE: path}
             elif kind == 'npz':
                 check_npz(path)
@@ -155,7 +124,12 @@ def read_files(source: str, files: Tuple[str, ...], config: Dict[str, Any]) -> C
             raise
         except Exception as e:  # the parsers of zip, pickle, JSON, numpy and torch raise what they like
             raise refuse_damaged(path, e, 'safetensors file' if kind == 'safetensors' else 'file') from e
-    return Checkpoint(source, kind, files, tree, places, config, dict(left_out))
+    return Checkpoint(source, kind, files, tree, tuple(pages), config, dict(left_out))
+
+
+def parts_of(tensor: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    """Tensors of the file that a tensor is made of, see `renames.fuse`."""
+    return getattr(tensor, 'parts', (tensor,))
 
 
 def walk(tree: Dict[str, Any]) -> Iterator[Tuple[str, Dict[str, torch.Tensor]]]:

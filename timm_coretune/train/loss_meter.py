@@ -6,9 +6,7 @@ from typing import Any, Dict, Iterable, List, Optional, Tuple
 import torch
 from accelerate import Accelerator
 
-
-class DivergedError(ValueError):
-    """A loss was not finite."""
+from .cli.errors import DivergedError
 
 
 class LossMeter:

@@ -1,6 +1,5 @@
 """What the user can mend ends in one line and status 2, and an error of the program keeps its traceback"""
 
-import importlib
 import os
 
 import pytest
@@ -85,8 +84,7 @@ def test_the_first_process_says_for_all_what_is_wrong_with_the_command_line(monk
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch, data):
-    module = importlib.import_module('timm_coretune.train.main')  # the package has a function of that name
-    monkeypatch.setattr(module, 'set_up', lambda *_: {}['a mistake of ours'])
+    monkeypatch.setattr('timm_coretune.train.session.set_up', lambda *_: {}['a mistake of ours'])
     with pytest.raises(KeyError, match='a mistake of ours'):
         main(['--data-dir', str(data), *ON_CPU])
 

@@ -10,7 +10,7 @@ from runs import results_of, rows_of, stop_at
 
 from timm_coretune.evaluation.scores import SCORES, describe_value
 from timm_coretune.train.cli.arguments import parse_args
-from timm_coretune.train.main import run
+from timm_coretune.train.session import run
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,10 @@ _IN_A_WORKER = re.compile(
 )
 
 
+class DivergedError(ValueError):
+    """A loss was not finite."""
+
+
 def raised_in(traceback: Optional[TracebackType]) -> str:
     """Name of the library that raised an error, such as timm."""
     name = ''

@@ -1,10 +1,9 @@
-"""One training run, from its command line to its results"""
+"""One training run, from its settings to its results"""
 
 import functools
 import importlib
 import logging
 import os
-import sys
 from types import ModuleType
 from typing import Any, Dict, List, NamedTuple, Optional, cast
 
@@ -16,18 +15,17 @@ from timm.utils import random_seed, setup_default_logging, unwrap_model
 
 from ..hub.connection import quiet_requests
 from ..loss import METHODS
-from ..redaction import redact, redact_values, redacted_output
+from ..redaction import redact, redact_values
 from ..run_folder import ARGS_NAME
 from ..task import CoreTuningTask
 from . import classification, segmentation
-from .cli.arguments import ParsedArguments, parse_args
-from .cli.errors import asked_by, sentence_of
+from .cli.arguments import ParsedArguments
+from .cli.errors import DivergedError, asked_by
 from .cli.settings import ModelSettings, SavedArguments, Settings
 from .data.datasets import Datasets
 from .data.loaders import Loaders, count_contrast_batches, mean_batch_size
 from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
-from .loss_meter import DivergedError
 from .model import check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import (
     clip_gradients,
@@ -362,23 +360,3 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
     if lock is not None:
         lock.release()
     return results
-
-
-@redacted_output()
-def main(argv: Optional[List[str]] = None) -> None:
-    """Entry point of train.py and `python -m timm_coretune.train`. What the user can mend ends in one line.
-
-    Raises:
-        SystemExit: With status 2 if files or settings cannot be used, with 1 if training diverged, with 143 if SIGTERM,
-            SIGUSR1 or --time-limit stopped the run.
-    """
-    argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(parse_args(argv), argv)
-    except Exception as e:
-        sentence = sentence_of(e)
-        if sentence is None:
-            raise
-        rank = os.environ.get('RANK', '0')
-        print(f'train.py: error: {sentence}{"" if rank == "0" else f" (process {rank})"}', file=sys.stderr)
-        sys.exit(1 if isinstance(e, DivergedError) else 2)
