@@ -76,12 +76,12 @@ thread of an Intel Xeon with 2 cores and other work on it, torch 2.14.1, timm 1.
 
 | load | wall against timm | CPU against timm | wall, s | CPU, s | memory added, ours / timm |
 |---|---|---|---|---|---|
-| resnet18, safetensors | 1.37 | 1.47 | 0.041 / 0.030 | 0.021 / 0.014 | 0.41 / 1.00 |
-| resnet18, pth | 0.48 | 0.50 | 0.055 / 0.115 | 0.028 / 0.055 | 1.00 / 0.99 |
-| vit_base_patch16_224, safetensors | 1.42 | 1.44 | 0.216 / 0.154 | 0.123 / 0.081 | 0.05 / 1.00 |
-| vit_base_patch16_224, pth | 0.35 | 0.35 | 0.183 / 0.478 | 0.120 / 0.316 | 1.00 / 1.00 |
-| vit_large_patch16_224, safetensors | 1.49 | 1.33 | 0.561 / 0.398 | 0.344 / 0.259 | 0.01 / 1.00 |
-| vit_large_patch16_224, pth | 0.32 | 0.33 | 0.560 / 1.766 | 0.384 / 1.095 | 1.00 / 0.99 |
+| resnet18, safetensors | 1.48 | 1.46 | 0.040 / 0.026 | 0.021 / 0.014 | 0.41 / 1.00 |
+| resnet18, pth | 0.42 | 0.51 | 0.037 / 0.089 | 0.030 / 0.071 | 1.00 / 0.99 |
+| vit_base_patch16_224, safetensors | 1.33 | 1.41 | 0.178 / 0.137 | 0.107 / 0.077 | 0.05 / 1.00 |
+| vit_base_patch16_224, pth | 0.31 | 0.32 | 0.167 / 0.539 | 0.106 / 0.358 | 1.00 / 1.00 |
+| vit_large_patch16_224, safetensors | 1.35 | 1.35 | 0.325 / 0.242 | 0.324 / 0.241 | 0.01 / 1.00 |
+| vit_large_patch16_224, pth | 0.33 | 0.33 | 0.403 / 1.126 | 0.403 / 1.125 | 1.00 / 1.00 |
 
 The model is changed only after every value of the file was found to be finite, so a safetensors file passes through
 memory once to be checked and once to be copied. timm copies only. Reading without copying takes about 0.4 of the time
