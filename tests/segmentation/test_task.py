@@ -422,7 +422,8 @@ def test_two_processes_train_as_one_with_the_whole_batch(name, found):
         anchor = (place[:, None] * task.anchors_per_image + torch.arange(task.anchors_per_image)).flatten()
         batch = GlobalBatch(0, [len(anchor)], task.anchors_per_image)
         draws = MixupDraws(*(x[anchor] for x in drawn[1:])) if scenario.mixup_enabled else None
-        arguments = (images[rows], target[rows], drawn.seed[place], batch, draws)
+        num_pixels = (target != IGNORED).sum()
+        arguments = (images[rows], target[rows], num_pixels, drawn.seed[place], batch, draws)
         expected = step(task.trainable_module, optimizer, *arguments)
         # what a step leaves of the generator
         if scenario.mixup_enabled:
