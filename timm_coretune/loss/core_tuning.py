@@ -44,7 +44,7 @@ class CoreTuningLoss(TaskLoss):
 
     With several processes, pairs are mined over the rows of all, and each process averages over its own anchors. The
     gradients that DistributedDataParallel averages are then those of one process with the global batch. Gradient
-    accumulation does not enlarge the batch that is contrasted.
+    accumulation does not enlarge the batch that is contrasted; `CachedStep` does.
 
     Args:
         num_features: Width D of the pre-logits features: `model.head_hidden_size` if the model has it, else
