@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from unittest import mock
 
 import pytest
 import torch
@@ -190,7 +191,8 @@ def blocking_copies(criterion):
             torch.nn.Linear(2, 2)(torch.randn(2, 2))
     except (RuntimeError, AssertionError) as e:
         pytest.skip(f'no CUDA tensors without data in this torch: {str(e).splitlines()[0]}')
-    with FakeTensorMode(), torch.device('cuda'):
+    pinned = mock.patch.object(torch.Tensor, 'pin_memory', lambda self: self)  # torch has no fakes of pinned memory
+    with FakeTensorMode(), torch.device('cuda'), pinned:
         module = training_module(criterion, 'test_resnet')
         input, target = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(NUM_CLASSES, (4,))
         with BlockingCopies() as copies:
@@ -203,11 +205,11 @@ def blocking_copies(criterion):
 def test_only_the_draws_travel_to_the_accelerator_and_none_waits_for_them():
     copies = blocking_copies(CoreTuningLoss)
     assert copies.found == []
-    assert copies.num_asynchronous == 3
+    assert copies.num_asynchronous == 1
 
 
-@pytest.mark.parametrize('positive_candidates, num_copies', [(0, 3), (2, 4)])
-def test_a_compiled_draw_copies_what_an_eager_one_does(positive_candidates, num_copies, fresh_dynamo):
+@pytest.mark.parametrize('positive_candidates', [0, 2])
+def test_a_compiled_draw_makes_one_copy_as_an_eager_one_does(positive_candidates, fresh_dynamo):
     mixup = HardPairMixup(positive_candidates=positive_candidates)
     counted = []
 
@@ -218,7 +220,7 @@ def test_a_compiled_draw_copies_what_an_eager_one_does(positive_candidates, num_
     compiled = torch.compile(mixup.draw, backend=count, fullgraph=True)(4, torch.device('meta'))
     with BlockingCopies() as copies:
         eager = mixup.draw(4, torch.device('meta'))
-    assert counted == [copies.num_asynchronous] == [num_copies]
+    assert counted == [copies.num_asynchronous] == [1]
     assert [draw.shape for draw in compiled] == [draw.shape for draw in eager]
     assert {draw.device.type for draw in (*compiled, *eager)} == {'meta'}
 

@@ -52,7 +52,7 @@ def _hardest(
         hard_positive = similarity.masked_fill(~positive, float('inf')).argmin(dim=-1)
     else:
         hard_positive = chosen.gather(1, similarity.gather(1, chosen).argmin(dim=-1, keepdim=True))[:, 0]
-    return hard_positive, similarity.masked_fill_(same | (label < 0), float('-inf')).argmax(dim=-1)
+    return hard_positive, similarity.masked_fill(same | (label < 0), float('-inf')).argmax(dim=-1)
 
 
 @torch.library.custom_op('timm_coretune::hardest_pairs', mutates_args=())

@@ -29,14 +29,15 @@ def steps(monkeypatch):
     seen = []
     original = Trainer._step
 
-    def step(self, input, target, *rest):
+    def step(self, inputs, target, *rest):
+        (input,) = inputs
         model = self.task.get_eval_model()
         statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
         with torch.random.fork_rng(), torch.no_grad():  # the same dropout again
             expected = nn.CrossEntropyLoss(ignore_index=255)(model(input), target).item()
         for name, buffer in model.named_buffers():
             buffer.copy_(statistics[name])
-        result = original(self, input, target, *rest)
+        result = original(self, inputs, target, *rest)
         seen.append((input, target, expected, result['loss'].item()))
         return result
 
