@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from segmentation_models import create
 
+from timm_coretune.__main__ import main
 from timm_coretune.data.images import set_limit
-from timm_coretune.segmentation import load_segmentation_model, predict_image
+from timm_coretune.segmentation import export_segmentation_model, load_segmentation_model, predict_image
 from timm_coretune.segmentation.__main__ import run as run_command
 from timm_coretune.segmentation.data import scenes as sample
 from timm_coretune.segmentation.data.masks import read_mask
@@ -375,3 +376,11 @@ def test_the_commands_write_a_sample_and_masks(exported, tmp_path, monkeypatch, 
         run_command(['predict', 'elsewhere', image, '--output', 'masks'])
     assert stopped.value.code == 2
     assert "found none at 'elsewhere'" in capsys.readouterr().err
+
+
+def test_the_command_of_classifiers_predicts_masks_with_a_model_of_segmentation(tmp_path):
+    export_segmentation_model(create('test_resnet', output_stride=8), str(tmp_path / 'model'))
+    picture((40, 30)).save(tmp_path / 'a.png')
+    main(['predict', str(tmp_path / 'model'), str(tmp_path / 'a.png'), '--output', str(tmp_path / 'masks')])
+    expected = predict_image(load_segmentation_model(tmp_path / 'model'), Image.open(tmp_path / 'a.png'))
+    assert torch.equal(read_mask(tmp_path / 'masks' / 'a.png', 'the mask').long(), expected.long())
