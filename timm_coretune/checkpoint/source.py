@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import huggingface_hub
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from ..checks import clip
 from ..redaction import redact, redact_error
@@ -155,6 +156,34 @@ def explain_hub_error(hub_id: str, error: Exception) -> str:
         f'Expected a repository of the Hub in hf-hub:{hub_id}, got {type(error).__name__}: {message}. Check its '
         'name and the connection. A private repository needs `hf auth login`.'
     )
+
+
+def download_from_hub(hub_id: str, name: str) -> Optional[str]:
+    """Download a file into the cache of the Hub.
+
+    Args:
+        hub_id: Repository, OWNER/NAME or OWNER/NAME@REVISION.
+        name: The file in it.
+
+    Returns:
+        Path of the file, None if the repository has no such file.
+
+    Raises:
+        ValueError: There is no such repository, or the Hub cannot be reached.
+    """
+    repo_id, _, revision = hub_id.partition('@')
+    try:
+        return huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None)
+    except Exception as e:  # the HTTP library has errors of its own, and differs between versions of the client
+        # without a connection the cache may lack a file that the repository has
+        if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
+            return None
+        raise ValueError(explain_hub_error(hub_id, e)) from e
+
+
+def same_commit(hub_id: str, path: str) -> str:
+    """The repository at the commit from which a file was downloaded, as somebody may push before the next one."""
+    return f'{hub_id.partition("@")[0]}@{Path(path).parent.name}'  # the id of the commit names the folder in the cache
 
 
 def _from_folder(folder: str, name_of_file: str = '') -> Files:

@@ -16,7 +16,7 @@ from ..redaction import redacted_output
 from ..segmentation.__main__ import main as predict_masks
 from .classifier import is_segmentation
 from .images import find_images
-from .predictor import Prediction, Predictor
+from .predictor import Prediction, Predictor, stack_features
 from .tables import FEATURE_ENDINGS, TABLE_ENDINGS, check_ending, write_features, write_predictions
 
 _logger = logging.getLogger(__name__)
@@ -42,7 +42,9 @@ def create_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _predict(predictor: Predictor, images: List[str], with_features: bool) -> Tuple[List[Prediction], torch.Tensor]:
+def _predict(
+    predictor: Predictor, images: List[str], with_features: bool
+) -> Tuple[List[Prediction], Optional[torch.Tensor]]:
     """Predictions and features of all images, of which each process computes its share."""
     from accelerate import PartialState
     from accelerate.utils import gather_object
@@ -55,10 +57,8 @@ def _predict(predictor: Predictor, images: List[str], with_features: bool) -> Tu
     if num_processes > 1:
         rows = gather_object(rows)
     rows.sort(key=lambda row: row[0])
-    width = next((len(features) for _, _, features in rows if features is not None), 0)
-    missing = torch.full((width,), float('nan'))
-    features = [missing if row is None else row for _, _, row in rows] if with_features else []
-    return [prediction for _, prediction, _ in rows], torch.stack(features) if features else torch.empty(0)
+    features = stack_features([row for _, _, row in rows]) if with_features else None
+    return [prediction for _, prediction, _ in rows], features
 
 
 @redacted_output()
@@ -94,7 +94,7 @@ def main(arguments: Optional[List[str]] = None) -> None:
             print(f'{image}: ' + (prediction.error or ', '.join(f'{label} {100 * p:.1f} %' for label, p in words)))
         if len(images) > _NUM_PRINTED:
             print(f'... and {len(images) - _NUM_PRINTED} more. --output FILE writes all of them.')
-    if args.features is not None:
+    if features is not None:
         write_features(args.features, images, features)
         print(f'Written: features {tuple(features.shape)} to {args.features}')
     failed = [image for image, prediction in zip(images, predictions, strict=True) if prediction.error]

@@ -1,18 +1,15 @@
 """Load a tuned classifier with what its config says of classes and images"""
 
 import os
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, Union
 
-import huggingface_hub
 import timm
 import torch
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.data import resolve_model_data_config
 
-from ..checkpoint.source import explain_hub_error, hub_id_of
+from ..checkpoint.source import download_from_hub, hub_id_of, same_commit
 from ..model_config import check_model
 from ..redaction import expand_home
 from ..run_folder import (
@@ -97,7 +94,7 @@ def is_segmentation(source: str) -> bool:
     source = expand_home(source)
     hub_id = None if os.path.exists(source) else hub_id_of(source)
     if hub_id is not None:
-        return _download(hub_id, SEGMENTATION_CONFIG_NAME) is not None
+        return download_from_hub(hub_id, SEGMENTATION_CONFIG_NAME) is not None
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     return os.path.isfile(os.path.join(folder, SEGMENTATION_CONFIG_NAME))
 
@@ -106,17 +103,14 @@ def _find_files(source: str) -> Tuple[str, str]:
     """Paths of the config and of the weights."""
     hub_id = None if os.path.exists(source) else hub_id_of(source)
     if hub_id is not None:
-        config = _download(hub_id, CONFIG_NAME)
-        # the weights of the same commit, whose id names the folder in the cache, as somebody may push in between
-        weights = config and _download(f'{hub_id.partition("@")[0]}@{Path(config).parent.name}', WEIGHTS_NAME)
+        config = download_from_hub(hub_id, CONFIG_NAME)
+        weights = config and download_from_hub(same_commit(hub_id, config), WEIGHTS_NAME)
         if config is None or weights is None:
             raise ValueError(
                 f'Expected {CONFIG_NAME} and {WEIGHTS_NAME} in hf-hub:{hub_id}, found no '
                 f'{CONFIG_NAME if config is None else WEIGHTS_NAME}. Push a run there: timm-coretune hub push.'
             )
-        _download(
-            f'{hub_id.partition("@")[0]}@{Path(config).parent.name}', ARGS_NAME
-        )  # which may tell of several labels
+        download_from_hub(same_commit(hub_id, config), ARGS_NAME)  # which may tell of several labels
         return config, weights
     if not os.path.exists(source):
         raise ValueError(
@@ -138,18 +132,6 @@ def _find_files(source: str) -> Tuple[str, str]:
             'writes its weights when its first epoch is over.'
         )
     return config, weights
-
-
-def _download(hub_id: str, name: str) -> Optional[str]:
-    """Download a file into the cache of the Hub and return its path, None if the repository has no such file."""
-    repo_id, _, revision = hub_id.partition('@')
-    try:
-        return huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None)
-    except Exception as e:  # the HTTP library has errors of its own, and differs between versions of the client
-        # without a connection the cache may lack a file that the repository has
-        if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
-            return None
-        raise ValueError(explain_hub_error(hub_id, e)) from e
 
 
 def _is_multi_label(folder: str) -> bool:

@@ -37,6 +37,13 @@ class Prediction(NamedTuple):
         return self.labels[0] if self.labels else None
 
 
+def stack_features(rows: Sequence[Optional[torch.Tensor]]) -> torch.Tensor:
+    """Features of images (N, D) from those of each (D,), NaN where an image could not be read."""
+    width = next((len(row) for row in rows if row is not None), 0)
+    missing = torch.full((width,), float('nan'))
+    return torch.stack([missing if row is None else row for row in rows])
+
+
 class Predictor:
     """Classifies images with a tuned model. Images are prepared as in its validation.
 
@@ -96,9 +103,7 @@ class Predictor:
 
     def features(self, images: Union[ImageLike, Sequence[ImageLike]], progress: bool = False) -> torch.Tensor:
         """Pre-logits features of images (N, D) in float32. Those of an image that cannot be read are NaN."""
-        rows = [features for _, features in self.iterate(images, with_features=True, progress=progress)]
-        width = next((len(row) for row in rows if row is not None), 0)
-        return torch.stack([torch.full((width,), float('nan')) if row is None else row for row in rows])
+        return stack_features([row for _, row in self.iterate(images, with_features=True, progress=progress)])
 
     def iterate(
         self,

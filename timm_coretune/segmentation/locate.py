@@ -1,13 +1,9 @@
 """Find the two files of a segmentation model in the folder of a run, in an exported folder, or on the Hub"""
 
 import os
-from pathlib import Path
-from typing import Optional, Tuple
+from typing import Tuple
 
-import huggingface_hub
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-from ..checkpoint.source import explain_hub_error, hub_id_of
+from ..checkpoint.source import download_from_hub, hub_id_of, same_commit
 from ..redaction import expand_home
 from ..run_folder import BEST_WEIGHTS_NAME, CONFIG_NAME, SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
 
@@ -50,30 +46,17 @@ def _from_folder(folder: str) -> Tuple[str, str]:
 
 
 def _from_hub(hub_id: str) -> Tuple[str, str]:
-    repo_id, _, revision = hub_id.partition('@')
-    config = _download(repo_id, SEGMENTATION_CONFIG_NAME, revision)
+    config = download_from_hub(hub_id, SEGMENTATION_CONFIG_NAME)
     if config is None:
-        is_classifier = _download(repo_id, CONFIG_NAME, revision) is not None
+        is_classifier = download_from_hub(hub_id, CONFIG_NAME) is not None
         raise ValueError(_explain_no_config(f'hf-hub:{hub_id}', f'hf-hub:{hub_id}', is_classifier))
-    # Take the weights of the same commit, as somebody may push in between. Its id names the folder in the cache.
-    weights = _download(repo_id, SEGMENTATION_WEIGHTS_NAME, Path(config).parent.name)
+    weights = download_from_hub(same_commit(hub_id, config), SEGMENTATION_WEIGHTS_NAME)
     if weights is None:
         raise ValueError(
             f'Expected {SEGMENTATION_WEIGHTS_NAME} beside {SEGMENTATION_CONFIG_NAME} in hf-hub:{hub_id}, found none. '
             'Push the run again: python -m timm_coretune.hub push OUTPUT_FOLDER OWNER/NAME.'
         )
     return config, weights
-
-
-def _download(repo_id: str, name: str, revision: str) -> Optional[str]:
-    """Download a file into the cache and return its path, None if the repository has no such file."""
-    try:
-        return huggingface_hub.hf_hub_download(repo_id, name, revision=revision or None)
-    except Exception as e:  # the HTTP library has errors of its own, and differs between versions of the client
-        # without a connection the cache may lack a file that the repository has
-        if isinstance(e, EntryNotFoundError) and not isinstance(e, LocalEntryNotFoundError):
-            return None
-        raise ValueError(explain_hub_error('@'.join(filter(None, (repo_id, revision))), e)) from e
 
 
 def _explain_no_config(place: str, timm_name: str, is_classifier: bool) -> str:
