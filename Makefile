@@ -1,7 +1,7 @@
 # Words for pytest: make fast ARGS='-n 4 -k mining'
 ARGS = -n 2
 
-.PHONY: help fast test lint format docs
+.PHONY: help fast test lint format docs site
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,3 +23,6 @@ format:  ## repair what ruff can, and lay out the code
 
 docs:  ## write docs/flags.md anew from the flags
 	python scripts/document_flags.py
+
+site:  ## build the documentation as a site, in site/; mkdocs serve shows it
+	mkdocs build

@@ -14,9 +14,8 @@ PYTHON_BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 def test_commands_are_those_that_are_run_here_or_by_ci():
     assert SHELL_COMMANDS == [
-        'pip install -e .',
-        'accelerate launch train.py --coretune',
-        "pip install -e '.[seg,vis]'",
+        "pip install -e '.[vis]'",
+        'accelerate launch train.py --coretune --report',
         'accelerate launch train.py --segmentation --coretune',
         "pip install -e '.[test]'",
         'pytest -n 2',
@@ -29,7 +28,8 @@ def test_commands_are_those_that_are_run_here_or_by_ci():
 @pytest.mark.slow
 @pytest.mark.parametrize('extra', [[], ['--model', 'resnet50']], ids=['as-written', 'resnet50'])
 def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv):
-    words = shlex.split('accelerate launch train.py --coretune'.replace('train.py', str(ROOT / 'train.py')))
+    command = SHELL_COMMANDS[1].replace('train.py', str(ROOT / 'train.py'))
+    words = shlex.split(command)
     flags = ['--epochs', '1', '--output', str(tmp_path), '--experiment', 'run']
     if extra:
         flags += ['--label-fraction', '0.25']
@@ -41,20 +41,45 @@ def test_the_main_command_trains_on_the_sample(launch, tmp_path, extra, read_csv
     # a few updates from scratch are near the 10 % of chance, an epoch from the contrastive checkpoint is far above
     assert float(row['eval_top1']) > (0 if extra else 60)
     assert '*** Best metric: ' in log
-    for name in ('model_best.safetensors', 'last.pth.tar', 'args.yaml', 'curves.png'):
+    for name in ('model_best.safetensors', 'last.pth.tar', 'args.yaml', 'curves.png', 'report.html'):
         assert (tmp_path / 'run' / name).stat().st_size > 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('block', PYTHON_BLOCKS, ids=['segmentation', 'plain-pytorch-loop', 'timm-loop', 'notebook'])
+@pytest.mark.parametrize('block', PYTHON_BLOCKS, ids=['plain-pytorch-loop', 'timm-loop', 'notebook'])
 def test_a_loop_runs_as_copied(block, launch):
     # a fresh interpreter, where nothing else has imported a part of timm
     check = "\nassert (result['loss'] if 'result' in dir() else loss).isfinite()" if 'results' not in block else ''
     launch([sys.executable, '-W', 'ignore', '-c', block + check])
 
 
+def test_links_to_this_repository_lead_to_files_and_headings():
+    """PyPI and the site show the README too, where a relative link leads nowhere."""
+    base = 'https://github.com/timm-coretune/timm_coretune/blob/main/'
+    links = re.findall(r'\]\(([^)]+)\)', README) + re.findall(r'^\[[^]]+\]: (\S+)', README, re.MULTILINE)
+    assert all(link.startswith('https://') for link in links)
+    own = [link.removeprefix(base) for link in links if link.startswith(base)]
+    assert len(own) > 10
+    for link in own:
+        path, _, heading = link.partition('#')
+        assert (ROOT / path).exists(), link
+        titles = re.findall(r'^#+ (.*)', (ROOT / path).read_text(), re.MULTILINE) if heading else []
+        assert not heading or heading in [title.lower().replace(' ', '-') for title in titles], link
+
+
+def test_flags_that_are_named_exist():
+    """In the README and in pages that are written by hand, against the flags of all commands."""
+    sources = [*(ROOT / 'timm_coretune').rglob('*.py'), *(ROOT / 'scripts').glob('*.py'), *(ROOT / 'benchmarks').glob('*.py')]
+    known = {flag for path in sources for flag in re.findall(r"'(--[a-z][a-z-]+)'", path.read_text())}
+    known |= set(re.findall(r'`(--[a-z][a-z-]+)`', (ROOT / 'docs' / 'flags.md').read_text()))
+    known |= {'--config_file', '--unseen'}
+    for path in (ROOT / 'README.md', ROOT / 'docs' / 'troubleshooting.md', ROOT / 'docs' / 'walkthrough.md'):
+        named = set(re.findall(r'(?<![\w-])--[a-z][a-z_-]+', path.read_text()))
+        assert named - known == set(), path
+
+
 def test_the_plain_loop_differs_from_a_plain_one_in_at_most_five_lines():
-    loop = PYTHON_BLOCKS[1].split('\n\n')[-1].strip().splitlines()
+    loop = PYTHON_BLOCKS[0].split('\n\n')[-1].strip().splitlines()
     plain = {
         'for images, target in loader:',
         '    loss.backward()',
