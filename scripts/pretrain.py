@@ -39,12 +39,11 @@ from torch import nn
 from torchvision.datasets.folder import IMG_EXTENSIONS, ImageFolder
 
 from timm_coretune import load_checkpoint
+from timm_coretune.evaluation.features import KNN_NEIGHBOURS, knn_predict
 
 _logger = logging.getLogger('pretrain')
 
 METHODS = {'simclr': 'SimCLR', 'moco': 'MoCo v2'}
-KNN_NEIGHBOURS = 20
-KNN_TEMPERATURE = 0.07
 NUM_RANDOM = 3  # one untrained network scores several points better or worse than another
 
 
@@ -127,12 +126,10 @@ def load_train_pictures(args: argparse.Namespace, side: int) -> torch.Tensor:
 
 
 def knn_top1(bank: torch.Tensor, bank_labels: torch.Tensor, queries: torch.Tensor, labels: torch.Tensor) -> float:
-    """Top-1 per cent of cosine kNN in which a neighbour's vote weighs exp(similarity / 0.07)."""
-    similarity = F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T
-    nearest, indices = similarity.topk(min(KNN_NEIGHBOURS, len(bank)), dim=1)
-    votes = torch.zeros(len(queries), int(bank_labels.max()) + 1)
-    votes.scatter_add_(1, bank_labels[indices], (nearest / KNN_TEMPERATURE).exp())
-    return (votes.argmax(dim=1) == labels).float().mean().item() * 100
+    """Top-1 per cent of kNN, the neighbours of which are in a bank."""
+    num_classes = int(bank_labels.max()) + 1
+    predictions, _ = knn_predict(queries, bank, bank_labels, num_classes, min(KNN_NEIGHBOURS, len(bank)))
+    return (predictions == labels).float().mean().item() * 100
 
 
 class Network:

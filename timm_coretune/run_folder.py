@@ -44,6 +44,8 @@ PUBLISHED_NAMES = (
 )
 
 EVAL_PREFIX = 'eval_'  # prefix of the columns of the summary that are scores of the validation
+FEATURES_PREFIX = 'features_'  # prefix of those that are figures of features
+START_EPOCH = -1  # epoch of the row of the summary with what was measured before the first one
 
 _LONGEST_JSON = 2**24  # characters; names of 20,000 classes are 2**19
 

@@ -35,6 +35,7 @@ from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
 from .preemption import Preempted, StopRequest
 from .processes import check_accumulation, check_second_order, is_sharded
+from .watching.features import FeatureWatch
 
 _logger = logging.getLogger(__name__)
 
@@ -137,6 +138,7 @@ class Trainer:
         record: Writes the run folder (`record.RunRecord`). All processes need one.
         evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
         stop: Is asked after every update and validation batch whether to stop early. None never stops.
+        watch: Measures features after validations, and before the first epoch.
 
     Raises:
         TypeError: config has several contrast_batches, and the task is not a CoreTuningTask for images.
@@ -157,6 +159,7 @@ class Trainer:
         record: Optional[Any] = None,
         evaluator: Optional[Evaluator] = None,
         stop: Optional[StopRequest] = None,
+        watch: Optional[FeatureWatch] = None,
     ):
         check_accumulation(accelerator)
         if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
@@ -177,6 +180,7 @@ class Trainer:
         self.freezer = freezer
         self.record = record
         self.stop = stop
+        self.watch = watch
         self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
         # after a validation: has its tables, and whether its scores are those of the moving average
         self.scored, self.ema_counts = self.evaluator, True
@@ -443,6 +447,11 @@ class Trainer:
         _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
         return metrics
 
+    def _measure_features(self, name: str) -> Dict[str, float]:
+        """Measure the features of the model whose scores count."""
+        assert self.watch is not None
+        return self.watch.measure(self._eval_model(self._validates_ema and self.ema_counts), name)
+
     def is_out_of_patience(self, epoch: int) -> bool:
         """Whether the scores up to this epoch, the last one with a score, have not got better for too long."""
         best_epoch, patience = self.best[1], self.config.patience
@@ -484,6 +493,10 @@ class Trainer:
     ) -> List[Dict[str, Any]]:
         results = []
         config = self.config
+        if self.watch is not None and not epochs.start and self.position == Position():
+            features = self._measure_features('start')
+            if self.record is not None:
+                self.record.save_start(features)
         for epoch in epochs:
             self._start_epoch(epoch)
             is_due = (epoch + 1) % config.val_interval == 0 or epoch + 1 in (*config.save_epochs, epochs.stop)
@@ -510,8 +523,12 @@ class Trainer:
                     self.best = (metric, epoch)
                 self.position = Position(epoch + 1, metric=metric)
                 results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
+                features = {}
+                if self.watch is not None and self.watch.is_due(epoch, epochs.stop):
+                    features = self._measure_features(f'epoch {epoch}')
+                    results[-1]['features'] = features
                 if self.record is not None:
-                    self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics)
+                    self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics, features)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
             if metric is not None and self.is_out_of_patience(epoch):

@@ -25,6 +25,7 @@ from ...run_folder import (
     LAST_STATE_NAME,
     MILESTONE_PREFIX,
     RECOVERY_PATTERN,
+    START_EPOCH,
     STATE_SUFFIX,
     SUMMARY_NAME,
 )
@@ -200,6 +201,12 @@ class RunRecord:
                 self.saver.save_recovery(epoch, batch_idx=update)
             self.last_state = self.saver.curr_recovery_file
 
+    def save_start(self, features: Dict[str, float]) -> None:
+        """Add a row of figures of the untrained model to the summary. It is written with that of the first epoch."""
+        self.rows.append({'epoch': str(START_EPOCH), **{k: str(v) for k, v in features.items()}})
+        if self.accelerator.trackers:
+            self.accelerator.log(features, step=0)
+
     def save_epoch(
         self,
         trainer: Trainer,
@@ -207,6 +214,7 @@ class RunRecord:
         is_best: bool,
         train_metrics: Dict[str, float],
         eval_metrics: Optional[Dict[str, float]],
+        features: Optional[Dict[str, float]] = None,
     ) -> None:
         """Save the weights if they are the best so far, then a state, then add a row to the summary.
 
@@ -217,6 +225,7 @@ class RunRecord:
         lrs = [group['lr'] for group in trainer.optimizer.param_groups]
         row = {f'train_{k}': v for k, v in train_metrics.items()}
         row.update({f'{EVAL_PREFIX}{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
+        row.update(features or {})
         self.last_row = row
         self.rows.append({'epoch': str(epoch), **{k: str(v) for k, v in row.items()}})
         if not trainer.is_sharded:
