@@ -27,6 +27,7 @@ OUTPUTS_NAME = 'predictions.safetensors'  # logits and targets of the validation
 CURVES_NAME = 'curves.png'
 CONFUSION_PICTURE_NAME = 'confusion.png'
 PREDICTIONS_NAME = 'segmentation.png'
+REPORT_NAME = 'report.html'
 # states of training to resume from; timm's CheckpointSaver chose these names
 STATE_SUFFIX = '.pth.tar'
 LAST_STATE_NAME = f'last{STATE_SUFFIX}'
@@ -62,6 +63,13 @@ def read_args(folder: str) -> Dict[str, Any]:
     """Read the arguments of a run by name."""
     with open(os.path.join(folder, ARGS_NAME), encoding='utf-8') as f:
         return yaml.safe_load(f)
+
+
+def read_facts_of_run(folder: str) -> Dict[str, str]:
+    """Read what followed from the arguments of a run, which stands below them in comments such as `# versions: ...`."""
+    with open(os.path.join(folder, ARGS_NAME), encoding='utf-8') as f:
+        comments = [line[1:].partition(':') for line in f if line.startswith('#')]
+    return {name.strip(): value.strip() for name, _, value in comments}
 
 
 def read_notes(weights_path: Union[str, os.PathLike]) -> Dict[str, str]:

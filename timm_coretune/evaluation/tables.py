@@ -2,7 +2,7 @@
 
 import csv
 import io
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from ..atomic import write_text
 
@@ -30,3 +30,17 @@ def _write_csv(path: str, rows: Sequence[Sequence[Any]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows(rows)
     write_text(text.getvalue(), path)
+
+
+def read_confusion(path: str) -> Tuple[List[str], List[List[int]]]:
+    """Read a table that `write_confusion` has written: the names of the classes, and a row for each true class."""
+    with open(path, newline='', encoding='utf-8') as f:
+        (_, *names), *rows = csv.reader(f)
+    return names, [[int(value) for value in values] for _, *values in rows]
+
+
+def read_records(path: str) -> List[Dict[str, Any]]:
+    """Read what `write_records` has written. The first column is a name, the others are numbers, NaN if empty."""
+    with open(path, newline='', encoding='utf-8') as f:
+        (first, *others), *rows = csv.reader(f)
+    return [{first: row[0], **{k: float(v or 'nan') for k, v in zip(others, row[1:], strict=True)}} for row in rows]

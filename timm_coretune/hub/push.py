@@ -109,7 +109,7 @@ def push_run(
         files = _model_files(folder, exported)
         files.update({name: os.path.join(folder, name) for name in PUBLISHED_NAMES if name in found})
         config = read_json(files[CONFIG_NAME])
-        facts = _read_facts(folder, license)
+        facts = read_facts(folder, license)
         card = create_card(repo_id, config, facts)
         return upload(_publishable(files), card, repo_id, config['architecture'], private, revision, token)
 
@@ -176,11 +176,12 @@ def _strip_yaml(text: str) -> str:
     return ''.join(parts)
 
 
-def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
-    """Read the facts for a model card from the files of a run."""
+def read_facts(folder: str, license: Optional[str] = None) -> CardFacts:
+    """Read the facts for a model card from the files of a run. One that was interrupted early has no weights yet."""
     args = redact_values(read_args(folder))
     rows = read_summary(os.path.join(folder, SUMMARY_NAME))
-    notes = read_notes(os.path.join(folder, BEST_WEIGHTS_NAME))
+    weights = os.path.join(folder, BEST_WEIGHTS_NAME)
+    notes = read_notes(weights) if os.path.isfile(weights) else {}
     segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
     of_epoch = {row['epoch']: row for row in rows}
     base_model = _base_model(args)

@@ -10,7 +10,7 @@ from timm.data import create_transform
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .classifier import load_classifier
+from .classifier import Classifier, load_classifier
 from .images import ImagesToPredict, collate
 
 ImageLike = Union[str, os.PathLike, Image.Image]
@@ -48,7 +48,7 @@ class Predictor:
     """Classifies images with a tuned model. Images are prepared as in its validation.
 
     Args:
-        source: Output folder of train.py, folder of an exported model, or `hf-hub:owner/name[@revision]`.
+        source: Output folder of train.py, folder of an exported model, `hf-hub:owner/name[@revision]`, or a Classifier.
         device: Device to compute on. When None a GPU if there is one.
         batch_size: Number of images that are computed at once.
         workers: Processes that open images. 0 opens them in this one.
@@ -69,7 +69,7 @@ class Predictor:
 
     def __init__(
         self,
-        source: Union[str, os.PathLike],
+        source: Union[str, os.PathLike, Classifier],
         device: Optional[Union[str, torch.device]] = None,
         batch_size: int = 64,
         workers: int = 0,
@@ -81,8 +81,9 @@ class Predictor:
                 f'Expected batch_size and topk >= 1, and workers >= 0, got {batch_size}, {topk} and {workers}.'
             )
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        self.model, self.data_config, self.class_names, self.multi_label = load_classifier(source, self.device)
-        self.model.to(memory_format=torch.channels_last)
+        loaded = source if isinstance(source, Classifier) else load_classifier(source)
+        self.model, self.data_config, self.class_names, self.multi_label = loaded
+        self.model.eval().to(self.device, memory_format=torch.channels_last)
         self.transform = create_transform(**self.data_config)
         self.batch_size = batch_size
         self.workers = workers

@@ -1,12 +1,12 @@
 """Pictures of a run: learning curves, confusion matrix, predicted masks"""
 
-import csv
 from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
 from ..atomic import write_whole
 from ..evaluation.scores import PERCENT, SCORES
+from ..evaluation.tables import read_confusion
 from ..run_folder import EVAL_PREFIX, FEATURES_PREFIX, read_summary
 from .labels import create_labels
 
@@ -24,7 +24,12 @@ def _is_percentage(score: str) -> bool:
     return score in SCORES and SCORES[score].unit == PERCENT
 
 
-def _create_figure(**kwargs: Any) -> Any:
+def create_figure(**kwargs: Any) -> Any:
+    """A figure of matplotlib that needs no display.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -51,7 +56,7 @@ def plot_curves(summary_path: str, picture_path: str) -> None:
         ImportError: matplotlib is not installed.
         ValueError: The summary has no rows.
     """
-    figure = _create_figure(figsize=(11, 3.4))
+    figure = create_figure(figsize=(11, 3.4))
     columns = read_columns(summary_path)
     if not columns:
         raise ValueError(f'Expected at least one epoch in {summary_path!r}, found none.')
@@ -83,11 +88,9 @@ def plot_confusion(matrix_path: str, picture_path: str) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    with open(matrix_path, newline='') as f:
-        (_, *names), *rows = csv.reader(f)
-    counts = [[float(value) for value in values] for _, *values in rows]
+    names, counts = read_confusion(matrix_path)
     shares = [[100 * value / max(sum(row), 1.0) for value in row] for row in counts]
-    figure = _create_figure()
+    figure = create_figure()
     labels, families = create_labels(names) if len(names) <= 60 else ([], [])
     room = 0.08 * max([len(label) - 10 for label in labels] + [0])  # for long labels, beside the matrix and below it
     side = min(4 + 0.28 * len(names), 24) + room
@@ -141,7 +144,7 @@ def plot_segmentation(
     colors = torch.tensor(palette, dtype=torch.uint8).reshape(256, 3)
     masks = [mask for pair in zip(truths, predictions, strict=True) for mask in pair]
     classes = sorted(set().union(*(mask.unique().tolist() for mask in masks)))
-    figure = _create_figure()
+    figure = create_figure()
     known, families = create_labels(class_names or [])
     names = ['ignored' if c == ignore_index else known[c] if c < len(known) else str(c) for c in classes]
     columns = max(1, min(6, 120 // (8 + max(map(len, names)))))

@@ -16,6 +16,8 @@ from timm.utils import random_seed, setup_default_logging, unwrap_model
 from ..hub.connection import quiet_requests
 from ..loss import METHODS
 from ..redaction import redact, redact_values
+from ..report.create import report_at_end
+from ..report.plots import create_figure
 from ..run_folder import ARGS_NAME
 from ..task import CoreTuningTask
 from . import classification, segmentation
@@ -38,7 +40,7 @@ from .optimization import (
 from .preemption import Preempted, StopRequest
 from .processes import check_strategy, create_accelerator, precision_of, share_batch, start_trackers
 from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop, write_results
-from .run.first_lines import log_average, log_data, log_optimization, log_update_size
+from .run.first_lines import describe_versions, log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, take_folder
 from .run.place import place_in_epoch
 from .run.record import RunRecord
@@ -251,7 +253,7 @@ def set_up(
     if record is not None and not (over and os.path.exists(record.path(ARGS_NAME))):  # what trained stays in the file
         came_to = ', '.join(f'{name} {value}' for name, value in resolved._asdict().items())
         came_to += f', device {accelerator.device.type}, {num_processes} process(es)'
-        record.write_args(f'{parsed.text}# in this run: {came_to}\n')
+        record.write_args(f'{parsed.text}# in this run: {came_to}\n# versions: {describe_versions()}\n')
     return Run(trainer, loaders, epochs, start_batch, over, resolved, lock)
 
 
@@ -322,6 +324,8 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
     check_model_name(settings.model.model, settings.model.pretrained)
     if settings.loss.kd_model_name:
         check_model_name(settings.loss.kd_model_name, flag='--kd-model-name')
+    if output.report:
+        create_figure()  # without matplotlib this says so before anything is trained
     datasets = kind.open_datasets(settings)
     trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets, stop)
     record: Optional[RunRecord] = trainer.record
@@ -362,6 +366,8 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
         if results:
             print_results(results, resolved.eval_metric)
     accelerator.end_training()
+    if output.report and accelerator.is_main_process:
+        report_at_end(record.folder, is_over, accelerator.device)
     if output.push_to_hub and accelerator.is_main_process:
         push(output, record.folder, is_over)
         _logger.info(f'Load it: {kind.load_pushed_hint(output.push_to_hub)}')

@@ -11,7 +11,7 @@ from timm_coretune.train.cli.arguments import PRESETS, parse_args
 # what is not part of the file that repeats a run
 OF_ONE_START = (
     *('device', 'push_to_hub', 'hub_private', 'hub_revision', 'resume', 'no_resume_opt', 'wandb_resume_id'),
-    *('local_rank', 'config', 'data'),
+    *('local_rank', 'config', 'data', 'report'),
 )
 
 

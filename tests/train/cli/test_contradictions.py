@@ -11,6 +11,7 @@ from timm_coretune.train.cli.conflicts import find_contradictions
 from timm_coretune.train.cli.settings import Settings
 
 CONTRADICTIONS = [
+    ('--report --eval-only', '--report is of a run that trains: not with --eval-only'),
     ('--coretune --torchscript', '--torchscript: the step of a --method cannot be scripted'),
     ('--coretune --jsd-loss --aug-splits 2', '--loss jsd and --jsd-loss compare augmentation splits'),
     ('--coretune --loss asl', '--loss asl: with --coretune or a --method a row may have shares of several classes'),

@@ -20,11 +20,11 @@ from .ranges import find_out_of_range
 from .settings import TUNING, Settings
 
 PRESETS = ('cnn', 'vit')
-# Settings that belong to one start of a run and are not repeated with it: where it is published, what it continues, and
-# other names of settings
+# Settings that belong to one start of a run and are not repeated with it: where it is published, what it continues,
+# whether it has a report, and other names of settings
 _OF_ONE_START = (
     *('push_to_hub', 'hub_private', 'hub_revision', 'resume', 'no_resume_opt', 'wandb_resume_id'),
-    *('config', 'data', 'local_rank'),
+    *('config', 'data', 'local_rank', 'report'),
 )
 # settings that may be URLs: a file that was downloaded is found again without the secrets of its URL
 _CHECKPOINTS = ('pretrained_path', 'initial_checkpoint')

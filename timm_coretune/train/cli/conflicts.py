@@ -313,6 +313,9 @@ def _of_outputs(settings: Settings) -> Conditions:
         '--push-to-hub pushes what was trained: not with --eval-only or --epochs 0': (
             output.push_to_hub is not None and settings.loop.eval_only
         ),
+        '--report is of a run that trains: not with --eval-only or --epochs 0': (
+            output.report and settings.loop.eval_only
+        ),
         '--hub-private and --hub-revision need --push-to-hub': (
             output.push_to_hub is None and (output.hub_private or output.hub_revision is not None)
         ),

@@ -464,7 +464,8 @@ class OutputSettings:
     wandb_tags: List[str] = flag([], 'tags of the run in Weights & Biases')
     wandb_resume_id: str = flag('', 'id of the Weights & Biases run to continue, with --resume')
 
-    log_with: str = flag('', 'experiment trackers, comma-separated, such as tensorboard', 'LIST', section=TUNING)
+    report: bool = flag(False, 'write report.html at the end of the run (docs/report.md)', section=TUNING)
+    log_with: str = flag('', 'experiment trackers, comma-separated, such as tensorboard', 'LIST')
 
     push_to_hub: Optional[str] = flag(None, 'push the best weights to this Hub repo', 'OWNER/NAME', section=PUBLISHING)
     hub_private: bool = flag(False, 'make the repository of --push-to-hub private')

@@ -1,16 +1,32 @@
 """The first lines of the log, with what one needs to know when a run goes wrong"""
 
 import logging
+import platform
 from typing import Any, Dict, List, Optional, Sized, Tuple, cast
 
+import accelerate
+import timm
 import torch
 from timm.task import TrainingTask
 from timm.utils import unwrap_model
 
+from ...version import __version__
 from ..data.datasets import Datasets
 from ..data.labelled import count_labels
 
 _logger = logging.getLogger(__name__)
+
+
+def describe_versions() -> str:
+    """Versions of this package and of those that decide what a run computes."""
+    versions = dict(
+        timm_coretune=__version__,
+        timm=timm.__version__,
+        torch=torch.__version__,
+        accelerate=accelerate.__version__,
+        python=platform.python_version(),
+    )
+    return ', '.join(f'{name} {version}' for name, version in versions.items())
 
 
 def describe_counts(name: str, counts: Optional[List[int]], num_images: int, num_classes: Optional[int]) -> str:
