@@ -37,6 +37,9 @@ COMMANDS: Dict[str, Command] = {
         ('--eval-only',),
         ('--model', '--data-dir'),
     ),
+    'average': Command(
+        'average the weights of a run with those before it, or of several runs', 'timm_coretune.averaging.__main__'
+    ),
     'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
     'masks': Command('convert annotations to images with masks', 'timm_coretune.segmentation.convert.__main__'),
     'checkpoint': Command('look into a checkpoint, or convert it', 'timm_coretune.checkpoint.__main__'),

@@ -109,7 +109,7 @@ def push_run(
         files = _model_files(folder, exported)
         files.update({name: os.path.join(folder, name) for name in PUBLISHED_NAMES if name in found})
         config = read_json(files[CONFIG_NAME])
-        facts = _read_facts(folder, license)
+        facts = read_facts(folder, license)
         card = create_card(repo_id, config, facts)
         return upload(_publishable(files), card, repo_id, config['architecture'], private, revision, token)
 
@@ -176,7 +176,7 @@ def _strip_yaml(text: str) -> str:
     return ''.join(parts)
 
 
-def _read_facts(folder: str, license: Optional[str]) -> CardFacts:
+def read_facts(folder: str, license: Optional[str]) -> CardFacts:
     """Read the facts for a model card from the files of a run."""
     args = redact_values(read_args(folder))
     rows = read_summary(os.path.join(folder, SUMMARY_NAME))
