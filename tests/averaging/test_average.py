@@ -1,5 +1,7 @@
 """timm-coretune average: what it writes is plain timm's, and its figures are those of the runs"""
 
+import re
+import shlex
 import sys
 
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import segmentation_runs
 import timm
 import torch
+from paths import ROOT
 from PIL import Image
 from runs import rows_of, train
 from safetensors import safe_open
@@ -148,6 +151,30 @@ def test_a_soup_of_vits_is_their_mean(images, tmp_path):
         assert row['loss'] == rows_of(run / 'summary.csv')[0]['eval_loss']
     with pytest.raises(SystemExit):  # they started from random weights
         average(runs[0], '--output', tmp_path / 'wise')
+
+
+def test_the_commands_of_the_docs_run(probed, tmp_path, monkeypatch, messages):
+    monkeypatch.chdir(tmp_path)
+    for name in ('RUN', 'RUN1', 'RUN2', 'RUN3'):
+        (tmp_path / 'output' / 'train' / name).mkdir(parents=True)
+        for path in probed.iterdir():
+            (tmp_path / 'output' / 'train' / name / path.name).write_bytes(path.read_bytes())
+    args = tmp_path / 'output' / 'train' / 'RUN3' / 'args.yaml'
+    args.write_text(args.read_text().replace('val_split: validation', 'val_split: train'))
+    (block,) = re.findall(r'```bash\n(.*?)```', (ROOT / 'docs' / 'averaging.md').read_text(), re.DOTALL)
+    for line in block.splitlines():
+        main(shlex.split(line)[1:])
+    assert 'output/train/RUN3 was not validated on the images of output/train/RUN1: val_split differ' in str(
+        messages('WARNING')
+    )
+    rows = rows_of('averaged/average.csv')
+    assert [row['weights'] for row in rows] == [f'alpha {n / 10:g}' for n in range(11)]
+    assert [row['batch_norm'] for row in rows] == ['own', *['recomputed'] * 9, 'own']
+    # the mean of equal weights is these weights, but for the statistics of BatchNorm
+    rows, found = rows_of('soup/average.csv'), load_file('soup/model.safetensors')
+    assert len({row['loss'] for row in rows[:3]}) == 1
+    for name, tensor in load_file(probed / 'model_best.safetensors').items():
+        assert torch.equal(tensor, found[name]) or 'running' in name or 'tracked' in name
 
 
 @pytest.mark.slow

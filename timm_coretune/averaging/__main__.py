@@ -11,7 +11,7 @@ import sys
 from typing import List, Optional
 
 from ..redaction import expand_home, redacted_output
-from ..run_folder import BEST_WEIGHTS_NAME, MILESTONE_PREFIX, STATE_SUFFIX
+from ..run_folder import BEST_WEIGHTS_NAME, MILESTONE_PREFIX, STATE_SUFFIX, read_args
 from ..train.cli.errors import sentence_of
 from .choosing import Chooser, greedy_soup, sweep, uniform_soup
 from .output import OPTIMISTIC, check_output, check_same_model, read_config, table, write_average
@@ -20,6 +20,7 @@ from .validation import Validation, parse_run
 from .weights import StoredState
 
 _logger = logging.getLogger(__name__)
+_IMAGES = ('data_dir', 'dataset', 'val_split', 'val_fraction')  # settings that say which images are validated
 _ALPHAS = tuple(n / 10 for n in range(11))
 
 
@@ -87,6 +88,18 @@ def _hint_at_probe(run: str, freeze_epochs: int) -> None:
         )
 
 
+def _warn_of_other_images(runs: List[str]) -> None:
+    """Warn if runs were validated on different images, of which one may have trained on those of another."""
+    first, *others = [{name: read_args(run).get(name) for name in _IMAGES} for run in runs]
+    for run, args in zip(runs[1:], others, strict=True):
+        different = [name for name in _IMAGES if args[name] != first[name]]
+        if different:
+            _logger.warning(
+                f'{run} was not validated on the images of {runs[0]}: {", ".join(different)} differ. If it trained '
+                'on some of them, the figures flatter it. Choose by images that no run trained on: --data-dir.'
+            )
+
+
 def run(arguments: Optional[List[str]] = None) -> None:
     """Average and write.
 
@@ -103,6 +116,7 @@ def run(arguments: Optional[List[str]] = None) -> None:
     first, parsed = args.runs[0], parse_run(args.runs[0], overrides)
     states = [StoredState(_weights_of(run)) for run in args.runs]
     check_same_model(args.runs)
+    _warn_of_other_images(args.runs)
     chooser = Chooser(Validation(parsed, states[0].path, args.update_bn > 0), args.update_bn)
     if len(args.runs) == 1:
         if args.start is None:
