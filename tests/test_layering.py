@@ -15,7 +15,8 @@ ROOT = Path(timm_coretune.__file__).parent
 TIERS = [
     ('version', 'lazy', 'atomic', 'checks', 'distributed', 'redaction'),
     ('model_config',),
-    ('run_folder', 'timm_model', 'data'),
+    ('run_folder', 'timm_model', 'data', 'averaging/weights'),
+    ('averaging/__init__',),
     ('mining', 'evaluation'),
     ('mixup',),
     ('loss', 'checkpoint', 'export', 'report'),
@@ -43,6 +44,7 @@ TIERS = [
     ('train/session', 'report/__main__'),
     ('train/__main__',),
     ('train/__init__',),
+    ('averaging',),
     ('__main__',),
 ]
 LEVELS = {unit: level for level, tier in enumerate(TIERS) for unit in tier}

@@ -11,6 +11,7 @@ from .task import CoreTuningTask as CoreTuningTask
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from .averaging import average_weights as average_weights
     from .checkpoint import convert_checkpoint as convert_checkpoint
     from .checkpoint import inspect_checkpoint as inspect_checkpoint
     from .checkpoint import load_checkpoint as load_checkpoint
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        'averaging': ('average_weights',),
         'checkpoint': ('convert_checkpoint', 'inspect_checkpoint', 'load_checkpoint'),
         'hub': ('export_model', 'push_to_hub'),
         'segmentation': ('SegmentationTask', 'create_segmentation_model', 'load_segmentation_model'),

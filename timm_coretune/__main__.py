@@ -38,6 +38,9 @@ COMMANDS: Dict[str, Command] = {
         ('--model', '--data-dir'),
     ),
     'report': Command('write the report of a run as one page of HTML', 'timm_coretune.report.__main__'),
+    'average': Command(
+        'average the weights of a run with those before it, or of several runs', 'timm_coretune.averaging.__main__'
+    ),
     'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
     'masks': Command('convert annotations to images with masks', 'timm_coretune.segmentation.convert.__main__'),
     'checkpoint': Command('look into a checkpoint, or convert it', 'timm_coretune.checkpoint.__main__'),

@@ -23,6 +23,7 @@ SEGMENTATION_CONFIG_NAME = 'segmentation.json'  # load_segmentation_model rebuil
 CONFUSION_NAME = 'confusion.csv'
 PER_CLASS_NAME = 'per_class.csv'
 OUTPUTS_NAME = 'predictions.safetensors'  # logits and targets of the validation, from the best epoch
+AVERAGE_NAME = 'average.csv'  # scores of all weights that `timm-coretune average` tried
 # pictures
 CURVES_NAME = 'curves.png'
 CONFUSION_PICTURE_NAME = 'confusion.png'

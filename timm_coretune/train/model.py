@@ -72,15 +72,7 @@ def create_backbone(
         kwargs = {**by_flags, **settings.model_kwargs}
         for_size = size_arguments(settings.model, kwargs, data, resizes=not whole)
         model: Any = create_model(settings.model, **{**kwargs, **for_size})
-    if settings.pretrained_path:
-        load_checkpoint(
-            model,
-            settings.pretrained_path,
-            checkpoint_key=settings.checkpoint_key,
-            allow_partial=settings.allow_partial,
-            allow_differences=settings.allow_differences,
-            frames=settings.checkpoint_frames,
-        )
+    load_backbone(settings, model)
     if whole:
         load_initial_checkpoint(settings, model, data)
     with torch.no_grad():
@@ -94,6 +86,19 @@ def create_backbone(
     num_parameters = sum(p.numel() for p in model.parameters())
     _logger.info(f'Model {safe_model_name(settings.model)} created, param count:{num_parameters}')
     return model
+
+
+def load_backbone(settings: ModelSettings, model: nn.Module) -> None:
+    """Load --pretrained-path into a model without its classifier, if it is given."""
+    if settings.pretrained_path:
+        load_checkpoint(
+            model,
+            settings.pretrained_path,
+            checkpoint_key=settings.checkpoint_key,
+            allow_partial=settings.allow_partial,
+            allow_differences=settings.allow_differences,
+            frames=settings.checkpoint_frames,
+        )
 
 
 def load_initial_checkpoint(settings: ModelSettings, model: nn.Module, data: Optional[DataSettings] = None) -> None:

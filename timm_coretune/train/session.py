@@ -257,7 +257,7 @@ def set_up(
     return Run(trainer, loaders, epochs, start_batch, over, resolved, lock)
 
 
-def _prepare_process(parsed: ParsedArguments) -> Accelerator:
+def prepare_process(parsed: ParsedArguments) -> Accelerator:
     """Set up logging, device, processes and random seeds in this process."""
     loop = parsed.settings.loop
     for name in loop.device_modules or ():  # importing them registers further kinds of devices
@@ -317,7 +317,7 @@ def run(parsed: ParsedArguments, argv: List[str]) -> List[Dict[str, Any]]:
 
 
 def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Dict[str, Any]]:
-    accelerator = _prepare_process(parsed)
+    accelerator = prepare_process(parsed)
     parsed = parsed._replace(settings=share_batch(parsed.settings, accelerator.num_processes))
     settings, output = parsed.settings, parsed.settings.output
     kind = kind_of(settings)

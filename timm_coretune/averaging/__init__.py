@@ -1,0 +1,1 @@
+from .weights import average_weights as average_weights
