@@ -16,7 +16,7 @@ import torch
 
 from timm_coretune import SegmentationTask, create_segmentation_model
 
-# name, arguments of timm.create_model
+# name, arguments of create_segmentation_model
 _BACKBONES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('resnet50', {'output_stride': 8}),
     ('resnet50', {}),
@@ -38,6 +38,8 @@ _BACKBONES: Tuple[Tuple[str, Dict[str, Any]], ...] = (
     ('vit_small_patch16_224', {}),
     ('vit_small_patch14_dinov2', {}),
     ('vit_small_patch16_dinov3', {}),
+    ('vit_small_patch16_dinov3', {'head': 'linear'}),
+    ('vit_small_patch16_dinov3', {'head': 'eomt'}),
     ('eva02_tiny_patch14_224', {}),
     ('deit3_small_patch16_224', {}),
     ('xcit_nano_12_p16_224', {}),
@@ -63,7 +65,7 @@ def describe(name: str, kwargs: Dict[str, Any], img_size: int) -> str:
     backbone = sum(p.numel() for p in model.backbone.parameters()) / 1e6
     unused = sum(p.numel() for p in model.backbone.parameters() if not p.requires_grad) / 1e6
     head = sum(p.numel() for p in [*model.decoder.parameters(), *model.classifier.parameters()]) / 1e6
-    options = ''.join(f', {k}={v}' for k, v in kwargs.items())
+    options = ''.join(f', {k}={v}' for k, v in kwargs.items() if k != 'head')
     sizes = f'{backbone:.1f} | {unused:.1f} | {head:.1f}'
     return f'| {name}{options} | {model.head} | {maps} | {model.num_features} | {sizes} |'
 

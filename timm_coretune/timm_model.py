@@ -134,7 +134,8 @@ def is_classifier_affine(model: nn.Module, width: int) -> bool:
     """
     # of a segmentation model, the decoder comes before the features
     layers: List[nn.Module] = []
-    for part in getattr(model, 'feature_classifiers', None) or get_classifiers(model):
+    parts = getattr(model, 'feature_classifiers', None)
+    for part in get_classifiers(model) if parts is None else parts:
         layers.extend(part if isinstance(part, nn.ModuleList) else [part])
     found = {layer: probe_affine(layer, width) for layer in layers}
     unknown = {type(layer).__name__ for layer, probe in found.items() if probe.is_affine is None}

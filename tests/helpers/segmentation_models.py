@@ -21,5 +21,6 @@ def tuned(*args, **kwargs):
         images = F.interpolate(coarse, model.img_size, mode='bilinear')
         model(images)
         logits = model.eval()(images)
-        model.classifier.bias -= logits.mean(dim=(0, 2, 3))  # every class is predicted somewhere
+        bias = getattr(model.classifier, 'class_head', model.classifier).bias
+        bias[: logits.shape[1]] -= logits.mean(dim=(0, 2, 3))  # every class is predicted somewhere
     return model

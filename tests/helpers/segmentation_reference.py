@@ -95,7 +95,7 @@ class Draws(NamedTuple):
 def pixel_objective(
     pixels: Pixels,
     target: torch.Tensor,
-    classifier: Affine,
+    classifier: Optional[Affine],
     projector: Optional[Tuple[Affine, Affine]],
     draws: Draws,
     num_anchors: int,
@@ -108,6 +108,8 @@ def pixel_objective(
 ) -> Dict[str, float]:
     """The losses of a batch, with mixtures of anchors that are built and classified one by one.
 
+    Without a classifier the logits of a mixture are those of its two pixels, mixed.
+
     smooth names the mixtures of the cross-entropy. Their mean has the weight smooth_weight; None is the mean of all.
     """
     height, width = pixels.features.shape[2:]
@@ -117,11 +119,12 @@ def pixel_objective(
     for image, row in zip(array(pixels.logits), cells, strict=True):
         flat = image.reshape(len(image), -1)
         hard.append([int(np.argmax(flat[:, p])) != y for p, y in enumerate(row)])
-    f, y, a, b, uniform = [], [], [], [], []
+    f, o, y, a, b, uniform = [], [], [], [], [], []
     for image, chosen in enumerate(anchors_of_batch(label, torch.tensor(hard), draws.seed, num_anchors)):
         flat = array(pixels.features)[image].reshape(pixels.features.shape[1], -1)
         for place, p in enumerate(chosen):
             f.append(flat[:, p])
+            o.append(array(pixels.logits)[image].reshape(pixels.logits.shape[1], -1)[:, p])
             y.append(int(label[image, p]))
             row = image * num_anchors + place
             a.append(float(draws.positive_lam[row]))
@@ -136,13 +139,16 @@ def pixel_objective(
         for own, x in zip(y, uniform, strict=True):
             others = [j for _, j in sorted((y[j], j) for j in range(len(y)) if y[j] != own)]
             random_negative.append(others[int(x * np.float32(len(others)))] if others else None)
-        t = soft_target(classes, len(classifier[1]), label_smoothing)
+        t = soft_target(classes, pixels.logits.shape[1], label_smoothing)
         positive, negative = mixtures(f, mined, random_negative, a, b)
         positive_target, negative_target = mixtures(t, mined, random_negative, a, b)
+        mixed = mixtures(o, mined, random_negative, a, b)
+        if classifier is not None:
+            mixed = [part and affine(part, classifier) for part in (positive, negative)]
         if smooth == 'both':
-            parts.append(cross_entropy(affine(positive, classifier), positive_target))
+            parts.append(cross_entropy(mixed[0], positive_target))
         if negative is not None:
-            parts.append(cross_entropy(affine(negative, classifier), negative_target))
+            parts.append(cross_entropy(mixed[1], negative_target))
     task_loss = sum(parts) / len(parts)
     if smooth_weight is not None:
         task_loss = dense + smooth_weight * sum(parts[1:]) / max(len(parts) - 1, 1)

@@ -24,6 +24,7 @@ class Scenario(NamedTuple):
     ignored: Tuple[int, ...] = ()
     kwargs: Dict[str, Any] = {}
     mixup_enabled: bool = True
+    head: str = 'fcn'
 
 
 SCENARIOS: Dict[str, Scenario] = {
@@ -34,6 +35,8 @@ SCENARIOS: Dict[str, Scenario] = {
     'two images and one': Scenario((2, 1), kwargs={'uneven_batches': True}),
     'one image and three': Scenario((1, 3), ignored=(2,), kwargs={'uneven_batches': True, 'label_smoothing': 0.1}),
     'no mixtures': Scenario(mixup_enabled=False),
+    'linear': Scenario(head='linear'),
+    'eomt': Scenario(head='eomt'),
     'no contrast': Scenario(kwargs={'contrast_weight': 0.0}),
 }
 
@@ -42,7 +45,7 @@ def make_task(scenario: Scenario) -> SegmentationTask:
     """Without BatchNorm's statistics of a batch and without dropout, by which images depend on their process."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = create_segmentation_model('test_vit', NUM_CLASSES, 'fcn', (32, 32)).double()
+        model = create_segmentation_model('test_vit', NUM_CLASSES, scenario.head, (32, 32)).double()
         kwargs = {'contrast_weight': 1.0, 'temperature': 0.2, 'projection_dim': 8, **scenario.kwargs}
         generator = torch.Generator().manual_seed(1)
         task = SegmentationTask(

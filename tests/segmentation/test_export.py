@@ -35,6 +35,9 @@ def test_an_exported_model_gives_the_same_bits_in_another_process(tmp_path, laun
         'deeplabv3': tuned('test_resnet', output_stride=8),
         'fpn': tuned('test_convnext'),
         'vit': tuned('test_vit', img_size=(80, 48)),
+        'linear': tuned('test_vit', 'linear', img_size=(80, 48)),
+        'eomt': tuned('test_vit', 'eomt', img_size=(80, 48)),
+        'dinov3': tuned('vit_small_patch16_dinov3', 'eomt', img_size=(80, 48), depth=4, embed_dim=64, num_heads=2),
     }
     script = tmp_path / 'load.py'
     lines = [LOAD.replace('sys.argv[1:]', repr([name, 'images.pt', f'{name}.pt'])) for name in models]

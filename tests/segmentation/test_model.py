@@ -87,7 +87,9 @@ def test_dilated_convolutions_make_one_map(output_stride, reductions):
     assert rates == {8: [12, 24, 36], 16: [6, 12, 18]}[output_stride]
 
 
-@pytest.mark.parametrize(('head', 'reductions'), [('deeplabv3', [32]), ('fcn', [32]), ('fpn', PYRAMID)])
+@pytest.mark.parametrize(
+    ('head', 'reductions'), [('deeplabv3', [32]), ('fcn', [32]), ('fpn', PYRAMID), ('linear', [32])]
+)
 def test_a_head_that_is_named_decides_on_the_maps(head, reductions):
     model = create('test_convnext', head).eval()
     assert (model.head, model.maps.reductions) == (head, reductions)
@@ -118,12 +120,14 @@ class WithoutMaps(nn.Module):
 @pytest.mark.parametrize(
     ('arguments', 'told'),
     [
-        (('test_resnet', NUM_CLASSES, 'unet'), "deeplabv3, fcn, fpn, got 'unet'"),
+        (('test_resnet', NUM_CLASSES, 'unet'), "deeplabv3, fcn, fpn, linear, eomt, got 'unet'"),
         (('test_resnet', 0), 'num_classes >= 1, got 0'),
+        (('test_convnext', NUM_CLASSES, 'eomt'), 'VisionTransformer or Eva .* got ConvNeXt'),
+        ((timm.create_model('test_vit', patch_drop_rate=0.5), NUM_CLASSES, 'eomt'), 'got one with patch dropout'),
         ((WithoutMaps(), NUM_CLASSES), 'forward_intermediates.*WithoutMaps'),
         (('mixer_s32_224', NUM_CLASSES, None, (64, 64)), 'MlpMixer that takes images of 64 x 64'),
     ],
-    ids=['head', 'classes', 'no maps', 'size'],
+    ids=['head', 'classes', 'not plain', 'patch dropout', 'no maps', 'size'],
 )
 def test_what_cannot_be_made_is_refused_with_a_sentence(arguments, told):
     with pytest.raises(ValueError, match=told):

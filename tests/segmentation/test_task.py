@@ -77,11 +77,13 @@ def losses_by_loops(task, images, target, draws):
     height, width = (math.ceil(size / multiple) * multiple for size in images.shape[2:])
     padded = torch.full((len(target), height, width), IGNORED)
     padded[:, : target.shape[1], : target.shape[2]] = target
-    classifier = model.classifier
+    classifier = None
+    if isinstance(model.classifier, nn.Conv2d):
+        classifier = (model.classifier.weight.detach().flatten(1).numpy(), model.classifier.bias.detach().numpy())
     return pixel_objective(
         Pixels(features, logits, output, padded),
         target,
-        (classifier.weight.detach().flatten(1).numpy(), classifier.bias.detach().numpy()),
+        classifier,
         criterion.projector and (layer_of(criterion.projector.fc1), layer_of(criterion.projector.fc2)),
         draws,
         task.anchors_per_image,
@@ -112,6 +114,9 @@ CASES = {
     'deeplabv3': {'head': 'deeplabv3'},
     'fpn': {'head': 'fpn'},
     'vit': {'backbone': 'test_vit'},
+    'linear': {'head': 'linear'},
+    'linear, vit': {'head': 'linear', 'backbone': 'test_vit', 'smooth': 'both'},
+    'eomt': {'head': 'eomt', 'backbone': 'test_vit', 'smooth': 'both'},
 }
 
 BATCHES = {
@@ -225,9 +230,10 @@ def test_gradients_are_finite_differences_of_the_losses_of_loops(case):
         assert trained[name].view(-1)[place].item() == pytest.approx(numeric, rel=1e-4), name
 
 
-def test_a_step_in_bfloat16_autocast_is_finite_and_close_to_one_in_float32():
+@pytest.mark.parametrize('case', ['by default', 'linear', 'eomt'])
+def test_a_step_in_bfloat16_autocast_is_finite_and_close_to_one_in_float32(case):
     images, target = blobs(2, 2, (32, 32))
-    task = create_task(dtype=torch.float32)
+    task = create_task(**CASES[case], dtype=torch.float32)
     precise = copy.deepcopy(task)(images.float(), target)
     with torch.autocast('cpu', dtype=torch.bfloat16):
         result = task(images.float(), target)
@@ -238,9 +244,10 @@ def test_a_step_in_bfloat16_autocast_is_finite_and_close_to_one_in_float32():
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_one_graph_with_the_same_losses():
-    images, target = blobs(2, 2, (33, 40))
-    task = create_task('deeplabv3')
+@pytest.mark.parametrize('case', ['deeplabv3', 'eomt'])
+def test_a_compiled_step_is_one_graph_with_the_same_losses(case):
+    images, target = blobs(2, 2, (33, 40) if case == 'deeplabv3' else (32, 32))
+    task = create_task(**CASES[case])
     compiled = copy.deepcopy(task)
     compiled.criterion.mixup.generator.set_state(task.criterion.mixup.generator.get_state())
     compiled.trainable_module = torch.compile(compiled.trainable_module, backend='aot_eager', fullgraph=True)
@@ -296,9 +303,9 @@ def test_a_checkpoint_holds_the_plain_model_and_the_rest_of_the_task_apart():
     assert scalars(task(images, target)) == scalars(other(images, target))
 
 
-@pytest.mark.parametrize('backbone', ['test_resnet', 'test_vit'])
-def test_the_head_is_exactly_what_is_not_backbone(backbone):
-    task = create_task(backbone=backbone)
+@pytest.mark.parametrize('case', ['by default', 'vit', 'linear', 'eomt'])
+def test_the_head_is_exactly_what_is_not_backbone(case):
+    task = create_task(**CASES[case])
     module = task.trainable_module
     model = module.model
     assert get_classifiers(model) == [model.decoder, model.classifier]

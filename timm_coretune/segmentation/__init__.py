@@ -1,4 +1,4 @@
-"""Semantic segmentation: a timm backbone with a head of torchvision, Core-tuned on pixels in place of images"""
+"""Semantic segmentation: a timm backbone with a head, Core-tuned on pixels in place of images"""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Decoders: torchvision's segmentation heads without their last layer, from feature maps to features of pixels"""
+"""Decoders: segmentation heads without their last layer, from feature maps to features of pixels"""
 
 from collections import OrderedDict
 from typing import List, Literal, Tuple, get_args
@@ -10,7 +10,7 @@ from torchvision.models.segmentation.deeplabv3 import ASPPPooling, DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import FeaturePyramidNetwork
 
-Head = Literal['deeplabv3', 'fcn', 'fpn']
+Head = Literal['deeplabv3', 'fcn', 'fpn', 'linear', 'eomt']
 HEADS = get_args(Head)
 _PYRAMID_CHANNELS = 256
 
@@ -63,10 +63,10 @@ def create_decoder(
     reductions: List[int],
     num_classes: int,
 ) -> Tuple[nn.Module, nn.Conv2d]:
-    """Create a head of torchvision as two modules: a decoder and a classifier.
+    """Create a head as two modules: a decoder and a classifier.
 
     Args:
-        head: One of HEADS.
+        head: One of HEADS except 'eomt', which is made for a backbone.
         channels: Channels of the feature maps, from fine to coarse.
         reductions: Side of the image divided by the side of the map, for each map.
         num_classes: Number of classes.
@@ -77,6 +77,8 @@ def create_decoder(
     if head == 'fpn':
         *layers, classifier = FCNHead(_PYRAMID_CHANNELS, num_classes)
         return PyramidDecoder(channels, layers), classifier
+    if head == 'linear':
+        return SingleMapDecoder(_BatchNormOfOne(channels[-1])), nn.Conv2d(channels[-1], num_classes, 1)
     if head == 'fcn':
         *layers, classifier = FCNHead(channels[-1], num_classes)
         return SingleMapDecoder(*layers), classifier

@@ -14,11 +14,10 @@ from timm.utils import unwrap_model
 
 from ..export import create_config, fit_channels, save_weights, write_json
 from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
-from .decoder import create_decoder
 from .description import ModelDescription, read_description
 from .feature_maps import rounded_up
 from .locate import find_model_files
-from .model import SegmentationModel, create_segmentation_model
+from .model import SegmentationModel, build_model, create_segmentation_model
 
 _SMALL = 2**24  # values of a model that may be created whatever the weights are
 
@@ -106,8 +105,7 @@ def load_segmentation_model(
         if model.maps.reductions != told.reductions == rounded_up(backbone, model.maps, told.img_size):
             # an earlier version trained it, which padded images to other multiples
             maps = model.maps._replace(reductions=told.reductions)
-            decoder, classifier = create_decoder(told.head, maps.channels, maps.reductions, told.num_classes)
-            model = SegmentationModel(backbone, maps, told.head, decoder, classifier, told.img_size)
+            model = build_model(backbone, maps, told.head, told.num_classes, told.img_size)
     except Exception as e:  # models raise errors of many kinds for arguments that do not fit each other
         raise ValueError(f'Expected the description of a segmentation model in {config_path!r}: {e!r}') from e
     if model.maps.reductions != told.reductions:

@@ -201,17 +201,26 @@ def _probing(backbone: nn.Module, img_size: Tuple[int, int]) -> Iterator[torch.T
             module.training = was_training
 
 
-def freeze_unused(backbone: nn.Module, maps: FeatureMaps, img_size: Tuple[int, int]) -> None:
-    """Freeze the parameters of a backbone that the chosen feature maps do not depend on.
+def freeze_unused(
+    backbone: nn.Module,
+    compute: Callable[[torch.Tensor], List[torch.Tensor]],
+    img_size: Tuple[int, int],
+) -> None:
+    """Freeze the parameters of a backbone that what is computed from it does not depend on.
 
     An example is the wide convolution after the last feature map of an EfficientNet. A parameter that gets no gradient
     stalls DistributedDataParallel. Frozen parameters stay in the state dict, so that plain timm loads it.
+
+    Args:
+        backbone: A timm model. It is changed in place.
+        compute: Function from images to what the head takes of the backbone.
+        img_size: Height and width of padded images.
     """
     parameters = [p for p in backbone.parameters() if p.requires_grad]
     if not parameters:
         return
-    with _probing(backbone, padded_size(img_size, maps.reductions[-1])) as image, torch.enable_grad():
-        total = torch.stack([m.float().sum() for m in compute_maps(backbone, image, maps)]).sum()
+    with _probing(backbone, img_size) as image, torch.enable_grad():
+        total = torch.stack([m.float().sum() for m in compute(image)]).sum()
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)
     for p, gradient in zip(parameters, gradients, strict=True):
         p.requires_grad_(gradient is not None)

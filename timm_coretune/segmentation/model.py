@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from ..checkpoint import load_checkpoint
 from ..timm_model import group_matcher, no_weight_decay
 from .decoder import HEADS, create_decoder
-from .feature_maps import FeatureMaps, compute_maps, find_maps, freeze_unused, missing, resize_backbone
+from .eomt import MaskClassifier, MaskDecoder, append_queries, check_plain_transformer
+from .feature_maps import FeatureMaps, compute_maps, find_maps, freeze_unused, missing, padded_size, resize_backbone
 
 
 class SegmentationModel(nn.Module):
@@ -24,7 +25,7 @@ class SegmentationModel(nn.Module):
         maps: The feature maps of the backbone that the decoder uses.
         head: Name of the head, one of HEADS.
         decoder: Turns the feature maps into features of pixels (B, D, h, w).
-        classifier: 1 x 1 convolution from the features to logits.
+        classifier: 1 x 1 convolution from the features to logits, or a MaskClassifier.
         img_size: Height and width of the images that the model is trained on.
 
     Attributes:
@@ -34,7 +35,7 @@ class SegmentationModel(nn.Module):
 
     backbone: nn.Module
     decoder: nn.Module
-    classifier: nn.Conv2d
+    classifier: Union[nn.Conv2d, MaskClassifier]
     data_config: Dict[str, Any]
     class_names: Optional[List[str]]
 
@@ -44,7 +45,7 @@ class SegmentationModel(nn.Module):
         maps: FeatureMaps,
         head: str,
         decoder: nn.Module,
-        classifier: nn.Conv2d,
+        classifier: Union[nn.Conv2d, MaskClassifier],
         img_size: Tuple[int, int],
     ):
         super().__init__()
@@ -97,7 +98,11 @@ class SegmentationModel(nn.Module):
     def forward_head(self, maps: List[torch.Tensor], pre_logits: bool = False) -> torch.Tensor:
         """Compute logits (B, C, h, w) from feature maps, or with pre_logits=True features (B, D, h, w)."""
         features = self.decoder(maps)
-        return features if pre_logits else self.classifier(features)
+        return features if pre_logits else self.classify(features, maps)
+
+    def classify(self, features: torch.Tensor, maps: List[torch.Tensor]) -> torch.Tensor:
+        """Compute logits (B, C, h, w) from the features of pixels and the feature maps that they are made of."""
+        return self.classifier(features)
 
     def forward_pixels(self, x: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Compute pre-logits features and logits at the resolution of the decoder, and logits of the image pixels.
@@ -110,14 +115,46 @@ class SegmentationModel(nn.Module):
             images without padding (B, C, H, W).
         """
         padded = self.pad(x)
-        features = self.forward_head(self.forward_features(padded), pre_logits=True)
-        logits = self.classifier(features)
+        maps = self.forward_features(padded)
+        features = self.forward_head(maps, pre_logits=True)
+        logits = self.classify(features, maps)
         output = F.interpolate(logits, size=padded.shape[-2:], mode='bilinear', align_corners=False)
         return features, logits, output[..., : x.shape[-2], : x.shape[-1]]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits of every pixel (B, C, H, W) of images (B, 3, H, W)."""
         return self.forward_pixels(x)[2]
+
+
+class MaskTransformer(SegmentationModel):
+    """A SegmentationModel whose 'feature maps' are the map of patches, and the queries of EoMT."""
+
+    decoder: MaskDecoder
+    classifier: MaskClassifier
+
+    @property
+    def feature_classifiers(self) -> List[nn.Module]:
+        """Empty: a mixture of pixels of two images has no queries, so its logits are mixed from those of the pixels."""
+        return []
+
+    def forward_features(self, x: torch.Tensor) -> List[torch.Tensor]:
+        return append_queries(self.backbone, x, self.decoder.queries, self.decoder.num_blocks)
+
+    def classify(self, features: torch.Tensor, maps: List[torch.Tensor]) -> torch.Tensor:
+        return self.classifier(features, maps[1])
+
+
+def build_model(
+    backbone: nn.Module, maps: FeatureMaps, head: str, num_classes: int, img_size: Tuple[int, int]
+) -> SegmentationModel:
+    """Put a head on feature maps of a backbone that were chosen."""
+    if head == 'eomt':
+        decoder = MaskDecoder(maps.channels[-1], maps.reductions[-1], len(cast(nn.Sequential, backbone.blocks)))
+        mask_classifier = MaskClassifier(maps.channels[-1], num_classes)
+        return MaskTransformer(backbone, maps, head, decoder, mask_classifier, img_size)
+    return SegmentationModel(
+        backbone, maps, head, *create_decoder(head, maps.channels, maps.reductions, num_classes), img_size
+    )
 
 
 def create_segmentation_model(
@@ -128,7 +165,7 @@ def create_segmentation_model(
     checkpoint: Optional[Union[str, os.PathLike]] = None,
     **backbone_kwargs: Any,
 ) -> SegmentationModel:
-    """Put a segmentation head of torchvision on a timm backbone.
+    """Put a segmentation head on a timm backbone.
 
     Create a convolutional network with `output_stride=8` or 16 if it takes this argument: its last feature map is then
     fine enough for DeepLab-V3. Otherwise its feature maps are joined in a pyramid. A plain transformer has feature maps
@@ -137,8 +174,9 @@ def create_segmentation_model(
     Args:
         backbone: A timm model, with or without trained weights, or the name of one to create.
         num_classes: Number of classes, including the background.
-        head: Name of the head: `deeplabv3` or `fcn` on the last feature map, or `fpn` on a pyramid. When None `fpn` if
-            the last map is coarser than 1/16 and there are finer ones, otherwise `deeplabv3`.
+        head: Name of the head: `deeplabv3`, `fcn` or `linear` on the last feature map, `fpn` on a pyramid, or `eomt`
+            with queries among the tokens of a plain transformer. When None `fpn` if the last map is coarser than 1/16
+            and there are finer ones, otherwise `deeplabv3`.
         img_size: Height and width of the images. Position embeddings are resized to it. When None the image size of the
             backbone.
         checkpoint: A self-supervised checkpoint to load into the backbone, anything that `load_checkpoint` takes.
@@ -160,10 +198,12 @@ def create_segmentation_model(
         raise ValueError(f'Arguments of timm.create_model need the name of a backbone: {sorted(backbone_kwargs)}.')
     if checkpoint is not None:
         load_checkpoint(backbone, checkpoint)
+    if head == 'eomt':
+        check_plain_transformer(backbone)
     img_size = resize_backbone(backbone, img_size)
     maps = find_maps(backbone, img_size, pyramid=None if head is None else head == 'fpn')
     if head is None:
         head = 'deeplabv3' if len(maps.indices) == 1 else 'fpn'
-    freeze_unused(backbone, maps, img_size)
-    decoder, classifier = create_decoder(head, maps.channels, maps.reductions, num_classes)
-    return SegmentationModel(backbone, maps, head, decoder, classifier, img_size)
+    model = build_model(backbone, maps, head, num_classes, img_size)
+    freeze_unused(backbone, model.forward_features, padded_size(img_size, maps.reductions[-1]))
+    return model
