@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from ..atomic import write_whole
+from ..data.columns import import_pyarrow
 from .predictor import Prediction
 
 TABLE_ENDINGS = ('.csv', '.json', '.parquet')
@@ -24,16 +25,7 @@ def check_ending(path: str, endings: Sequence[str]) -> None:
     if not os.path.isdir(folder):
         raise ValueError(f'Expected a folder for {path!r}, there is no {folder!r}. Create it.')
     if ending == '.parquet':
-        _import_pyarrow()
-
-
-def _import_pyarrow() -> Any:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as e:
-        raise ValueError("Parquet files need pyarrow: pip install 'timm-coretune[parquet]'") from e
-    return pyarrow
+        import_pyarrow()
 
 
 def rows_of(images: Sequence[str], predictions: Sequence[Prediction]) -> List[Dict[str, Any]]:
@@ -55,7 +47,7 @@ def write_predictions(path: str, images: Sequence[str], predictions: Sequence[Pr
     ending = os.path.splitext(path)[1].lower()
     with write_whole(path) as temporary:
         if ending == '.parquet':
-            pyarrow = _import_pyarrow()
+            pyarrow = import_pyarrow()
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), temporary)
             return
         with open(temporary, 'w', newline='', encoding='utf-8') as f:
@@ -74,6 +66,6 @@ def write_features(path: str, images: Sequence[str], features: torch.Tensor) -> 
             with open(temporary, 'wb') as f:  # np.save would append an ending to the name
                 np.save(f, features.numpy())
             return
-        pyarrow = _import_pyarrow()
+        pyarrow = import_pyarrow()
         columns = {'image': list(images), 'features': list(features.numpy())}
         pyarrow.parquet.write_table(pyarrow.table(columns), temporary)

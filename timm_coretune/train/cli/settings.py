@@ -38,7 +38,10 @@ class DataSettings:
     """Images and labels, augmentation, batches and loaders."""
 
     data_dir: Optional[str] = flag(
-        None, 'images: a folder with a subfolder per class, a tar file or a safetensors file', 'DIR', section='data'
+        None,
+        'images: a folder with a subfolder per class, a table (.csv, .parquet), a tar or safetensors file',
+        'DIR',
+        section='data',
     )
     dataset: str = flag('', 'data set by its name in timm, such as torch/cifar10 or hfds/owner/name', 'TYPE/NAME')
     train_split: str = flag('train', 'split of the data set to train on')
@@ -48,9 +51,9 @@ class DataSettings:
     dataset_download: bool = flag(False, 'download the data set, if it is of torch/ or tfds/')
     class_map: str = flag('', 'file that maps class names to indices', 'FILE')
     input_img_mode: Optional[str] = flag(None, 'PIL mode that images are read in (default: RGB for 3 channels, else L)')
-    input_key: Optional[str] = flag(None, 'field that holds the image, in a data set of records such as hfds/', 'KEY')
+    input_key: Optional[str] = flag(None, 'field that holds the image, in records such as hfds/ or a table', 'KEY')
     target_key: Optional[str] = flag(
-        None, 'field of the label, in records such as hfds/; a,b: one for each class', 'KEY'
+        None, 'field of the label, in records such as hfds/ or a table; a,b: one for each class', 'KEY'
     )
     task: Literal['classification', 'multilabel'] = flag('classification', 'multilabel: images have several labels')
     target_format: Literal['indices', 'multihot'] = flag('indices', 'labels of an image in a data set of records')

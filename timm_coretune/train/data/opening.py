@@ -6,11 +6,10 @@ import os
 from typing import Any, Callable, Tuple, cast
 
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
-from timm.data.readers.targets import has_field
 from torch.utils.data import Dataset
 from torchvision.datasets import VisionDataset
 
-from ...checks import shorten
+from ...data.columns import is_table
 from ...data.images import ImageStream, LabelledImages
 from ...data.safetensors_images import find_splits as splits_of_safetensors
 from ...data.safetensors_reader import ReaderSafetensors
@@ -23,6 +22,7 @@ from .class_folders import (
     in_natural_order,
 )
 from .classes import read_class_map
+from .fields import check_stream
 from .labelled import ConvertedImages, LabelledSubset
 from .splits import (
     Splits,
@@ -32,6 +32,7 @@ from .splits import (
     splits_of_hfds,
     splits_of_torchvision,
 )
+from .table import open_table
 
 _PACKAGES = {'hfds': 'datasets', 'hfids': 'datasets', 'tfds': 'tensorflow_datasets', 'wds': 'webdataset'}
 
@@ -65,19 +66,8 @@ def _create_with_timm(settings: DataSettings, root: str, split: str, is_training
         )
     except (RuntimeError, AssertionError, FileNotFoundError, ValueError) as e:
         raise ValueError(f'Expected images of the split {split!r} of {settings.dataset} in {root!r}: {e}') from e
-    _check_fields(dataset, settings)
+    check_stream(getattr(dataset, 'reader', None), settings)
     return _open_by_our_rules(dataset, img_mode)
-
-
-def _check_fields(dataset: Any, settings: DataSettings) -> None:
-    """Raise a ValueError if the records of a data set have not the field of --target-key, and the fields are known."""
-    reader = getattr(dataset, 'reader', None)
-    features = getattr(getattr(getattr(reader, 'dataset', None), 'info', None), 'features', None)
-    key = settings.target_key
-    if key and features and ',' not in key and not has_field(features, key):
-        raise ValueError(
-            f'Expected the field --target-key {key} in {settings.dataset}, which has {shorten(sorted(features), 20)}.'
-        )
 
 
 def _open_by_our_rules(dataset: Any, img_mode: str) -> Dataset:
@@ -127,12 +117,16 @@ def find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tuple
     if root.endswith('.safetensors'):
         splits = choose_splits(settings, splits_of_safetensors(root), root, with_training)
         return splits, lambda split, _: LabelledImages(root, ReaderSafetensors(root, split), input_img_mode=img_mode)
-    if settings.target_key or settings.train_num_samples or settings.val_num_samples:
-        raise ValueError('Expected --target-key, --train-num-samples and --val-num-samples with records or streams.')
+    if settings.train_num_samples or settings.val_num_samples:
+        raise ValueError('Expected --train-num-samples and --val-num-samples with records or streams.')
+    if is_table(root) and os.path.isfile(root):
+        return open_table(root, settings, with_training, class_map, img_mode)
+    if settings.target_key:
+        raise ValueError('Expected --target-key with a table, records or streams.')
     if settings.is_multi_label:
         raise ValueError(
             f'Expected images with several labels in {root!r}, in a folder or tar file each has one, its class. Give a '
-            'data set of records as --dataset, such as hfds/, or a safetensors file.'
+            'table, a data set of records as --dataset, such as hfds/, or a safetensors file.'
         )
     if os.path.isdir(root):
         types = settings.input_key.split(';') if settings.input_key else None
@@ -140,7 +134,7 @@ def find_splits(settings: DataSettings, with_training: bool, seed: int) -> Tuple
             root, ReaderClassFolders(os.path.join(root, split), class_map, types), input_img_mode=img_mode
         )
     if not root.endswith('.tar'):
-        raise ValueError(f'Expected a folder, a .tar or a .safetensors file in --data-dir, got {root!r}.')
+        raise ValueError(f'Expected a folder, a .csv, .parquet, .tar or .safetensors file in --data-dir, got {root!r}.')
     reader = ReaderClassTar(root, class_map)
     tops = reader.top_folders()
     splits = choose_splits(settings, in_natural_order(list({*tops} - {''})), root, with_training, may_be_whole=True)

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from ...checks import shorten
 from ..cli.settings import DataSettings
 from .class_folders import ReaderClassTar, subfolders
+from .fields import check_fields
 
 _logger = logging.getLogger(__name__)
 
@@ -194,7 +195,10 @@ def splits_of_hfds(settings: DataSettings, with_training: bool = True) -> Splits
     if settings.dataset.lower().startswith('hfids/'):  # a stream, of which nothing is downloaded
         whole = datasets.get_dataset_split_names(name, **remote)
     else:
-        whole = list(datasets.load_dataset(name, cache_dir=settings.data_dir, **remote))
+        loaded = datasets.load_dataset(name, cache_dir=settings.data_dir, **remote)
+        whole = list(loaded)
+        if whole:  # timm adds an empty column of images if there is none
+            check_fields(loaded[whole[0]].features, settings)
     asked = (settings.train_split, settings.val_split)
     named = [split for split in asked if all(part.partition('[')[0] in whole for part in split.split('+'))]
     return choose_splits(settings, [*whole, *named], settings.dataset, with_training, usual=whole)
