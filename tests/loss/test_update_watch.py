@@ -53,13 +53,13 @@ def train(model, criterion, update, num_steps=14, loss_of=lambda losses: losses[
     return any(not torch.equal(before[name], after[name]) for name in before if 'projector' in name)
 
 
-def update_by(*optimizers, every=1):
+def update_by(*optimizers, every=1, to_none=True):
     def update(step):
         if (step + 1) % every == 0:
             for optimizer in optimizers:
                 optimizer.step()
             for optimizer in optimizers:
-                optimizer.zero_grad()
+                optimizer.zero_grad(set_to_none=to_none)
 
     return update
 
@@ -109,9 +109,12 @@ def test_a_task_notices_it_too(messages, cached, forgotten):
 
 def test_a_loss_that_is_trained_is_not_warned_of(messages):
     model, criterion = Network(), create_loss()
-    own = torch.optim.SGD(criterion.parameters(), lr=0.1)
     both = torch.optim.SGD(parameters_of(model, criterion), lr=0.1)
     assert train(model, criterion, update_by(both))
+    # gradients are zeros between steps, and not None
+    model, criterion = Network(), create_loss()
+    both = torch.optim.SGD(parameters_of(model, criterion), lr=0.1)
+    assert train(model, criterion, update_by(both, to_none=False))
     # the loss has an optimizer of its own, which begins later
     model, criterion = Network(), create_loss()
     first, own = (torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, criterion))
