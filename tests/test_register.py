@@ -203,3 +203,17 @@ def test_a_loss_of_the_factory_trains_in_the_right_task():
     loss = timm.loss.create_classification_loss('coretune', num_features=model.num_features)
     task = CoreTuningTask(model, criterion=loss, verbose=False)
     assert task(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))['loss'].requires_grad
+
+
+@pytest.mark.parametrize('name', ['test_resnet', 'mobilenetv3_small_050'])  # whose widths before the head differ
+def test_the_model_tells_the_width_of_its_features(name):
+    model = timm.create_model(name, num_classes=3)
+    width = model.get_classifier().in_features
+    for loss_type in LOSSES:
+        loss = timm.loss.create_classification_loss(loss_type, num_features=model)
+        assert loss.num_features in (width, None), loss_type  # None for losses that accept any
+    criterion = CoreTuningLoss(model)
+    assert (criterion.num_features, criterion.projector.fc1.in_features) == (width, width)
+    assert not any(part is model for part in criterion.modules())
+    with pytest.raises(ValueError, match='Linear has neither head_hidden_size nor num_features'):
+        CoreTuningLoss(torch.nn.Linear(2, 2))

@@ -112,6 +112,7 @@ class CachedStep:
         sizes = [_count_images(chunk) for chunk in chunks]
         target = target if isinstance(target, torch.Tensor) else torch.cat(list(target))
         module.criterion.check_target(target, sum(sizes), module.model.num_classes)
+        module.criterion.check_updates(module.model)
         prepared = protect_draws(module.criterion.prepare(sum(sizes), target.device))
         with module.listening():
             whole, starts = self._first_pass(module, chunks, is_compiled=hasattr(bare, '_orig_mod'))

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from typing import Any, Callable, Dict, List, Optional, Tuple, Type
+from typing import Any, Callable, Dict, List, Optional, Tuple, Type, Union
 
 import timm.data
 import timm.loss
@@ -18,7 +18,7 @@ from .task import CoreTuningTask
 
 def create_task_loss(
     loss_type: str,
-    num_features: int = 0,
+    num_features: Union[int, nn.Module] = 0,
     multi_label: bool = False,
     smoothing: float = 0.0,
     soft_targets: bool = False,
@@ -28,7 +28,7 @@ def create_task_loss(
 
     Args:
         loss_type: Name of the loss in timm_coretune.loss.LOSSES.
-        num_features: Width of the features before the classifier; required.
+        num_features: Width of the features before the classifier, or the model; required.
         multi_label: Whether an image may have several labels. Losses that compare images by their one class refuse it.
         smoothing: Label smoothing factor. With soft_targets it is ignored, as in timm's other losses.
         soft_targets: Whether targets are soft labels, from timm's Mixup or CutMix.
@@ -45,10 +45,10 @@ def create_task_loss(
             f"Loss type '{loss_type}' takes the arguments of {loss.__name__}: {', '.join(foreign)} belong(s) to other "
             'losses of timm and would have no effect. Leave out what is not at its default.'
         )
-    if not num_features:
+    if not isinstance(num_features, nn.Module) and not num_features:
         raise ValueError(
             f"Loss type '{loss_type}' requires num_features, the width before the classifier "
-            '(model.head_hidden_size or model.num_features).'
+            '(model.head_hidden_size or model.num_features), or the model itself.'
         )
     try:
         smoothing = 0.0 if soft_targets else smoothing

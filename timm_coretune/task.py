@@ -312,6 +312,7 @@ class CoreTuningTask(TrainingTask):
         module = unwrap_model(self.trainable_module)
         batch_size = (input if isinstance(input, torch.Tensor) else next(iter(input.values()))).shape[0]
         module.criterion.check_target(target, batch_size, module.model.num_classes)
+        module.criterion.check_updates(module.model)
         prepared = protect_draws(module.criterion.prepare(batch_size, target.device))
         with module.listening():
             return self.trainable_module(input, target, *prepared)

@@ -21,6 +21,7 @@ from typing import (
 import torch
 import torch.nn as nn
 from timm.models import group_parameters
+from timm.utils import unwrap_model
 
 _logger = logging.getLogger(__name__)
 
@@ -183,6 +184,15 @@ def get_feature_dim(model: nn.Module) -> int:
             'Pass criterion=CoreTuningLoss(num_features=...).'
         )
     return feature_dim
+
+
+def resolve_num_features(num_features: Union[int, nn.Module]) -> int:
+    """The width of the features that a loss was given: a number, or the model whose pre-logits features they are.
+
+    Raises:
+        ValueError: The model does not tell the width.
+    """
+    return get_feature_dim(unwrap_model(num_features)) if isinstance(num_features, nn.Module) else num_features
 
 
 def no_weight_decay(model: nn.Module, prefix: str) -> Set[str]:

@@ -1,6 +1,8 @@
 """Losses on features and logits, with one file per paper"""
 
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional, Type, Union
+
+import torch.nn as nn
 
 from .base import TaskLoss as TaskLoss
 from .base import arguments_of
@@ -40,12 +42,12 @@ def resolve_method(coretune: bool, method: Optional[str]) -> Optional[str]:
     return None if name == 'plain' else name
 
 
-def create_method(name: str, num_features: int, **kwargs: Any) -> TaskLoss:
+def create_method(name: str, num_features: Union[int, nn.Module], **kwargs: Any) -> TaskLoss:
     """Create the loss of a method.
 
     Args:
         name: Name of the method in METHODS.
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         **kwargs: Arguments of the loss.
 
     Raises:

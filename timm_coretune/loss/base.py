@@ -17,6 +17,7 @@ from ..distributed import GlobalBatch, copy_to, process_index_and_count
 from ..mining import at_least_float32, hard_label
 from ..mining.label_sets import check_multi_label, label_sets
 from .parts.cross_entropy import finite, infinite_again, nll
+from .parts.update_watch import UpdateWatch, find_parameter
 
 Classifier = Callable[[torch.Tensor], torch.Tensor]
 _FIX = {
@@ -122,6 +123,7 @@ class TaskLoss(nn.Module):
             classification_loss = create_classification_loss(multi_label=True, smoothing=label_smoothing)
         self.classification_loss = classification_loss
         self.generator = generator if generator is not None else torch.Generator().manual_seed(torch.initial_seed())
+        self._updates = UpdateWatch()
 
     def attach(self, model: nn.Module) -> None:
         """Called once with the model, before anything is wrapped, compiled or given to the optimizer.
@@ -156,6 +158,10 @@ class TaskLoss(nn.Module):
     def check_target(self, target: torch.Tensor, batch_size: int, num_classes: int) -> None:
         """Raise a ValueError unless the target fits the batch, the classes, and whether images have several labels."""
         (check_multi_label if self.multi_label else check_target)(target, batch_size, num_classes)
+
+    def check_updates(self, model: nn.Module) -> None:
+        """Warn if an optimizer updates the model, and not this loss. Called in each step of a task."""
+        self._updates.see(self, lambda: next((p for p in model.parameters() if p.requires_grad), None))
 
     def labels_of(self, target: torch.Tensor) -> torch.Tensor:
         """What says which rows are positives: the class of each (B,), or with multi_label its label set (B, C)."""
@@ -313,6 +319,7 @@ class TaskLoss(nn.Module):
         self.check_given(**{name: further.get(name) for name in self.requires})
         if 'model' in further:
             further['model'] = unwrap_model(further['model'])  # whose parameters have other names
+        self._updates.see(self, lambda: find_parameter(logits, features))
         prepared = self.prepare(features.shape[0], features.device)
         return self.compute(features, logits, target, *prepared, **further)
 

@@ -8,9 +8,10 @@ missing, the logit compensation of its cross-entropy, and its two further views 
 """
 
 import math
-from typing import Any
+from typing import Any, Union
 
 import torch
+import torch.nn as nn
 
 from .parts.contrastive import ContrastiveLoss
 
@@ -26,14 +27,14 @@ class BCLLoss(ContrastiveLoss):
     A step costs as much as one of SCL. Where all classes of the batch are equally frequent, the two differ little.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         contrast_weight: Weight of the contrastive loss, > 0. 0.35 is that of the released code.
         **kwargs: Arguments of ContrastiveLoss and TaskLoss.
     """
 
     for_multi_label = False
 
-    def __init__(self, num_features: int, contrast_weight: float = 0.35, **kwargs: Any):
+    def __init__(self, num_features: Union[int, nn.Module], contrast_weight: float = 0.35, **kwargs: Any):
         super().__init__(num_features, contrast_weight, **kwargs)
 
     def per_anchor(self, unit: torch.Tensor, label: torch.Tensor, anchor: slice) -> torch.Tensor:

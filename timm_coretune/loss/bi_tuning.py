@@ -12,14 +12,14 @@ Cost: one more forward pass without gradient in a step, a second set of weights,
 D + 1 + P numbers for each class. With 1,000 classes and 2,048 features these are 350 MB.
 """
 
-from typing import Any, Dict, Optional, cast
+from typing import Any, Dict, Optional, Union, cast
 
 import torch
 import torch.nn as nn
 
 from ..distributed import GlobalBatch
 from ..mining import hard_label, normalize
-from ..timm_model import get_classifiers
+from ..timm_model import get_classifiers, resolve_num_features
 from .base import TaskLoss
 from .parts.bank import Bank
 from .parts.pretrained import MomentumEncoder
@@ -35,7 +35,7 @@ class BiTuningLoss(TaskLoss):
     With weights in bfloat16, most steps of the momentum encoder are too small to be stored. Use autocast instead.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         contrast_weight: Weight of both contrasts, > 0.
         temperature: Divides the cosine similarities, > 0.
         projection_dim: Width P of the projection, by one linear layer.
@@ -54,7 +54,7 @@ class BiTuningLoss(TaskLoss):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: Union[int, nn.Module],
         contrast_weight: float = 1.0,
         temperature: float = 0.07,
         projection_dim: int = 128,
@@ -69,10 +69,10 @@ class BiTuningLoss(TaskLoss):
                 'Expected contrast_weight and temperature > 0 and momentum in [0, 1], got '
                 f'{contrast_weight}, {temperature} and {momentum}.'
             )
-        self.num_features = num_features
+        self.num_features = resolve_num_features(num_features)
         self.contrast_weight, self.temperature = contrast_weight, temperature
         self.queue_size, self.momentum = queue_size, momentum
-        self.projector = nn.Linear(num_features, projection_dim)
+        self.projector = nn.Linear(self.num_features, projection_dim)
         self.encoder: Any = None  # created by attach(), as the queue
 
     def attach(self, model: nn.Module) -> None:

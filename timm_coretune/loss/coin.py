@@ -6,7 +6,7 @@ Paper: `Improving Fine-tuning of Self-supervised Models with Contrastive Initial
 Written from the paper. Both parts are one run here, with one schedule of the learning rate, as in the released code.
 """
 
-from typing import Any, Optional, cast
+from typing import Any, Optional, Union, cast
 
 import torch
 import torch.nn as nn
@@ -27,7 +27,7 @@ class COINLoss(SCLLoss):
     A step costs as much as one of SCL.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         contrast_only: Share of the updates in which there is no cross-entropy, in [0, 1).
         contrast_weight: Weight of the contrastive loss in the second part, > 0. In the first part its weight is 1.
         temperature: Temperature of the contrastive loss, which divides cosine similarities, > 0.
@@ -43,7 +43,7 @@ class COINLoss(SCLLoss):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: Union[int, nn.Module],
         contrast_only: float = 0.7,
         contrast_weight: float = 0.1,
         temperature: float = 0.3,

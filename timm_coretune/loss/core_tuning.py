@@ -7,7 +7,7 @@ Written from the paper. The released code has no licence and was not copied. Her
 clean features, no forward pass is repeated for logging, and a loss that is not finite is not replaced.
 """
 
-from typing import Any, Dict, Optional, Sequence, Tuple, cast
+from typing import Any, Dict, Optional, Sequence, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -15,7 +15,7 @@ import torch.nn as nn
 from ..distributed import GlobalBatch, process_index_and_count
 from ..mining.label_sets import jaccard_of_rows
 from ..mixup import HardMixtures, HardPairMixup, MixupDraws
-from ..timm_model import is_classifier_affine
+from ..timm_model import is_classifier_affine, resolve_num_features
 from .base import Classifier, TaskLoss
 from .focal_supcon import FocalSupConLoss
 from .parts.cross_entropy import finite, infinite_again
@@ -48,7 +48,7 @@ class CoreTuningLoss(TaskLoss):
 
     Args:
         num_features: Width D of the pre-logits features: `model.head_hidden_size` if the model has it, else
-            `model.num_features`.
+            `model.num_features`. Or the model itself, which tells it.
         contrast_weight: Weight of the contrastive loss, >= 0. With 0 there is no projection head.
         mixup_alpha: Parameter alpha of Beta(alpha, alpha), from which mixing shares are drawn, > 0.
         temperature: Temperature of the contrastive loss, which divides cosine similarities, > 0.
@@ -81,7 +81,7 @@ class CoreTuningLoss(TaskLoss):
     Examples:
 
         ```python
-        criterion = CoreTuningLoss(model.num_features)  # its projection head has parameters: give them to the optimizer
+        criterion = CoreTuningLoss(model)  # its projection head has parameters: give them to the optimizer
         feature_map = model.forward_features(images)
         features = model.forward_head(feature_map, pre_logits=True)
         loss = criterion(features, model.get_classifier()(features), target)
@@ -92,7 +92,7 @@ class CoreTuningLoss(TaskLoss):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: Union[int, nn.Module],
         contrast_weight: float = 0.1,
         mixup_alpha: float = 1.0,
         temperature: float = 0.07,
@@ -115,6 +115,7 @@ class CoreTuningLoss(TaskLoss):
         super().__init__(
             gather, uneven_batches, label_smoothing, generator, class_weight, multi_label, classification_loss
         )
+        num_features = resolve_num_features(num_features)
         if num_features < 1 or projection_dim < 1:
             raise ValueError(
                 f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '

@@ -12,14 +12,14 @@ classifier weights, rescales the shifted features, and averages over batch and b
 Cost: one more forward pass without gradient in a step, a second set of weights, and a bank of 2 K rows of features.
 """
 
-from typing import Any, Dict, Optional, cast
+from typing import Any, Dict, Optional, Union, cast
 
 import torch
 import torch.nn as nn
 
 from ..distributed import GlobalBatch
 from ..mining import at_least_float32, hard_label
-from ..timm_model import check_classifies_rows
+from ..timm_model import check_classifies_rows, resolve_num_features
 from .base import TaskLoss
 from .parts.bank import Bank
 from .parts.forward import classify
@@ -37,7 +37,7 @@ class DRTuneLoss(TaskLoss):
     The rows of a batch enter the bank before its loss. With soft targets, their most probable class counts.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         weight: Weight of the mean cross-entropy of the bank, > 0. When None, the number of its filled rows divided by
             that of the labelled rows of the global batch, as in the paper. Each row of the bank then counts as much as
             one of the batch, so the gradient of the classifier grows by the factor 1 + K / B. Clipping gradients by
@@ -55,14 +55,20 @@ class DRTuneLoss(TaskLoss):
     takes_classification_loss = False
     keeps_copy = True
 
-    def __init__(self, num_features: int, weight: Optional[float] = None, bank_size: int = 2048, **kwargs: Any):
+    def __init__(
+        self,
+        num_features: Union[int, nn.Module],
+        weight: Optional[float] = None,
+        bank_size: int = 2048,
+        **kwargs: Any,
+    ):
         super().__init__(**kwargs)
         self.check_gather()
         if weight is not None and not weight > 0.0:
             raise ValueError(f'Expected weight > 0, or None for that of the paper, got {weight}.')
-        self.num_features = num_features
+        self.num_features = resolve_num_features(num_features)
         self.weight = weight
-        self.bank: Any = Bank(bank_size, {'pretrained': num_features, 'tuned': num_features})
+        self.bank: Any = Bank(bank_size, {'pretrained': self.num_features, 'tuned': self.num_features})
         self.pretrained: Optional[PretrainedFeatures] = None
 
     def attach(self, model: nn.Module) -> None:

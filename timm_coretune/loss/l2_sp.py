@@ -6,7 +6,7 @@ Paper: `Explicit Inductive Bias for Transfer Learning with Convolutional Network
 Written from the formula. Left out are the variants that weigh each parameter by its Fisher information, or group them.
 """
 
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 import torch.nn as nn
@@ -31,7 +31,7 @@ class L2SPLoss(TaskLoss):
     A step costs one pass over the weights. A copy of w0 stays in memory, and is saved with the training state.
 
     Args:
-        num_features: Width D of the pre-logits features. The loss takes any, and does not look at them.
+        num_features: Width D of the pre-logits features, or the model. The loss takes any, and does not look at them.
         weight: Weight of the distance from the starting point, >= 0. The paper searches 0.001 to 1.
         head_weight: Weight of the norm of the new layers, >= 0.
         **kwargs: Arguments of TaskLoss.
@@ -44,7 +44,9 @@ class L2SPLoss(TaskLoss):
     keeps_copy = True
     pretrained: Optional[PretrainedWeights]
 
-    def __init__(self, num_features: int, weight: float = 0.1, head_weight: float = 0.01, **kwargs: Any):
+    def __init__(
+        self, num_features: Union[int, nn.Module], weight: float = 0.1, head_weight: float = 0.01, **kwargs: Any
+    ):
         super().__init__(**kwargs)
         if not weight >= 0.0 or not head_weight >= 0.0:
             raise ValueError(f'Expected weight and head_weight >= 0, got {weight} and {head_weight}.')

@@ -10,13 +10,14 @@ is not 0 before tuning: the model that trains uses the statistics of the batch, 
 Cost: one more forward pass without gradient in a step, and a second set of weights.
 """
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 import torch.nn as nn
 
 from ..distributed import GlobalBatch
 from ..mining import hard_label, normalize
+from ..timm_model import resolve_num_features
 from .base import TaskLoss
 from .parts.pretrained import PretrainedFeatures
 
@@ -31,7 +32,7 @@ class LDIFSLoss(TaskLoss):
     have one size, such as a vision transformer, has no stages: the ends of its four quarters are taken.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         weight: Weight of the distance, > 0.
         **kwargs: Arguments of TaskLoss.
 
@@ -43,11 +44,11 @@ class LDIFSLoss(TaskLoss):
     for_pixels = False
     keeps_copy = True
 
-    def __init__(self, num_features: int, weight: float = 10.0, **kwargs: Any):
+    def __init__(self, num_features: Union[int, nn.Module], weight: float = 10.0, **kwargs: Any):
         super().__init__(**kwargs)
         if not weight > 0.0:
             raise ValueError(f'Expected weight > 0, got {weight}. Without it this method is plain cross-entropy.')
-        self.num_features = num_features
+        self.num_features = resolve_num_features(num_features)
         self.weight = weight
         self.pretrained: Optional[PretrainedFeatures] = None
 

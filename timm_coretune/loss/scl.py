@@ -6,9 +6,10 @@ Papers: `Supervised Contrastive Learning`
     - Beliz Gunel et al., ICLR 2021, https://arxiv.org/abs/2011.01403
 """
 
-from typing import Any
+from typing import Any, Union
 
 import torch
+import torch.nn as nn
 
 from .focal_supcon import FocalSupConLoss
 from .parts.contrastive import ContrastiveLoss
@@ -18,11 +19,11 @@ class SCLLoss(ContrastiveLoss):
     """Cross-entropy + contrast_weight x SupCon.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         **kwargs: Arguments of ContrastiveLoss and TaskLoss.
     """
 
-    def __init__(self, num_features: int, **kwargs: Any):
+    def __init__(self, num_features: Union[int, nn.Module], **kwargs: Any):
         super().__init__(num_features, **kwargs)
         self.contrast = FocalSupConLoss(self.temperature, focal=False)
 

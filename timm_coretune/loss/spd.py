@@ -6,7 +6,7 @@ Paper: `Rethinking Weight Decay for Robust Fine-Tuning of Foundation Models`
 Written from the formula. The paper builds it into Adam. Here it corrects the updates of any optimizer.
 """
 
-from typing import Any, Dict, List, Optional, Tuple, cast
+from typing import Any, Dict, List, Optional, Tuple, Union, cast
 
 import torch
 import torch.nn as nn
@@ -33,7 +33,7 @@ class SPDLoss(TaskLoss):
     A step costs a few passes over the weights. A copy of w0 stays in memory, and is saved with the training state.
 
     Args:
-        num_features: Width D of the pre-logits features. The loss takes any, and does not look at them.
+        num_features: Width D of the pre-logits features, or the model. The loss takes any, and does not look at them.
         weight: How much of the growth of the distance is taken back, >= 0. Adaptive optimizers may need less than 1.
         **kwargs: Arguments of TaskLoss.
 
@@ -44,7 +44,7 @@ class SPDLoss(TaskLoss):
     keeps_copy = True
     pretrained: Optional[PretrainedWeights]
 
-    def __init__(self, num_features: int, weight: float = 1.0, **kwargs: Any):
+    def __init__(self, num_features: Union[int, nn.Module], weight: float = 1.0, **kwargs: Any):
         super().__init__(**kwargs)
         if not weight >= 0.0:
             raise ValueError(f'Expected weight >= 0, got {weight}. 0 is plain cross-entropy.')

@@ -178,6 +178,7 @@ class SegmentationTask(CoreTuningTask):
         module = unwrap_model(self.trainable_module)
         check_masks(target, input, module.model.num_classes, self.ignore_index)
         num_pixels = module.dense_loss.count(target)
+        module.criterion.check_updates(module.model)
         batch, *rest = module.criterion.prepare(input.shape[0], target.device, self.anchors_per_image)
         seed = module.criterion.draw_image_seeds(batch, target.device)
         return self.trainable_module(input, target, num_pixels, seed, batch, *protect_draws(rest))

@@ -1,10 +1,12 @@
 """Cross-entropy + weight x a supervised contrastive loss of projected features: the frame of several methods"""
 
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
+import torch.nn as nn
 
 from ...distributed import GlobalBatch
+from ...timm_model import resolve_num_features
 from ..base import TaskLoss
 from .projection import ProjectionHead
 
@@ -15,7 +17,7 @@ class ContrastiveLoss(TaskLoss):
     With several processes the rows of all are contrasted, and each process averages over its own anchors.
 
     Args:
-        num_features: Width D of the pre-logits features.
+        num_features: Width D of the pre-logits features, or the model.
         contrast_weight: Weight of the contrastive loss, > 0.
         temperature: Temperature of the contrastive loss, which divides cosine similarities, > 0.
         projection_dim: Width P of the embedding that the contrastive loss compares.
@@ -29,13 +31,14 @@ class ContrastiveLoss(TaskLoss):
 
     def __init__(
         self,
-        num_features: int,
+        num_features: Union[int, nn.Module],
         contrast_weight: float = 0.1,
         temperature: float = 0.07,
         projection_dim: int = 256,
         **kwargs: Any,
     ):
         super().__init__(**kwargs)
+        num_features = resolve_num_features(num_features)
         if num_features < 1 or projection_dim < 1:
             raise ValueError(f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}.')
         if not contrast_weight > 0.0 or not temperature > 0.0:
