@@ -69,7 +69,7 @@ def test_links_to_this_repository_lead_to_files_and_headings():
 
 def test_flags_that_are_named_exist():
     """In the README and in pages that are written by hand, against the flags of all commands."""
-    sources = [*(ROOT / 'timm_coretune').rglob('*.py'), *(ROOT / 'scripts').glob('*.py'), *(ROOT / 'benchmarks').glob('*.py')]
+    sources = [path for name in ('timm_coretune', 'scripts', 'benchmarks') for path in (ROOT / name).rglob('*.py')]
     known = {flag for path in sources for flag in re.findall(r"'(--[a-z][a-z-]+)'", path.read_text())}
     known |= set(re.findall(r'`(--[a-z][a-z-]+)`', (ROOT / 'docs' / 'flags.md').read_text()))
     known |= {'--config_file', '--unseen'}

@@ -7,12 +7,11 @@ import shlex
 
 import pytest
 import timm
+from commands import run_command
 from paths import ROOT
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
-
-from commands import run_command
 
 PAGE = (ROOT / 'docs' / 'walkthrough.md').read_text()
 COMMANDS = [line for block in re.findall(r'```bash\n(.*?)```', PAGE, re.DOTALL) for line in block.splitlines()]
