@@ -37,7 +37,7 @@ TIERS = [
     ('train/optimization', 'train/loop'),
     ('train/run', 'train/classification', 'train/segmentation', 'train/notebook'),
     ('train/session',),
-    ('train/__main__',),
+    ('train/__main__', 'train/replay'),
     ('train/__init__',),
     ('__main__',),
 ]
