@@ -43,7 +43,7 @@ TIERS = [
     ('report/contents',),
     ('report/create',),
     ('train/session', 'report/__main__'),
-    ('train/__main__',),
+    ('train/__main__', 'train/replay'),
     ('train/__init__',),
     ('averaging',),
     ('__main__',),

@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from commands import ONE_THREAD, environment_with, in_two_processes
-from paths import ROOT
-from runs import ON_CPU, outcome, stop_at, train
+from runs import outcome, stop_at, train
 from safetensors.torch import load_file, save_file
 from sklearn.neighbors import KNeighborsClassifier
 
@@ -108,19 +106,6 @@ def test_the_moving_average_is_measured_where_its_score_counts(tiny_images, tmp_
         assert measured(read_csv(folder / 'summary.csv')[-1]) == pytest.approx(figures_of(model, data), rel=1e-4)
     weights = [outcome(tmp_path / publish / 'run')['model_best.safetensors'] for publish in ('better', 'ema')]
     assert weights[0] != weights[1]
-
-
-@pytest.mark.slow
-def test_two_processes_have_the_figures_of_one(noisy, tmp_path, launch, read_csv, monkeypatch):
-    stored = load_file(noisy)
-    uneven = {name: x[:-1] if name.startswith('validation') else x for name, x in stored.items()}
-    save_file(uneven, tmp_path / 'images.safetensors')
-    flags = ['--data-dir', tmp_path / 'images.safetensors', '--output', tmp_path, *ON_CPU, *WATCH, '--epochs', 1]
-    words = [ROOT / 'train.py', *flags, '--lr', 0, '--experiment', 'two']
-    launch(in_two_processes(*words), environment=environment_with(**ONE_THREAD))
-    one = train(tmp_path / 'images.safetensors', tmp_path, *WATCH, '--epochs', 1, '--lr', 0)
-    rows = [read_csv(folder / 'summary.csv')[0] for folder in (one, tmp_path / 'two')]
-    assert measured(rows[1]) == pytest.approx(measured(rows[0]), rel=1e-5)
 
 
 def test_a_stream_is_refused():

@@ -127,6 +127,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         eval_metric=eval_metric,
         patience=loop.patience,
         mixup_off_epoch=data.mixup_off_epoch,
+        catch_diverged=loop.catch_diverged,
     )
 
 
@@ -221,6 +222,11 @@ def set_up(
         )
         if datasets.validated_on is not None:
             record.notes['validated_on'] = redact(datasets.validated_on)
+        record.facts = dict(
+            num_updates=num_epochs * updates_per_epoch,
+            num_classes=resolved.num_classes,
+            compiled=settings.model.torchcompile is not None,
+        )
         continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
     watch = None

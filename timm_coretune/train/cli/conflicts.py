@@ -295,7 +295,7 @@ def _of_the_loop(settings: Settings) -> Conditions:
         '--watch-features needs a --val-split, whose images are not trained on': (
             loop.watch_features and not data.val_split
         ),
-        '--watch-features: a multiple of --val-interval, since the validated weights are measured': (
+        '--watch-features: measures weights that are validated; choose a multiple of --val-interval': (
             loop.watch_features % loop.val_interval
         ),
         f'--metrics: choose from {", ".join(known)}': set(metrics) - set(known),

@@ -5,7 +5,7 @@ import csv
 import glob
 import logging
 import os
-from typing import Any, Dict, Iterator, List, Optional, cast
+from typing import Any, Dict, Iterator, List, Optional, Sequence, cast
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ...atomic import write_text, write_whole
 from ...evaluation.scores import SCORES, for_ranking
 from ...export import save_weights
+from ...redaction import join_command
 from ...run_folder import (
     ARGS_NAME,
     BEST_WEIGHTS_NAME,
@@ -30,7 +31,9 @@ from ...run_folder import (
     SUMMARY_NAME,
 )
 from ..cli.settings import OutputSettings, SavedArguments
+from ..data.batches import Input
 from ..loop import Trainer
+from ..watching.diverged import Place, StateBefore, keep_step
 from .folder import remove_unfinished
 from .repair import best_of, intact_rows, repair_best, set_aside_later
 from .resume import ROWS_KEY, Best, Continuation, LoopState
@@ -73,6 +76,7 @@ class RunRecord:
         self.rows: List[Dict[str, str]] = []
         self.publish_ema = publish_ema
         self.notes: Dict[str, str] = {}  # further notes in the header of the best weights
+        self.facts: Dict[str, Any] = {}  # what a step that diverged is repeated with, beside the settings
         self.last_state: Optional[str] = None
         self.last_row: Optional[Dict[str, float]] = None
         self.saver: Optional[Saver] = None
@@ -206,6 +210,25 @@ class RunRecord:
         self.rows.append({'epoch': str(START_EPOCH), **{k: str(v) for k, v in features.items()}})
         if self.accelerator.trackers:
             self.accelerator.log(features, step=0)
+
+    def keep_step(
+        self,
+        trainer: Trainer,
+        before: StateBefore,
+        inputs: Sequence[Input],
+        target: torch.Tensor,
+        losses: Dict[str, float],
+        place: Place,
+    ) -> str:
+        """Keep a step that diverged. All processes must call this together. Returns a sentence about it."""
+        module = unwrap_model(trainer.task.get_trainable_module())
+        step = (inputs, target, losses, place, trainer.config.seed)
+        try:
+            keep_step(self.folder, module, before, *step, self.accelerator, self.facts)
+        except (OSError, RuntimeError) as e:
+            return f'The step could not be kept: {e}.'
+        command = join_command(['timm-coretune', 'replay', self.folder])
+        return f'The step is kept, and `{command}` repeats it.'
 
     def save_epoch(
         self,
