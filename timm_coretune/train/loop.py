@@ -66,6 +66,7 @@ class LoopConfig:
         eval_metric: Name of the score that selects the best epoch. Without validation it is the training loss.
         patience: Validations without improvement after which training stops, None for never.
         mixup_off_epoch: First epoch without pixel mixup, 0 for never.
+        progress: Show bars on a terminal or in a notebook.
     """
 
     seed: int = 42
@@ -88,6 +89,7 @@ class LoopConfig:
     eval_metric: str = 'top1'
     patience: Optional[int] = None
     mixup_off_epoch: int = 0
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.dist_bn not in ('reduce', 'broadcast', 'none', ''):
@@ -196,7 +198,8 @@ class Trainer:
         return CachedStep(cast(CoreTuningTask, self.task))
 
     def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        is_seen = sys.stderr.isatty() or 'ipykernel' in sys.modules  # a terminal or a notebook
+        hidden = not (self.accelerator.is_main_process and is_seen and self.config.progress)
         return tqdm(
             total=total, initial=initial, desc=description, disable=hidden, leave=False, dynamic_ncols=True
         )  # fmt: skip
