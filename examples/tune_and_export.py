@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
-from timm_coretune import export_model, load_checkpoint
+from timm_coretune import load_checkpoint
 from timm_coretune.train import fine_tune
 
 NAMES = ['T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot']
@@ -37,11 +37,10 @@ def main(folder: str) -> None:
     torch.manual_seed(0)
     model = timm.create_model('test_resnet', num_classes=10)
     load_checkpoint(model, str(assets / 'test_resnet_mocov2.safetensors'))
-    results = fine_tune(model, *loaders, epochs=2, lr=0.05)
-    print(f'accuracy {results[-1]["validation"]["top1"]:.1f} %')
+    tuned = fine_tune(model, *loaders, epochs=2, lr=0.05, class_names=NAMES, data_config=DATA_CONFIG)
+    print(f'accuracy {tuned[-1]["validation"]["top1"]:.1f} %')
 
-    # push_to_hub(model, 'owner/name', DATA_CONFIG, NAMES) uploads the same files to the Hub
-    export_model(model, folder, DATA_CONFIG, NAMES)
+    tuned.save(folder)  # tuned.push('owner/name') uploads the same files to the Hub
 
     loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     images, target = next(iter(loaders[1]))

@@ -1,6 +1,7 @@
 """Pushes by the real client to a Hub on loopback: what arrives, what comes back, and what every failure leaves"""
 
 import json
+import re
 import shlex
 import time
 
@@ -22,6 +23,7 @@ from timm_coretune import export_model, push_to_hub
 from timm_coretune.hub import HubError, connection, push_run
 from timm_coretune.hub.__main__ import run as run_cli
 from timm_coretune.hub.upload import upload
+from timm_coretune.prediction import FineTuned
 from timm_coretune.train.cli.settings import OutputSettings
 from timm_coretune.train.run.finish import push
 
@@ -49,6 +51,18 @@ def test_a_pushed_model_comes_back_as_a_plain_timm_model_and_the_code_of_its_car
     assert torch.equal(output, model(image))
     assert config == {**json.loads(json.dumps(DATA_CONFIG)), 'label_names': NAMES}
     assert printed[0].split()[0] in NAMES
+
+
+def test_what_fine_tune_returns_is_pushed_with_its_names_preparation_and_scores(hub, model):
+    epochs = [{'epoch': e, 'train': {}, 'validation': {'loss': 1.0, 'top1': 50.0 + e}} for e in range(2)]
+    url = FineTuned(model, epochs, NAMES, DATA_CONFIG).push('me/tuned', private=True)
+    assert url.startswith(f'{hub.url}/me/tuned/commit/')
+    files = hub.repositories['me/tuned'].files()
+    config = json.loads(files['config.json'])
+    assert config['label_names'] == NAMES
+    assert config['pretrained_cfg'].items() >= json.loads(json.dumps(DATA_CONFIG)).items()
+    assert re.search(r'\| Top-1 accuracy.* \| 51 \|', files['README.md'].decode())
+    assert hub.repositories['me/tuned'].private
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Classify images with a tuned model"""
 
 from .predictor import Prediction, Predictor
+from .tuned import FineTuned
 
-__all__ = ['Prediction', 'Predictor']
+__all__ = ['FineTuned', 'Prediction', 'Predictor']

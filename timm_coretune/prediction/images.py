@@ -66,12 +66,14 @@ class ImagesToPredict(Dataset):
     """Images as the model takes them, or why they cannot be read.
 
     Args:
-        images: Paths, or images of PIL.
+        images: Paths, images of PIL, or tensors that are prepared.
         transform: Makes a tensor of an image of PIL.
         mode: PIL mode of the images of the model.
     """
 
-    def __init__(self, images: Sequence[Union[str, os.PathLike, Image.Image]], transform: Callable, mode: str):
+    def __init__(
+        self, images: Sequence[Union[str, os.PathLike, Image.Image, torch.Tensor]], transform: Callable, mode: str
+    ):
         self.images = images
         self.transform = transform
         self.mode = mode
@@ -81,6 +83,8 @@ class ImagesToPredict(Dataset):
 
     def __getitem__(self, index: int) -> Union[torch.Tensor, Unreadable]:
         image = self.images[index]
+        if isinstance(image, torch.Tensor):
+            return image
         try:
             if not isinstance(image, Image.Image):
                 return self.transform(open_image(image, self.mode))

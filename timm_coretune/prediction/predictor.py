@@ -14,6 +14,7 @@ from .classifier import Classifier, load_classifier
 from .images import ImagesToPredict, collate
 
 ImageLike = Union[str, os.PathLike, Image.Image]
+Images = Union[ImageLike, torch.Tensor, Sequence[Union[ImageLike, torch.Tensor]]]
 
 
 class Prediction(NamedTuple):
@@ -48,7 +49,8 @@ class Predictor:
     """Classifies images with a tuned model. Images are prepared as in its validation.
 
     Args:
-        source: Output folder of train.py, folder of an exported model, `hf-hub:owner/name[@revision]`, or a Classifier.
+        source: Output folder of train.py, folder of an exported model, or `hf-hub:owner/name[@revision]`. Or a
+            classifier that is loaded, on the device and in evaluation mode.
         device: Device to compute on. When None a GPU if there is one.
         batch_size: Number of images that are computed at once.
         workers: Processes that open images. 0 opens them in this one.
@@ -81,20 +83,21 @@ class Predictor:
                 f'Expected batch_size and topk >= 1, and workers >= 0, got {batch_size}, {topk} and {workers}.'
             )
         self.device = torch.device(device or ('cuda' if torch.cuda.is_available() else 'cpu'))
-        loaded = source if isinstance(source, Classifier) else load_classifier(source)
-        self.model, self.data_config, self.class_names, self.multi_label = loaded
-        self.model.eval().to(self.device, memory_format=torch.channels_last)
+        found = source if isinstance(source, Classifier) else load_classifier(source, self.device)
+        self.model, self.data_config, self.class_names, self.multi_label = found
+        if found is not source:
+            self.model.to(memory_format=torch.channels_last)
         self.transform = create_transform(**self.data_config)
         self.batch_size = batch_size
         self.workers = workers
         self.amp = amp
         self.topk = min(topk, len(self.class_names))
 
-    def __call__(self, images: Union[ImageLike, Sequence[ImageLike]], progress: bool = False) -> List[Prediction]:
+    def __call__(self, images: Images, progress: bool = False) -> List[Prediction]:
         """Classify images.
 
         Args:
-            images: Paths or PIL images, or one of them.
+            images: Paths or PIL images, or one of them. Or tensors (C, H, W) that are prepared already.
             progress: Show a bar on a terminal.
 
         Returns:
@@ -102,27 +105,28 @@ class Predictor:
         """
         return [prediction for prediction, _ in self.iterate(images, progress=progress)]
 
-    def features(self, images: Union[ImageLike, Sequence[ImageLike]], progress: bool = False) -> torch.Tensor:
+    def features(self, images: Images, progress: bool = False) -> torch.Tensor:
         """Pre-logits features of images (N, D) in float32. Those of an image that cannot be read are NaN."""
         return stack_features([row for _, row in self.iterate(images, with_features=True, progress=progress)])
 
     def iterate(
         self,
-        images: Union[ImageLike, Sequence[ImageLike]],
+        images: Images,
         with_features: bool = False,
         progress: bool = False,
     ) -> Iterator[Tuple[Prediction, Optional[torch.Tensor]]]:
         """Yield the prediction of each image in turn, and its pre-logits features (D,) on request."""
-        images = [images] if isinstance(images, (str, os.PathLike, Image.Image)) else list(images)
+        is_one = isinstance(images, (str, os.PathLike, Image.Image)) or getattr(images, 'ndim', None) == 3
+        listed: List[Any] = [images] if is_one else [*images]  # type: ignore[misc]
         mode = 'RGB' if self.data_config['input_size'][0] == 3 else 'L'
         loader = DataLoader(
-            ImagesToPredict(images, self.transform, mode),
+            ImagesToPredict(listed, self.transform, mode),
             batch_size=self.batch_size,
             num_workers=self.workers,
             collate_fn=collate,
             pin_memory=self.device.type == 'cuda',
         )
-        with tqdm(total=len(images), desc='Predict', disable=not (progress and sys.stderr.isatty())) as bar:
+        with tqdm(total=len(listed), desc='Predict', disable=not (progress and sys.stderr.isatty())) as bar:
             for batch, reasons in loader:
                 found = iter(()) if batch is None else self._predict(batch, with_features)
                 for reason in reasons:

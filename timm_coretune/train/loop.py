@@ -72,6 +72,7 @@ class LoopConfig:
         mixup_off_epoch: First epoch without pixel mixup, 0 for never.
         catch_diverged: Look at the losses of every batch before the update, so that the record can keep a step that
             diverged. One process on a CPU always does so. Elsewhere it waits for the device and for other processes.
+        progress: Show bars on a terminal or in a notebook.
     """
 
     seed: int = 42
@@ -95,6 +96,7 @@ class LoopConfig:
     patience: Optional[int] = None
     mixup_off_epoch: int = 0
     catch_diverged: bool = False
+    progress: bool = True
 
     def __post_init__(self) -> None:
         if self.dist_bn not in ('reduce', 'broadcast', 'none', ''):
@@ -209,7 +211,8 @@ class Trainer:
         return CachedStep(cast(CoreTuningTask, self.task))
 
     def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        hidden = not (self.accelerator.is_main_process and sys.stderr.isatty())
+        is_seen = sys.stderr.isatty() or 'ipykernel' in sys.modules  # a terminal or a notebook
+        hidden = not (self.accelerator.is_main_process and is_seen and self.config.progress)
         return tqdm(
             total=total, initial=initial, desc=description, disable=hidden, leave=False, dynamic_ncols=True
         )  # fmt: skip

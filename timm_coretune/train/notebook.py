@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
-from typing import Any, Dict, List, Optional, Tuple
+import logging
+import time
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,10 +12,14 @@ from accelerate import Accelerator
 from timm.task import ClassificationTask, TrainingTask
 
 from ..data.seeding import seeded
+from ..prediction.preparation import describe_transform, find_class_names, find_transform
+from ..prediction.tuned import FineTuned, check_names
 from ..task import CoreTuningTask
 from .cli.settings import OptimizationSettings
 from .loop import LoopConfig, Trainer
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
+
+_logger = logging.getLogger(__name__)
 
 
 def _with_one_accumulation(
@@ -50,6 +56,50 @@ def _batch_size_of(loader: Any) -> int:
     return size // (order.num_processes if getattr(order, 'split_batches', False) else 1)
 
 
+class _EpochLines:
+    """A record of a run that prints a line after each epoch, and writes no files."""
+
+    def __init__(self, num_epochs: int):
+        self.num_epochs, self.start = num_epochs, time.perf_counter()
+
+    def save_epoch(
+        self, trainer: Trainer, epoch: int, is_best: bool, train: Dict[str, float], scores: Optional[Dict[str, float]]
+    ) -> None:
+        parts = [('training', train), *([] if scores is None else [('validation', scores)])]
+        told = [f'{what}: ' + ', '.join(f'{name} {value:.4g}' for name, value in part.items()) for what, part in parts]
+        seconds, self.start = time.perf_counter() - self.start, time.perf_counter()
+        print(
+            f'Epoch {epoch + 1}/{self.num_epochs}  {"  ".join(told)}  {seconds:.1f} s'
+            + ('  (best so far)' if is_best else ''),
+            flush=True,
+        )
+
+    def save_images(self, *_: Any) -> None: ...
+
+    def save_recovery(self, *_: Any) -> None: ...
+
+
+def _names_of(model: nn.Module, loaders: Sequence[Any]) -> Optional[List[str]]:
+    """Names of the classes that the data sets have, None if they have none or others than the model."""
+    names = find_class_names(*loaders)
+    try:
+        check_names(model, names)
+    except ValueError as e:
+        _logger.warning(f'The names of the classes are not taken from the data set: {e}')
+        return None
+    return names
+
+
+def _preparation_of(loaders: Sequence[Any]) -> Optional[Dict[str, Any]]:
+    """Preparation of images by the transform of the data sets, None if it is not known."""
+    transform = find_transform(*loaders)
+    dataset: Any = getattr(loaders[0], 'dataset', None)
+    if transform is None or not hasattr(dataset, '__getitem__') or not len(dataset):
+        return None
+    image = dataset[0][0]
+    return describe_transform(transform, tuple(image.shape)) if getattr(image, 'ndim', None) == 3 else None
+
+
 def fine_tune(
     model: nn.Module,
     train_loader: Any,
@@ -64,8 +114,11 @@ def fine_tune(
     optimization: Optional[OptimizationSettings] = None,
     seed: Optional[int] = None,
     method: str = 'core',
+    class_names: Optional[Sequence[str]] = None,
+    data_config: Optional[Dict[str, Any]] = None,
+    progress: bool = True,
     **loss_kwargs: Any,
-) -> List[Dict[str, Any]]:
+) -> FineTuned:
     """Fine-tune a timm classifier in place, by default with Core-tuning and a cosine schedule.
 
     All random draws follow from the seed: those of the loss, of the model, and of a loader without workers. The
@@ -86,10 +139,16 @@ def fine_tune(
         optimization: train.py's settings of optimizer and schedule, which replace epochs, lr, opt and weight_decay.
         seed: Random seed. When None, that of config, and without a config the one last given to torch.manual_seed.
         method: Name of the method in timm_coretune.loss.METHODS.
+        class_names: Names of the classes by index. When None, those of the data sets of the loaders, if they have
+            `classes` or `class_to_idx`.
+        data_config: Preparation of images, as timm.data.create_transform takes it. When None, that of the transform of
+            the validation loader's data set, or of the training's, if it has steps that timm can repeat.
+        progress: Print a line after each epoch, and show bars on a terminal or in a notebook.
         **loss_kwargs: Arguments of its loss, such as contrast_weight.
 
     Returns:
-        A dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and 'validation'.
+        A sequence with a dictionary for each validated epoch: its index 'epoch', and the metrics 'train' and
+        'validation'. It has `predict(images)`, `save(folder)` and `push(repo_id)` for the tuned model.
 
     Raises:
         ValueError: The model is not a classifier, an argument is out of range, or accelerate accumulates by itself.
@@ -97,6 +156,9 @@ def fine_tune(
     """
     if loss_kwargs and not coretune:
         raise ValueError(f'Arguments of Core-tuning need coretune=True: {sorted(loss_kwargs)}.')
+    loaders = [loader for loader in (validation_loader, train_loader) if loader is not None]
+    if class_names is not None:
+        check_names(model, class_names)
     accelerator = accelerator or Accelerator()
     if config is None:
         config = LoopConfig(seed=torch.initial_seed())
@@ -104,6 +166,7 @@ def fine_tune(
         config = dataclasses.replace(config, seed=seed)
     if validation_loader is None:
         config = dataclasses.replace(config, eval_metric='loss')
+    config = dataclasses.replace(config, progress=config.progress and progress)
     config, optimization = _with_one_accumulation(
         config,
         optimization
@@ -139,5 +202,12 @@ def fine_tune(
             scheduler=scheduler,
             config=config,
             clip_gradients=functools.partial(clip_gradients, optimization, accelerator, task),
+            record=_EpochLines(num_epochs) if progress and accelerator.is_main_process else None,
         )
-        return trainer.fit(train_loader, validation_loader, range(num_epochs))
+        results = trainer.fit(train_loader, validation_loader, range(num_epochs))
+        return FineTuned(
+            model,
+            results,
+            _names_of(model, loaders) if class_names is None else class_names,
+            _preparation_of(loaders) if data_config is None else data_config,
+        )
