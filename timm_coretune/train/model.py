@@ -73,6 +73,8 @@ def create_backbone(
         for_size = size_arguments(settings.model, kwargs, data, resizes=not whole)
         model: Any = create_model(settings.model, **{**kwargs, **for_size})
     load_backbone(settings, model)
+    if settings.pretrained_path and settings.head_init_scale is None:
+        narrow_classifier(model)
     if whole:
         load_initial_checkpoint(settings, model, data)
     with torch.no_grad():
@@ -98,6 +100,25 @@ def load_backbone(settings: ModelSettings, model: nn.Module) -> None:
             allow_partial=settings.allow_partial,
             allow_differences=settings.allow_differences,
             frames=settings.checkpoint_frames,
+        )
+
+
+@torch.no_grad()
+def narrow_classifier(model: Any) -> None:
+    """Scale new weights of a classifier down to the spread with which torch starts a linear layer, if theirs is wider.
+
+    timm starts the classifiers of EfficientNet, MobileNet and relatives within 1 / sqrt(classes). With few classes the
+    first logits are then so large that their gradients destroy the pretrained features.
+    """
+    classifier = model.get_classifier()
+    if not isinstance(classifier, nn.Linear):
+        return
+    torchs, found = (3 * classifier.in_features) ** -0.5, classifier.weight.std().item()
+    if found > 2 * torchs:
+        classifier.weight.mul_(torchs / found)
+        _logger.info(
+            f'The weights of the new classifier were scaled down from a standard deviation of {found:.3f} to {torchs:.3f}. '
+            'Logits that start large would destroy the pretrained features. --head-init-scale 1 keeps the weights.'
         )
 
 
