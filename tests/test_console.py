@@ -37,6 +37,7 @@ def calls(monkeypatch):
         ('evaluate RUN DIR x', 'train.__main__', ['--eval-only', '--model', 'RUN', '--data-dir', 'DIR', 'x']),
         ('evaluate --model RUN', 'train.__main__', ['--eval-only', '--model', 'RUN']),
         ('average RUN --output DIR', 'averaging.__main__', ['RUN', '--output', 'DIR']),
+        ('export RUN --format onnx', 'deployment.__main__', ['RUN', '--format', 'onnx']),
         ('sample FOLDER', 'segmentation.__main__', ['sample', 'FOLDER']),
         ('masks convert ade20k DIR', 'segmentation.convert.__main__', ['convert', 'ade20k', 'DIR']),
         ('checkpoint inspect FILE', 'checkpoint.__main__', ['inspect', 'FILE']),
