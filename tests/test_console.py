@@ -38,6 +38,7 @@ def calls(monkeypatch):
         ('evaluate --model RUN', 'train.__main__', ['--eval-only', '--model', 'RUN']),
         ('report RUN', 'report.__main__', ['RUN']),
         ('average RUN --output DIR', 'averaging.__main__', ['RUN', '--output', 'DIR']),
+        ('export RUN --format onnx', 'deployment.__main__', ['RUN', '--format', 'onnx']),
         ('sample FOLDER', 'segmentation.__main__', ['sample', 'FOLDER']),
         ('masks convert ade20k DIR', 'segmentation.convert.__main__', ['convert', 'ade20k', 'DIR']),
         ('checkpoint inspect FILE', 'checkpoint.__main__', ['inspect', 'FILE']),

@@ -31,6 +31,7 @@ TIERS = [
     ('segmentation/task', 'segmentation/export', 'segmentation/predict'),
     ('segmentation/__init__', 'segmentation/__main__', 'register'),
     ('prediction',),
+    ('deployment',),
     ('__init__',),
     ('train/cli', 'train/preemption'),
     ('train/data',),

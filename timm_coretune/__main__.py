@@ -42,6 +42,7 @@ COMMANDS: Dict[str, Command] = {
         'average the weights of a run with those before it, or of several runs', 'timm_coretune.averaging.__main__'
     ),
     'replay': Command('repeat the step in which a run diverged', 'timm_coretune.train.replay'),
+    'export': Command('write a model as ONNX, torch.export or safetensors', 'timm_coretune.deployment.__main__'),
     'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
     'masks': Command('convert annotations to images with masks', 'timm_coretune.segmentation.convert.__main__'),
     'checkpoint': Command('look into a checkpoint, or convert it', 'timm_coretune.checkpoint.__main__'),

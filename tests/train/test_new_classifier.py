@@ -17,7 +17,7 @@ def start_of(model, tmp_path, *flags):
     torch.manual_seed(1)
     found = create_backbone(settings.model, 8, settings.data).get_classifier().weight
     torch.manual_seed(1)
-    return found, timm.create_model(model, num_classes=8).get_classifier().weight
+    return found.detach(), timm.create_model(model, num_classes=8).get_classifier().weight.detach()
 
 
 def test_one_that_timm_starts_wide_is_scaled_to_the_spread_of_a_layer_of_torch(tmp_path, messages):

@@ -1,0 +1,2 @@
+from .files import Exported as Exported
+from .files import deploy as deploy
