@@ -16,7 +16,7 @@ TIERS = [
     ('version', 'lazy', 'atomic', 'checks', 'distributed', 'redaction'),
     ('model_config',),
     ('run_folder', 'timm_model', 'data'),
-    ('mining', 'evaluation'),
+    ('mining', 'evaluation', 'lora'),
     ('mixup',),
     ('loss', 'checkpoint', 'export', 'report'),
     ('task', 'hub'),
