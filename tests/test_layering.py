@@ -17,7 +17,7 @@ TIERS = [
     ('model_config',),
     ('run_folder', 'timm_model', 'data', 'averaging/weights'),
     ('averaging/__init__',),
-    ('mining', 'evaluation'),
+    ('mining', 'evaluation', 'lora'),
     ('mixup',),
     ('loss', 'checkpoint', 'export', 'report'),
     ('task', 'hub'),

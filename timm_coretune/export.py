@@ -16,6 +16,7 @@ from timm.models import _hub, get_model_input_config
 from timm.utils import unwrap_model
 
 from .atomic import write_text, write_whole
+from .lora import plain_state_dict
 from .redaction import redact_values
 from .run_folder import CONFIG_NAME, SEGMENTATION_CONFIG_NAME, WEIGHTS_NAME, read_json
 
@@ -113,7 +114,7 @@ def export_model(
     model = unwrap_model(model)
     os.makedirs(folder, exist_ok=True)
     write_json(create_config(model, data_config, label_names), os.path.join(folder, CONFIG_NAME))
-    save_weights(model.state_dict(), os.path.join(folder, WEIGHTS_NAME))
+    save_weights(plain_state_dict(model), os.path.join(folder, WEIGHTS_NAME))
 
 
 def export_backbone(weights_path: str, config: Dict[str, Any], folder: str) -> None:

@@ -13,6 +13,7 @@ from timm.models import get_model_input_config
 from timm.utils import unwrap_model
 
 from ..export import create_config, fit_channels, save_weights, write_json
+from ..lora import plain_state_dict
 from ..run_folder import SEGMENTATION_CONFIG_NAME, SEGMENTATION_WEIGHTS_NAME
 from .description import ModelDescription, read_description
 from .feature_maps import rounded_up
@@ -76,7 +77,7 @@ def export_segmentation_model(
     os.makedirs(folder, exist_ok=True)
     class_names = class_names or getattr(model, 'class_names', None)
     write_segmentation_config(model, os.path.join(folder, SEGMENTATION_CONFIG_NAME), data_config, class_names)
-    save_weights(model.state_dict(), os.path.join(folder, SEGMENTATION_WEIGHTS_NAME))
+    save_weights(plain_state_dict(model), os.path.join(folder, SEGMENTATION_WEIGHTS_NAME))
 
 
 def load_segmentation_model(

@@ -13,6 +13,7 @@ from timm.task import TrainingTask, load_task_ema_checkpoint
 from timm.utils import set_jit_fuser
 
 from ..checkpoint import load_checkpoint
+from ..lora import add_lora, log_lora
 from ..model_config import PREPROCESSING
 from ..run_folder import CONFIG_NAME
 from .cli.errors import asked_by
@@ -84,7 +85,8 @@ def create_backbone(
         if settings.head_init_bias is not None:
             nn.init.constant_(model.get_classifier().bias, settings.head_init_bias)
     if settings.grad_checkpointing:
-        model.set_grad_checkpointing(enable=True)
+        with asked_by('--grad-checkpointing, which this model may not support'):
+            model.set_grad_checkpointing(enable=True)
     num_parameters = sum(p.numel() for p in model.parameters())
     _logger.info(f'Model {safe_model_name(settings.model)} created, param count:{num_parameters}')
     return model
@@ -167,6 +169,14 @@ def log_preprocessing(data: DataSettings, described: Optional[Dict[str, Any]], p
     given = [f'{key} {value}' for key, value in flags.items() if value is not None]
     text = f'Images are prepared as {path} says: {", ".join(taken) or "nothing"}'
     _logger.info(f'{text}; by flags or the YAML file: {", ".join(given)}.' if given else f'{text}.')
+
+
+def adapt_model(settings: ModelSettings, model: nn.Module, data_config: Dict[str, Any]) -> None:
+    """Give the model the adapters that --lora-rank asks for."""
+    if settings.lora_rank is not None:
+        with asked_by('--lora-rank'):
+            counts = add_lora(model, settings.lora_rank, settings.lora_alpha, data_config['input_size'])
+        log_lora(counts, settings.lora_rank)
 
 
 def place_model(settings: ModelSettings, model: nn.Module, accelerator: Accelerator, aug_splits: int = 0) -> nn.Module:

@@ -155,6 +155,7 @@ def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
         ('--catch-diverged', settings.loop.catch_diverged),
         ('--contrast-batch-size', settings.data.contrast_batches > 1),
         ('--freeze-epochs', settings.optimization.freeze_epochs),
+        ('--lora-rank', settings.model.lora_rank),
         (f'--method {method}', method and METHODS[method].keeps_copy),
     ):
         if given:

@@ -28,7 +28,7 @@ from .data.datasets import Datasets
 from .data.loaders import Loaders, count_contrast_batches, mean_batch_size
 from .freezing import BackboneFreezer
 from .loop import LoopConfig, Trainer
-from .model import check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
+from .model import adapt_model, check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import (
     clip_gradients,
     count_accumulated,
@@ -38,10 +38,11 @@ from .optimization import (
     resolve_lr,
 )
 from .preemption import Preempted, StopRequest
-from .processes import check_strategy, create_accelerator, precision_of, share_batch, start_trackers
+from .processes import check_strategy, create_accelerator, is_sharded, precision_of, share_batch, start_trackers
 from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop, write_results
 from .run.first_lines import describe_versions, log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, take_folder
+from .run.memory import batch_shape, log_memory
 from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume, without_lost_checkpoint
@@ -145,6 +146,7 @@ def set_up(
     num_classes = resolve_num_classes(settings.model.num_classes, datasets.num_classes)
     creation = without_lost_checkpoint(settings, state_path)
     plain_model, data_config = kind.create_model(creation, num_classes, is_main)
+    adapt_model(settings.model, plain_model, data_config)
     if datasets.train is not None:
         check_single_images(settings, plain_model, data_config, num_processes)
     model = place_model(settings.model, plain_model, accelerator, settings.data.aug_splits)
@@ -175,6 +177,11 @@ def set_up(
     continuation = resume(state_path, task, optimizer, not settings.output.no_resume_opt, values)
     continuation = place_in_epoch(continuation, values, num_processes, loaders.train)
     setup_ema(settings.model, task, state_path)
+    is_of_images = not (settings.loop.eval_only or settings.data.naflex_loader)  # NaFlex takes patches
+    if is_main and is_of_images and not is_sharded(accelerator):
+        shape = batch_shape(settings.data, data_config['input_size'])
+        dtype = getattr(torch, settings.model.model_dtype or 'float32')
+        log_memory(task, optimizer, shape, accelerator.autocast, num_processes, dtype)
     compile_task(settings.model, task)
 
     start_epoch, start_batch = continuation.epoch, continuation.batch

@@ -94,6 +94,12 @@ def _of_models(settings: Settings) -> Conditions:
                 or optimization.head_lr_scale != 1
             )
         ),
+        '--lora-alpha needs --lora-rank': model.lora_alpha is not None and model.lora_rank is None,
+        '--lora-rank: not with --torchscript or --split-bn': (
+            model.lora_rank is not None and (model.torchscript or model.split_bn)
+        ),
+        '--lora-rank: --method l2-sp and spd hold weights near those that were pretrained, and with LoRA these do not '
+        'change; leave one of them out': model.lora_rank is not None and settings.loss.task_loss in ('l2-sp', 'spd'),
         "--drop-connect: timm's own script reads it nowhere; use --drop-path": model.drop_connect is not None,
         '--split-bn needs --aug-splits of 2 or more, or --resplit': (
             model.split_bn and settings.data.aug_splits < 2 and not settings.data.resplit

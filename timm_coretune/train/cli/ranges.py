@@ -90,10 +90,11 @@ RANGES: Dict[str, Range] = {
     **_all(_SHARE, 'train_size_random_mix'),
     **_all(_AT_LEAST_1, 'naflex_train_seq_lens naflex_max_seq_len naflex_patch_sizes'),
     # the model
-    **_all(_AT_LEAST_1, 'num_classes checkpoint_frames'),
+    **_all(_AT_LEAST_1, 'num_classes checkpoint_frames lora_rank'),
     **_all(_ANY, 'head_init_scale head_init_bias'),
     **_all(_SHARE, 'drop drop_path drop_block bn_momentum model_ema_decay'),
     **_all(_AT_LEAST_0, 'bn_eps'),
+    'lora_alpha': _ABOVE_0,
     'drop_connect': _CONFLICTS,
     # losses
     **_all(_AT_LEAST_0, 'contrast_weight coretune_positive_candidates'),

@@ -231,6 +231,8 @@ class ModelSettings:
     model_ema_publish: Literal['better', 'ema'] = flag('better', 'with --model-ema, whose scores and weights count')
     allow_differences: bool = flag(False, 'load a checkpoint although its config differs from the model')
     checkpoint_frames: Optional[int] = flag(None, 'frames of a video checkpoint, averaged to load it for pictures')
+    lora_rank: Optional[int] = flag(None, 'train low-rank adapters (LoRA) of this rank, and the classifier', 'R')
+    lora_alpha: Optional[float] = flag(None, 'with --lora-rank, scale the adapters by A / R (default: R)', 'A')
 
     segmentation_head: Optional[Head] = flag(
         None, 'segmentation head (default: chosen by the feature maps)', section=SEGMENTATION

@@ -12,12 +12,13 @@ import torch.nn as nn
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.task import TrainingTask
-from timm.utils import get_state_dict, unwrap_model
+from timm.utils import unwrap_model
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from ...atomic import write_text, write_whole
 from ...evaluation.scores import SCORES, for_ranking
 from ...export import save_weights
+from ...lora import plain_state_dict
 from ...redaction import join_command
 from ...run_folder import (
     ARGS_NAME,
@@ -302,4 +303,5 @@ class RunRecord:
             return {
                 k.removeprefix('model.'): v for k, v in tensors.items() if not is_wrapped or k.startswith('model.')
             }  # fmt: skip
-        return get_state_dict(trainer.task.get_eval_model(ema=self.publish_ema and trainer.ema_counts))
+        model = trainer.task.get_eval_model(ema=self.publish_ema and trainer.ema_counts)
+        return plain_state_dict(unwrap_model(model))
