@@ -11,7 +11,18 @@ import pytest
 from paths import ROOT
 
 # what timm does not import, and what takes long
-HEAVY = {'accelerate', 'datasets', 'matplotlib', 'pandas', 'scipy', 'sklearn', 'torchmetrics', 'transformers', 'wandb'}
+HEAVY = {
+    'accelerate',
+    'datasets',
+    'lightning',
+    'matplotlib',
+    'pandas',
+    'scipy',
+    'sklearn',
+    'torchmetrics',
+    'transformers',
+    'wandb',
+}
 HELP = """import contextlib, io, runpy
 sys.argv = ['train.py', '--help']
 with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -34,7 +45,7 @@ def loaded_modules(statement):
         (
             'import timm_coretune',
             'register',
-            'checkpoint data evaluation export hub prediction report segmentation train',
+            'checkpoint data evaluation export hub integrations prediction report segmentation train',
         ),
         (HELP, 'train.cli.arguments', 'checkpoint hub prediction report segmentation.task train.session train.loop'),
     ],
@@ -68,6 +79,21 @@ def test_names_imported_at_their_first_use_are_those_that_type_checkers_know(pac
         assert not (ROOT / package.replace('.', '/') / f'{name}.py').exists()  # it would take the place of the name
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
         module.nothing  # noqa: B018
+
+
+@pytest.mark.parametrize('library, name', [('transformers', 'CoreTuningTrainer'), ('lightning', 'CoreTuningModule')])
+def test_integrations_name_the_extra_of_a_missing_library(monkeypatch, library, name):
+    declared, offered = lazy_names_of('timm_coretune.integrations')
+    assert sorted(declared) == sorted(offered)
+    (module,) = (module for module, offered_name in offered if offered_name == name)
+    integrations = importlib.import_module('timm_coretune.integrations')
+    assert name in dir(integrations)
+    for loaded in [loaded for loaded in sys.modules if loaded.split('.')[0] == library]:
+        monkeypatch.delitem(sys.modules, loaded)
+    monkeypatch.delitem(sys.modules, f'timm_coretune.integrations.{module}', raising=False)
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    with pytest.raises(ImportError, match=rf"{name} needs {library} .*: pip install 'timm-coretune\[{library}\]'"):
+        getattr(integrations, name)
 
 
 @pytest.mark.slow

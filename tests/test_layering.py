@@ -30,7 +30,7 @@ TIERS = [
     ('segmentation/model',),
     ('segmentation/task', 'segmentation/export', 'segmentation/predict'),
     ('segmentation/__init__', 'segmentation/__main__', 'register'),
-    ('prediction',),
+    ('integrations', 'prediction'),
     ('deployment',),
     ('__init__',),
     ('train/cli', 'train/preemption'),

@@ -28,6 +28,7 @@ __getattr__, __dir__ = lazy_names(
         'averaging': ('average_weights',),
         'checkpoint': ('convert_checkpoint', 'inspect_checkpoint', 'load_checkpoint'),
         'hub': ('export_model', 'push_to_hub'),
+        'integrations': (),
         'segmentation': ('SegmentationTask', 'create_segmentation_model', 'load_segmentation_model'),
     },
 )

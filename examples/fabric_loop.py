@@ -1,0 +1,53 @@
+"""Core-tuning in a loop of your own on Lightning Fabric
+
+python examples/fabric_loop.py
+fabric run --devices 2 --strategy ddp examples/fabric_loop.py
+"""
+
+from importlib import resources
+
+import timm
+import torch
+from lightning.fabric import Fabric
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader, TensorDataset
+
+from timm_coretune import CoreTuningTask, load_checkpoint
+
+assets = resources.files('timm_coretune') / 'assets'
+sample = load_file(assets / 'fashion_mnist_sample.safetensors')
+
+
+def create_loader(split, count, **kwargs):
+    image = sample[f'{split}.image'][:count, None].float() / 255  # (N, 1, 28, 28)
+    return DataLoader(TensorDataset((image.repeat(1, 3, 1, 1) - 0.5) / 0.5, sample[f'{split}.label'][:count]), **kwargs)
+
+
+fabric = Fabric(accelerator='cpu')  # leave the argument out to take the devices that there are
+fabric.launch()
+fabric.seed_everything(0)  # the same on all processes, as the loss draws from it
+train_loader = create_loader('train', 1024, batch_size=64, shuffle=True, drop_last=True)
+validation_loader = create_loader('validation', 512, batch_size=256)
+
+model = timm.create_model('test_resnet', num_classes=10)
+load_checkpoint(model, str(assets / 'test_resnet_mocov2.safetensors'))
+task = CoreTuningTask(model, contrast_weight=0.1, device=fabric.device)
+optimizer = torch.optim.SGD(task.get_trainable_module().parameters(), lr=0.05, momentum=0.9)
+# the module of the task holds model and loss, and is what Fabric wraps
+task.trainable_module, optimizer = fabric.setup(task.trainable_module, optimizer)
+train_loader, validation_loader = fabric.setup_dataloaders(train_loader, validation_loader)
+
+for epoch in range(2):
+    task.train()
+    for images, target in train_loader:
+        loss = task(images, target)['loss']
+        fabric.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    evaluated, counts = task.get_eval_model().eval(), torch.zeros(2, device=fabric.device)
+    with torch.inference_mode():
+        for images, target in validation_loader:
+            correct = (evaluated(images).argmax(dim=1) == target).sum()
+            counts += torch.stack([correct, torch.full_like(correct, len(target))])
+    correct, total = fabric.all_reduce(counts, reduce_op='sum').tolist()
+    fabric.print(f'epoch {epoch}: accuracy {100 * correct / total:.1f} %')
