@@ -19,7 +19,7 @@ from timm.task import (
     TrainingTask,
 )
 
-from ..data.class_balance import expected_positives
+from ..data.positives import describe_positives
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.multi_label import MultiLabelEvaluator
 from ..evaluation.scores import Evaluator
@@ -245,20 +245,10 @@ def log_contrast(settings: Settings, datasets: Datasets, num_processes: int) -> 
     )
     counts = count_labels(datasets.train)
     if counts:
-        if data.class_balance:
-            alone = counts.count(1) / sum(counts)
-            message += f' A class in a batch is there at least twice; {100 * alone:.1f} % of the images have no other.'
-        else:
-            positives, alone = expected_positives(counts, batch_size)
-            message += (
-                f' An image finds {positives:.1f} positives on average, {100 * alone:.1f} % of the images find none '
-                'but their mixture.'
-            )
-        if batch_size < 2 * len(counts) and not data.class_balance:
-            _logger.warning(
-                f'A batch of {batch_size} is less than twice the {len(counts)} classes: many images find no positive. '
-                'Consider a larger --batch-size or --contrast-batch-size, or --class-balance.'
-            )
+        told, warnings = describe_positives(counts, batch_size, data.class_balance, settings.loss.task_loss == 'core')
+        message += f' {told}'
+        for warning in warnings:
+            _logger.warning(warning)
     _logger.info(message)
 
 

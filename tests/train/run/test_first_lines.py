@@ -52,17 +52,25 @@ def test_the_log_says_what_an_image_finds_in_the_contrasted_batch(data, messages
     assert line.startswith(f'Contrast over {size} images ({settings.data.batch_size} x {gathered} process(es)')
     assert f'ln {size + 1} = {math.log(size + 1):.2f}.' in line
     assert f'{positives:.1f} positives on average, {100 * alone:.1f} % of the images find none' in line
-    warned = messages('WARNING')
-    assert len(warned) == (size < 8)
-    if warned:
-        assert f'A batch of {size} is less than twice the 4 classes' in warned[0]
+    few, single = messages('WARNING') if size < 8 else (None, *messages('WARNING'))
+    assert single.startswith('1 of 4 classes have one image. It has no positive but its mixture in any batch')
+    if few is not None:
+        # of the images of the class of one, nothing else than another image would help
+        assert few.startswith(f'{100 * (alone - 1 / 24):.1f} % of the images find no other image of their class in a')
+        assert '--class-balance gives it to each, and so does a batch of 8 (--batch-size or --contrast' in few
 
 
-def test_balanced_classes_leave_those_of_one_image_alone_and_need_no_warning(data, messages):
+def test_balanced_classes_leave_those_of_one_image_alone(data, messages):
     settings = parse_args(['--coretune', '--data-dir', str(data), '-b', '4', '--class-balance']).settings
     log_contrast(settings, create_datasets(settings.data), 1)
     assert f'{100 / 24:.1f} % of the images have no other' in messages()[0]
-    assert messages('WARNING') == []
+    assert [line.split('.')[0] for line in messages('WARNING')] == ['1 of 4 classes have one image']
+
+
+def test_a_method_without_mixtures_has_none_to_fall_back_on(data, messages):
+    settings = parse_args(['--method', 'scl', '--data-dir', str(data), '-b', '8']).settings
+    log_contrast(settings, create_datasets(settings.data), 1)
+    assert not any('mixture' in line for line in (*messages(), *messages('WARNING')))
 
 
 def test_the_contrastive_loss_starts_where_the_log_says(messages, data):
