@@ -33,7 +33,7 @@ TIERS = [
     ('train/cli', 'train/preemption'),
     ('train/data',),
     ('train/image_size', 'train/weights'),
-    ('train/freezing', 'train/loss_meter', 'train/processes', 'train/model'),
+    ('train/freezing', 'train/loss_meter', 'train/processes', 'train/model', 'train/watching'),
     ('train/optimization', 'train/loop'),
     ('train/run', 'train/classification', 'train/segmentation', 'train/notebook'),
     ('report/look',),
@@ -41,7 +41,7 @@ TIERS = [
     ('report/contents',),
     ('report/create',),
     ('train/session', 'report/__main__'),
-    ('train/__main__',),
+    ('train/__main__', 'train/replay'),
     ('train/__init__',),
     ('__main__',),
 ]

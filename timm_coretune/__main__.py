@@ -37,6 +37,7 @@ COMMANDS: Dict[str, Command] = {
         ('--eval-only',),
         ('--model', '--data-dir'),
     ),
+    'replay': Command('repeat the step in which a run diverged', 'timm_coretune.train.replay'),
     'report': Command('write the report of a run as one page of HTML', 'timm_coretune.report.__main__'),
     'sample': Command('write the bundled sample of scenes', 'timm_coretune.segmentation.__main__', ('sample',)),
     'masks': Command('convert annotations to images with masks', 'timm_coretune.segmentation.convert.__main__'),

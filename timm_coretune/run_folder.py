@@ -38,6 +38,10 @@ STATE_PATTERNS = (
     *(LAST_STATE_NAME, RECOVERY_PATTERN, f'checkpoint-*{STATE_SUFFIX}', f'{MILESTONE_PREFIX}*{STATE_SUFFIX}'),
 )
 UNFINISHED_STATE_NAMES = (f'tmp{STATE_SUFFIX}', f'recovery_tmp{STATE_SUFFIX}')
+# a step whose losses were not finite: a folder with what `timm-coretune replay` needs
+DIVERGED_NAME = 'diverged'
+KEPT_STEP_NAME = 'step.json'
+KEPT_WEIGHTS_NAME = 'weights.safetensors'
 SET_ASIDE_NAME = 'set_aside'  # folder for what a run did after the state from which it was continued by --resume FILE
 # files that are pushed to the Hub beside weights, config and model card
 PUBLISHED_NAMES = (
@@ -45,8 +49,15 @@ PUBLISHED_NAMES = (
 )
 
 EVAL_PREFIX = 'eval_'  # prefix of the columns of the summary that are scores of the validation
+FEATURES_PREFIX = 'features_'  # prefix of those that are figures of features
+START_EPOCH = -1  # epoch of the row of the summary with what was measured before the first one
 
 _LONGEST_JSON = 2**24  # characters; names of 20,000 classes are 2**19
+
+
+def kept_share_name(process: int) -> str:
+    """Name of the file with the batch of a process in a step that diverged."""
+    return f'process-{process}.safetensors'
 
 
 def read_summary(path: Union[str, os.PathLike]) -> List[Dict[str, str]]:

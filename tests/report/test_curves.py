@@ -89,5 +89,17 @@ def test_names_inside_the_charts_are_different_and_no_colour_is_fixed(drawn):
     assert re.findall(r'(?<!url\()#[0-9a-f]{6}\b(?!")', drawn) == []
 
 
+def test_figures_of_features_begin_before_the_run():
+    columns = {'epoch': [-1.0, 0.0], 'train_loss': [float('nan'), 2.0], 'features_knn_top1': [50.0, 60.0]}
+    drawn = draw_curves(columns, None)
+    page = Page(drawn)
+    text = ' '.join(page.sections['curves'].split())
+    assert 'Epochs 0 to 0 of summary.csv . Epoch -1 is before the run.' in text
+    titles = [panel.title for panel in arrange(list(columns))]
+    assert titles == ['Training loss, all parts', 'kNN accuracy of the features, %']
+    # a loss of one epoch is one point, the figure is there twice
+    assert [len(re.findall('<use[^>]*var\\(--c0\\)', chart)) for chart in drawn.split('<figure')[1:]] == [1, 2]
+
+
 def test_without_an_epoch_there_are_no_curves():
     assert Page(draw_curves({}, None)).sections['curves'].strip().endswith('so there are no curves.')

@@ -7,7 +7,7 @@ import torch
 from ..atomic import write_whole
 from ..evaluation.scores import PERCENT, SCORES
 from ..evaluation.tables import read_confusion
-from ..run_folder import EVAL_PREFIX, read_summary
+from ..run_folder import EVAL_PREFIX, FEATURES_PREFIX, read_summary
 from .labels import create_labels
 
 _STRIPE = 128  # ignored pixels get stripes of this gray level, as white may be the colour of a class
@@ -67,7 +67,7 @@ def plot_curves(summary_path: str, picture_path: str) -> None:
             lr_axes.plot(columns['epoch'], values, marker='.')
         elif name.startswith(EVAL_PREFIX) and _is_percentage(name.removeprefix(EVAL_PREFIX)):
             accuracy_axes.plot(columns['epoch'], values, marker='.', label=label)
-        elif name != 'epoch':
+        elif name != 'epoch' and not name.startswith(FEATURES_PREFIX):
             loss_axes.plot(columns['epoch'], values, marker='.', label=label)
     for axes, title in ((loss_axes, 'loss (nats)'), (accuracy_axes, 'accuracy (%)'), (lr_axes, 'learning rate')):
         axes.set_title(title)

@@ -110,7 +110,7 @@ def create_loaders(
         seed=settings.loop.seed,
         epochs=settings.optimization.epochs,
     )
-    return factory.create(datasets)
+    return factory.create(datasets, with_watched=settings.loop.watch_features > 0)
 
 
 def _find_class_stats(

@@ -1,5 +1,6 @@
 """The training loop: epochs of training and validation"""
 
+import contextlib
 import copy
 import logging
 import sys
@@ -21,6 +22,7 @@ from ..data.seeding import kept_generators, make_key, seed_generators, seed_torc
 from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import Evaluator, is_better
 from ..task import CoreTuningTask
+from .cli.errors import DivergedError
 from .data.batches import (
     Input,
     batches_from,
@@ -35,6 +37,8 @@ from .freezing import BackboneFreezer
 from .loss_meter import LossMeter
 from .preemption import Preempted, StopRequest
 from .processes import check_accumulation, check_second_order, is_sharded
+from .watching.diverged import Place, StateBefore
+from .watching.features import FeatureWatch
 
 _logger = logging.getLogger(__name__)
 
@@ -66,6 +70,8 @@ class LoopConfig:
         eval_metric: Name of the score that selects the best epoch. Without validation it is the training loss.
         patience: Validations without improvement after which training stops, None for never.
         mixup_off_epoch: First epoch without pixel mixup, 0 for never.
+        catch_diverged: Look at the losses of every batch before the update, so that the record can keep a step that
+            diverged. One process on a CPU always does so. Elsewhere it waits for the device and for other processes.
     """
 
     seed: int = 42
@@ -88,6 +94,7 @@ class LoopConfig:
     eval_metric: str = 'top1'
     patience: Optional[int] = None
     mixup_off_epoch: int = 0
+    catch_diverged: bool = False
 
     def __post_init__(self) -> None:
         if self.dist_bn not in ('reduce', 'broadcast', 'none', ''):
@@ -137,6 +144,7 @@ class Trainer:
         record: Writes the run folder (`record.RunRecord`). All processes need one.
         evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
         stop: Is asked after every update and validation batch whether to stop early. None never stops.
+        watch: Measures features after validations, and before the first epoch.
 
     Raises:
         TypeError: config has several contrast_batches, and the task is not a CoreTuningTask for images.
@@ -157,6 +165,7 @@ class Trainer:
         record: Optional[Any] = None,
         evaluator: Optional[Evaluator] = None,
         stop: Optional[StopRequest] = None,
+        watch: Optional[FeatureWatch] = None,
     ):
         check_accumulation(accelerator)
         if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
@@ -177,10 +186,14 @@ class Trainer:
         self.freezer = freezer
         self.record = record
         self.stop = stop
+        self.watch = watch
         self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
         # after a validation: has its tables, and whether its scores are those of the moving average
         self.scored, self.ema_counts = self.evaluator, True
         self.meter = LossMeter(accelerator)
+        # a check costs nothing in a single CPU process; otherwise it waits for the device or for other processes
+        on_cpu = accelerator.device.type == 'cpu' and accelerator.num_processes == 1
+        self.checks_always = on_cpu or self.config.catch_diverged
         self.data_share = 0.0  # share of the time of the last epoch in which this process waited for batches
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
@@ -224,13 +237,29 @@ class Trainer:
         return result
 
     def _step(
-        self, inputs: List[Input], target: torch.Tensor, num_accum: float, need_update: bool
-    ) -> Dict[str, torch.Tensor]:
-        """Run the forward and backward pass of batches that are contrasted together, and the update if it is due."""
+        self, inputs: List[Input], target: torch.Tensor, num_accum: float, need_update: bool, place: Place
+    ) -> None:
+        """Run the forward and backward pass of batches that are contrasted together, and the update if it is due.
+
+        Raises:
+            DivergedError: A loss is not finite, and this was checked. The record has kept the step.
+        """
+        before, record = None, self.record
+        if self.checks_always and record is not None and not self.is_sharded:
+            before = StateBefore(unwrap_model(self.task.get_trainable_module()))
+        with contextlib.nullcontext() if need_update else self.task.no_sync():
+            result = self._forward_backward(inputs, target, num_accum)
+        self.meter.update(result, place.update)
+        if self.checks_always:
+            try:
+                self.meter.check()
+            except DivergedError as e:
+                if before is None or record is None:
+                    raise
+                kept = record.keep_step(self, before, inputs, target, self.meter.last_losses(), place)
+                raise DivergedError(f'{e} {kept}') from None
         if not need_update:
-            with self.task.no_sync():
-                return self._forward_backward(inputs, target, num_accum)
-        result = self._forward_backward(inputs, target, num_accum)
+            return
         if self.clip_gradients is not None:
             self.clip_gradients(self.optimizer)
         self.optimizer.step()
@@ -238,7 +267,6 @@ class Trainer:
         after_update: Any = getattr(self.task, 'after_update', None)
         if after_update is not None:
             after_update()
-        return result
 
     def _switch_mixup(self, epoch: int, loader: Any) -> None:
         # a resumable loader switches mixup off by itself
@@ -272,8 +300,6 @@ class Trainer:
         meter, config, device = self.meter, self.config, self.accelerator.device
         num_batches, per_update = count_batches(loader, self.accelerator), config.batches_per_update
         num_updates = -(-num_batches // per_update)  # the last update may have fewer batches
-        # a check costs nothing in a single CPU process; otherwise it waits for the device or for other processes
-        check_always = device.type == 'cpu' and self.accelerator.num_processes == 1
         update_time, data_time, num_images = AverageMeter(), AverageMeter(), 0
         update_start = data_start = time.perf_counter()
         batches = in_step(batches_from(loader, epoch, start_batch), loader, self.accelerator)
@@ -301,11 +327,11 @@ class Trainer:
 
                 target = target if len(targets) == 1 else torch.cat(targets)
                 # each image of an update has the same weight, also where fewer batches are contrasted at its end
-                result = self._step(inputs, target, num_in_update / len(inputs), need_update)
+                num_done = epoch * num_updates + update + 1
+                place = Place(epoch, batch_idx, num_done)
+                self._step(inputs, target, num_in_update / len(inputs), need_update, place)
                 inputs, targets = [], []
                 num_images += len(target) * self.accelerator.num_processes
-                num_done = epoch * num_updates + update + 1
-                meter.update(result, num_done)
                 if not need_update:
                     data_start = time.perf_counter()
                     continue
@@ -321,7 +347,7 @@ class Trainer:
                 )
                 # after the last update the validation is left, or the end of the epoch
                 reason_to_stop = self._reason_to_stop() if update + 1 < num_updates else ''
-                if due or recovery_due or reason_to_stop or check_always:
+                if due or recovery_due or reason_to_stop:
                     meter.check()
                 update_time.update(time.perf_counter() - update_start)
                 if due:
@@ -443,6 +469,11 @@ class Trainer:
         _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
         return metrics
 
+    def _measure_features(self, name: str) -> Dict[str, float]:
+        """Measure the features of the model whose scores count."""
+        assert self.watch is not None
+        return self.watch.measure(self._eval_model(self._validates_ema and self.ema_counts), name)
+
     def is_out_of_patience(self, epoch: int) -> bool:
         """Whether the scores up to this epoch, the last one with a score, have not got better for too long."""
         best_epoch, patience = self.best[1], self.config.patience
@@ -484,6 +515,10 @@ class Trainer:
     ) -> List[Dict[str, Any]]:
         results = []
         config = self.config
+        if self.watch is not None and not epochs.start and self.position == Position():
+            features = self._measure_features('start')
+            if self.record is not None:
+                self.record.save_start(features)
         for epoch in epochs:
             self._start_epoch(epoch)
             is_due = (epoch + 1) % config.val_interval == 0 or epoch + 1 in (*config.save_epochs, epochs.stop)
@@ -510,8 +545,12 @@ class Trainer:
                     self.best = (metric, epoch)
                 self.position = Position(epoch + 1, metric=metric)
                 results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
+                features = {}
+                if self.watch is not None and self.watch.is_due(epoch, epochs.stop):
+                    features = self._measure_features(f'epoch {epoch}')
+                    results[-1]['features'] = features
                 if self.record is not None:
-                    self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics)
+                    self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics, features)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
             if metric is not None and self.is_out_of_patience(epoch):

@@ -95,6 +95,11 @@ class LossMeter:
         self._add()
         return self._by_name(self.last)
 
+    def last_losses(self) -> Dict[str, float]:
+        """Losses of the last step of this process."""
+        self._add()
+        return dict(zip(self.names, self.last.tolist(), strict=True))
+
     def average(self) -> Dict[str, float]:
         """Losses averaged over all steps so far and all processes."""
         self._add()

@@ -151,6 +151,8 @@ def check_strategy(settings: Settings, accelerator: Accelerator) -> None:
         ('--recovery-interval', settings.output.recovery_interval),
         ('--save-epochs', settings.output.save_epochs),
         ('--model-ema', settings.model.model_ema),
+        ('--watch-features', settings.loop.watch_features),
+        ('--catch-diverged', settings.loop.catch_diverged),
         ('--contrast-batch-size', settings.data.contrast_batches > 1),
         ('--freeze-epochs', settings.optimization.freeze_epochs),
         (f'--method {method}', method and METHODS[method].keeps_copy),

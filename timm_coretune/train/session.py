@@ -45,6 +45,7 @@ from .run.folder import default_name, take_folder
 from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume, without_lost_checkpoint
+from .watching.features import FeatureWatch
 from .weights import check_model_name, warn_of_random_weights
 
 _logger = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ def create_loop_config(settings: Settings, eval_metric: str, reference_batch_siz
         eval_metric=eval_metric,
         patience=loop.patience,
         mixup_off_epoch=data.mixup_off_epoch,
+        catch_diverged=loop.catch_diverged,
     )
 
 
@@ -220,20 +222,32 @@ def set_up(
         )
         if datasets.validated_on is not None:
             record.notes['validated_on'] = redact(datasets.validated_on)
+        record.facts = dict(
+            num_updates=num_epochs * updates_per_epoch,
+            num_classes=resolved.num_classes,
+            compiled=settings.model.torchcompile is not None,
+        )
         continuation = record.continue_from(continuation)
         start_trackers(settings.output, values, accelerator, folder)
+    watch = None
+    loop_config = create_loop_config(settings, resolved.eval_metric, batch_size)
+    if loaders.watched is not None:
+        held_out, bank = loaders.watched
+        interval, memory = settings.loop.watch_features, (loop_config.channels_last, loop_config.dtype)
+        watch = FeatureWatch(held_out, bank, interval, accelerator, *memory)
     trainer = Trainer(
         task,
         optimizer,
         accelerator,
         scheduler=scheduler,
-        config=create_loop_config(settings, resolved.eval_metric, batch_size),
+        config=loop_config,
         mixup_fn=loaders.mixup_fn,
         clip_gradients=functools.partial(clip_gradients, optimization, accelerator, task),
         freezer=freezer,
         record=record,
         evaluator=kind.create_evaluator(settings, resolved.num_classes, datasets.class_names, accelerator.device),
         stop=stop,
+        watch=watch,
     )
     trainer.best = continuation.best
     if continuation.loop_state:

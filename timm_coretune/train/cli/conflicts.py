@@ -274,7 +274,7 @@ def _is_sample(data_dir: Optional[str]) -> bool:
 
 
 def _of_the_loop(settings: Settings) -> Conditions:
-    loop = settings.loop
+    loop, data = settings.loop, settings.data
     metrics = split_names(loop.metrics)
     scores = OF_PIXELS if settings.data.segmentation else scores_of_images(metrics)
     scores = OF_LABEL_SETS if settings.data.is_multi_label else scores
@@ -288,6 +288,15 @@ def _of_the_loop(settings: Settings) -> Conditions:
         '--eval-only needs a --val-split': loop.eval_only and not settings.data.val_split,
         '--eval-output is for --eval-only; a run that trains writes to --output': (
             loop.eval_output is not None and not loop.eval_only
+        ),
+        '--watch-features measures what training changes, in classification; not with --eval-only, --segmentation, '
+        '--task multilabel or --torchscript': loop.watch_features
+        and any((loop.eval_only, data.segmentation, data.is_multi_label, settings.model.torchscript)),
+        '--watch-features needs a --val-split, whose images are not trained on': (
+            loop.watch_features and not data.val_split
+        ),
+        '--watch-features: measures weights that are validated; choose a multiple of --val-interval': (
+            loop.watch_features % loop.val_interval
         ),
         f'--metrics: choose from {", ".join(known)}': set(metrics) - set(known),
         f'--eval-metric: choose from {", ".join(scores)}': loop.eval_metric not in scores,

@@ -118,7 +118,7 @@ RANGES: Dict[str, Range] = {
     # loop and output
     'local_rank': _CONFLICTS,
     'seed': Range(0, 2**32 - 1),  # NumPy takes no other
-    **_all(_AT_LEAST_0, 'start_epoch tta recovery_interval'),
+    **_all(_AT_LEAST_0, 'start_epoch tta recovery_interval watch_features'),
     'time_limit': _ABOVE_0,
     **_all(_AT_LEAST_1, 'stop_epoch save_epochs log_interval val_interval patience checkpoint_hist'),
 }

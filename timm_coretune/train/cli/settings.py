@@ -438,7 +438,9 @@ class LoopSettings:
     tta: int = flag(0, 'number of neighbouring images whose outputs validation averages, 0 for none')
 
     metrics: str = flag('', 'further scores, comma-separated: confusion, per-class, ece', 'LIST', section=TUNING)
+    watch_features: int = flag(0, 'epochs between measurements of the features: kNN, RankMe, scatter; 0 for none', 'N')
     patience: Optional[int] = flag(None, 'stop after N validations without improvement')
+    catch_diverged: bool = flag(False, 'check losses before every update, and keep a step that diverged for replay')
     time_limit: Optional[float] = flag(
         None, 'save a state and exit with status 143 so long after the start of the process', 'MINUTES'
     )

@@ -1,7 +1,8 @@
 """Creates timm's loaders of labelled images, made to start at any batch of an epoch"""
 
 import logging
-from typing import Any, Dict, NamedTuple, Optional, Sized, cast
+import random
+from typing import Any, Dict, NamedTuple, Optional, Sized, Tuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,18 +21,31 @@ from ...data.device_augment import CollateStored, DeviceAugment
 from ...data.resumable import make_resumable
 from ..cli.settings import DataSettings
 from .datasets import Datasets
-from .labelled import get_labels
+from .labelled import LabelledSubset, copy_of, get_labels
 from .workers import outliving_signals
 
 _logger = logging.getLogger(__name__)
 
 
+NUM_WATCHED = 2048  # images of a split whose features are measured, at most
+_WATCH_SEED = 0  # not --seed: runs of other seeds are compared on the same images
+
+
 class Loaders(NamedTuple):
-    """Loaders of both splits, and pixel mixup if the training loader does not apply it itself."""
+    """Loaders of both splits, and pixel mixup if the training loader does not apply it itself.
+
+    Attributes:
+        train: Training batches.
+        validation: Validation batches.
+        mixup_fn: Pixel mixup for the training batches.
+        watched: Loaders of validation images and training images whose features are measured, both prepared as for
+            validation. None if nothing is measured.
+    """
 
     train: Any
     validation: Any
     mixup_fn: Optional[Mixup]
+    watched: Optional[Tuple[Any, Any]] = None
 
 
 def _mixup_kwargs(settings: DataSettings, smoothing: float, num_classes: int) -> Dict[str, Any]:
@@ -92,8 +106,12 @@ class LoaderFactory:
             persistent_workers=settings.workers > 0,
         )
 
-    def create(self, datasets: Datasets) -> Loaders:
+    def create(self, datasets: Datasets, with_watched: bool = False) -> Loaders:
         """Create the loaders.
+
+        Args:
+            datasets: Both splits.
+            with_watched: Whether to create loaders of the images whose features are measured.
 
         Raises:
             ValueError: The training split does not fill one batch, or --class-balance or --aug-repeats is impossible.
@@ -107,7 +125,23 @@ class LoaderFactory:
         mixup_fn = None
         if settings.mixes_pixels and not settings.naflex_loader and not settings.mixes_in_loader:
             mixup_fn = Mixup(**self.mixup_kwargs)
-        return Loaders(train, validation, mixup_fn)
+        watched = None
+        if with_watched:
+            validated, trained = datasets.validation, datasets.train
+            watched = self._create_watched(validated, 'validation'), self._create_watched(trained, 'training')
+        return Loaders(train, validation, mixup_fn, watched)
+
+    def _create_watched(self, dataset: Optional[Dataset], name: str) -> Any:
+        if dataset is None or isinstance(dataset, IterableDataset):
+            raise ValueError(
+                'Expected training and validation images that can be read in any order for --watch-features, as '
+                f'folders, safetensors, torch/ and hfds/ have, got {"none" if dataset is None else "a stream"}. Leave '
+                'the flag out.'
+            )
+        total = len(cast(Sized, dataset))
+        _logger.info(f'Features are measured of {min(total, NUM_WATCHED)} of the {total} {name} images.')
+        indices = sorted(random.Random(_WATCH_SEED).sample(range(total), min(total, NUM_WATCHED)))
+        return self._create_validation(LabelledSubset(copy_of(dataset), indices), persistent_workers=False)
 
     def _train_kwargs(self) -> Dict[str, Any]:
         settings = self.settings
@@ -250,7 +284,7 @@ class LoaderFactory:
         )
         return outliving_signals(loader)
 
-    def _create_validation(self, dataset: Dataset) -> Any:
+    def _create_validation(self, dataset: Dataset, **further: Any) -> Any:
         settings = self.settings
         num_workers = settings.workers
         if self.accelerator.num_processes > 1 and any(name in settings.dataset for name in ('tfds', 'wds')):
@@ -260,7 +294,7 @@ class LoaderFactory:
             interpolation=self.data_config['interpolation'],
             crop_pct=self.data_config['crop_pct'],
             num_workers=num_workers,
-            **self.common,
+            **{**self.common, **further},
         )
         if settings.naflex_loader:
             loader = create_naflex_loader(

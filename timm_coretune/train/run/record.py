@@ -5,7 +5,7 @@ import csv
 import glob
 import logging
 import os
-from typing import Any, Dict, Iterator, List, Optional, cast
+from typing import Any, Dict, Iterator, List, Optional, Sequence, cast
 
 import torch
 import torch.nn as nn
@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from ...atomic import write_text, write_whole
 from ...evaluation.scores import SCORES, for_ranking
 from ...export import save_weights
+from ...redaction import join_command
 from ...run_folder import (
     ARGS_NAME,
     BEST_WEIGHTS_NAME,
@@ -25,11 +26,14 @@ from ...run_folder import (
     LAST_STATE_NAME,
     MILESTONE_PREFIX,
     RECOVERY_PATTERN,
+    START_EPOCH,
     STATE_SUFFIX,
     SUMMARY_NAME,
 )
 from ..cli.settings import OutputSettings, SavedArguments
+from ..data.batches import Input
 from ..loop import Trainer
+from ..watching.diverged import Place, StateBefore, keep_step
 from .folder import remove_unfinished
 from .repair import best_of, intact_rows, repair_best, set_aside_later
 from .resume import ROWS_KEY, Best, Continuation, LoopState
@@ -72,6 +76,7 @@ class RunRecord:
         self.rows: List[Dict[str, str]] = []
         self.publish_ema = publish_ema
         self.notes: Dict[str, str] = {}  # further notes in the header of the best weights
+        self.facts: Dict[str, Any] = {}  # what a step that diverged is repeated with, beside the settings
         self.last_state: Optional[str] = None
         self.last_row: Optional[Dict[str, float]] = None
         self.saver: Optional[Saver] = None
@@ -200,6 +205,31 @@ class RunRecord:
                 self.saver.save_recovery(epoch, batch_idx=update)
             self.last_state = self.saver.curr_recovery_file
 
+    def save_start(self, features: Dict[str, float]) -> None:
+        """Add a row of figures of the untrained model to the summary. It is written with that of the first epoch."""
+        self.rows.append({'epoch': str(START_EPOCH), **{k: str(v) for k, v in features.items()}})
+        if self.accelerator.trackers:
+            self.accelerator.log(features, step=0)
+
+    def keep_step(
+        self,
+        trainer: Trainer,
+        before: StateBefore,
+        inputs: Sequence[Input],
+        target: torch.Tensor,
+        losses: Dict[str, float],
+        place: Place,
+    ) -> str:
+        """Keep a step that diverged. All processes must call this together. Returns a sentence about it."""
+        module = unwrap_model(trainer.task.get_trainable_module())
+        step = (inputs, target, losses, place, trainer.config.seed)
+        try:
+            keep_step(self.folder, module, before, *step, self.accelerator, self.facts)
+        except (OSError, RuntimeError) as e:
+            return f'The step could not be kept: {e}.'
+        command = join_command(['timm-coretune', 'replay', self.folder])
+        return f'The step is kept, and `{command}` repeats it.'
+
     def save_epoch(
         self,
         trainer: Trainer,
@@ -207,6 +237,7 @@ class RunRecord:
         is_best: bool,
         train_metrics: Dict[str, float],
         eval_metrics: Optional[Dict[str, float]],
+        features: Optional[Dict[str, float]] = None,
     ) -> None:
         """Save the weights if they are the best so far, then a state, then add a row to the summary.
 
@@ -217,6 +248,7 @@ class RunRecord:
         lrs = [group['lr'] for group in trainer.optimizer.param_groups]
         row = {f'train_{k}': v for k, v in train_metrics.items()}
         row.update({f'{EVAL_PREFIX}{k}': v for k, v in (eval_metrics or {}).items()}, lr=sum(lrs) / len(lrs))
+        row.update(features or {})
         self.last_row = row
         self.rows.append({'epoch': str(epoch), **{k: str(v) for k, v in row.items()}})
         if not trainer.is_sharded:
