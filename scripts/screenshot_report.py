@@ -1,6 +1,8 @@
-"""Take the pictures of a report that the docs show, in headless Chromium
+r"""Take the pictures of a report that the docs show, in headless Chromium
 
-python scripts/screenshot_report.py RUN/report.html --light docs/report_light.png --phone docs/report_phone.png
+python -m timm_coretune.train --coretune --report --metrics confusion,per-class --experiment fashion
+python scripts/screenshot_report.py output/train/fashion/report.html --light docs/report_light.png \
+    --phone docs/report_phone.png --features docs/report_features.png
 
 Needs selenium, and Chromium with its driver: `apt-get install chromium chromium-driver`.
 """
@@ -43,14 +45,14 @@ def set_device(browser: Any, width: int, height: int, dark: bool) -> None:
     browser.execute_cdp_cmd('Emulation.setEmulatedMedia', dict(features=scheme))
 
 
-def take(browser: Any, page: Path, target: Path, width: int, height: int, dark: bool, colors: Optional[int]) -> None:
-    """Save the top of a page as PNG. Fewer colours make a smaller file."""
-    set_device(browser, width, height, dark)
-    browser.get(page.resolve().as_uri())
-    with Image.open(io.BytesIO(browser.get_screenshot_as_png())) as image:
+def take(browser: Any, target: Path, selector: Optional[str] = None) -> None:
+    """Save the top of the page that is open as PNG, or the first element that a selector finds."""
+    if selector is None:
+        taken = browser.get_screenshot_as_png()
+    else:
+        taken = browser.find_element('css selector', selector).screenshot_as_png
+    with Image.open(io.BytesIO(taken)) as image:
         image = image.convert('RGB')
-    if colors is not None:
-        image = image.quantize(colors, dither=Image.Dither.NONE)
     image.save(target, optimize=True)
     print(f'{target}: {image.width} x {image.height}, {target.stat().st_size / 1000:.0f} kB')
 
@@ -60,15 +62,20 @@ def main() -> None:
     parser.add_argument('page', type=Path, help='report.html of a run')
     parser.add_argument('--light', type=Path, help='picture of a desktop, 1280 pixels wide, light')
     parser.add_argument('--phone', type=Path, help='picture of a phone, 390 pixels wide, dark')
+    parser.add_argument('--features', type=Path, help='picture of the features before and after, light')
     parser.add_argument('--height', type=int, default=1400, help='pixels from the top (default: %(default)s)')
-    parser.add_argument('--colors', type=int, help='number of colours (default: all)')
     args = parser.parse_args()
     browser = open_browser(1280, args.height)
     try:
+        browser.get(args.page.resolve().as_uri())
         if args.light:
-            take(browser, args.page, args.light, 1280, args.height, False, args.colors)
+            take(browser, args.light)
+        if args.features:
+            take(browser, args.features, '#features .mapped')
         if args.phone:
-            take(browser, args.page, args.phone, 390, args.height, True, args.colors)
+            set_device(browser, 390, args.height, True)
+            browser.get(args.page.resolve().as_uri())
+            take(browser, args.phone)
     finally:
         browser.quit()
 

@@ -14,6 +14,7 @@ from ..run_folder import (
     CONFUSION_NAME,
     PER_CLASS_NAME,
     PREDICTIONS_NAME,
+    START_EPOCH,
     SUMMARY_NAME,
     read_facts_of_run,
     read_notes,
@@ -48,7 +49,8 @@ def create_contents(folder: str, facts: CardFacts, findings: Optional[Findings],
     notes = read_notes(weights) if os.path.isfile(weights) else {}
     best = int(notes['epoch']) if notes.get('epoch', '').isdigit() else None
     of_run = read_facts_of_run(folder)
-    epochs = f'{len(columns["epoch"])} validated epochs' if columns else 'no epoch has ended'
+    num_epochs = sum(epoch != START_EPOCH for epoch in columns.get('epoch', ()))
+    epochs = f'{num_epochs} validated epochs' if columns else 'no epoch has ended'
     kind = 'Segmentation' if facts.segmentation is not None else 'Classification'
     subtitle = f'{kind} with <b>{text(facts.recipe.get("model"))}</b> on <b>{text(facts.dataset)}</b>, {epochs}.'
     scored = '' if best is None else paragraph(f'Scores of epoch {best}, the best one, whose weights were kept.')

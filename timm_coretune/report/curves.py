@@ -4,7 +4,7 @@ import math
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from ..evaluation.scores import PERCENT, SCORES
-from ..run_folder import EVAL_PREFIX
+from ..run_folder import EVAL_PREFIX, FEATURES_PREFIX, START_EPOCH
 from .html import legend, paragraph, section, text
 from .svg import NUM_COLORS, SOFT, chart, color, create_chart, to_svg
 
@@ -14,6 +14,12 @@ _OF_TRAINING = {
     'task': 'Task loss',
     'contrast': 'Contrastive loss',
     'dense': 'Cross-entropy of all pixels',
+}
+_OF_FEATURES = {
+    'knn_top1': 'kNN accuracy of the features, %',
+    'within_class': 'Scatter within classes',
+    'between_class': 'Distance between classes',
+    'rank_me': 'RankMe of the features',
 }
 _LIKE_VALIDATION = ('dense', 'task', 'loss')  # the first that is there is compared with the loss of the validation
 
@@ -59,6 +65,8 @@ def arrange(columns: Sequence[str]) -> List[Panel]:
 
 
 def _title_of(column: str) -> str:
+    if column.removeprefix(FEATURES_PREFIX) in _OF_FEATURES:
+        return _OF_FEATURES[column.removeprefix(FEATURES_PREFIX)]
     words = column.replace('_', ' ')
     for prefix, of in ((_TRAIN_PREFIX, 'training'), (EVAL_PREFIX, 'validation')):
         if column.startswith(prefix):
@@ -68,12 +76,13 @@ def _title_of(column: str) -> str:
 
 def draw_curves(columns: Dict[str, List[float]], best_epoch: Optional[int]) -> str:
     """The section of curves, from the columns of a summary by name."""
-    if not columns:
+    epochs = [epoch for epoch in columns.get('epoch', ()) if epoch != START_EPOCH]
+    if not epochs:
         return section('curves', 'Curves', paragraph('No epoch has ended, so there are no curves.'))
     charts = [_draw(panel, columns, best_epoch, f'curve{i}') for i, panel in enumerate(arrange(list(columns)))]
-    epochs = columns['epoch']
+    before = f'Epoch {START_EPOCH} is before the run.' if len(epochs) < len(columns['epoch']) else ''
     marked = '' if best_epoch is None else f'The dotted line marks epoch {best_epoch}, whose weights were kept.'
-    lines = [paragraph(f'Epochs {int(epochs[0])} to {int(epochs[-1])} of <code>summary.csv</code>.', marked)]
+    lines = [paragraph(f'Epochs {int(epochs[0])} to {int(epochs[-1])} of <code>summary.csv</code>.', before, marked)]
     return section('curves', 'Curves', *lines, f'<div class="charts">{"".join(charts)}</div>')
 
 

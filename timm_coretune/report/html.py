@@ -78,7 +78,7 @@ class Picture(NamedTuple):
     def show(self, alt: str) -> str:
         """The picture as HTML. alt is its description, already escaped."""
         kind = ' class="small"' if max(self.width, self.height) <= _SMALL else ''
-        return f'<img{kind} src="{self.uri}" width="{self.width}" height="{self.height}" alt="{alt}" loading="lazy">'
+        return f'<img{kind} src="{self.uri}" width="{self.width}" height="{self.height}" alt="{alt}">'
 
 
 def embed(image: Image.Image, side: Optional[int] = _SIDE) -> Picture:

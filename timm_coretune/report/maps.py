@@ -72,8 +72,8 @@ def show_features(
         'A point is an image, a colour is a class. The axes are the two principal components of the features (those '
         'before the classifier, each divided by its length). Each map has its own.'
     )
-    parts = [paragraph(source, how, left_out), note, f'<div class="charts maps">{"".join(charts)}</div>']
-    parts += [legend(entries), _figures(sets)]
+    maps = f'<div class="mapped"><div class="charts maps">{"".join(charts)}</div>{legend(entries)}</div>'
+    parts = (paragraph(source, how, left_out), note, maps, _figures(sets))
     return section('features', 'Features before and after', *parts)
 
 
