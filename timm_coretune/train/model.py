@@ -120,7 +120,8 @@ def narrow_classifier(model: Any) -> None:
         classifier.weight.mul_(torchs / found)
         _logger.info(
             f'The weights of the new classifier were scaled down from a standard deviation of {found:.3f} to '
-            f'{torchs:.3f}. Logits that start large would destroy the pretrained features. --head-init-scale 1 keeps them.'
+            f'{torchs:.3f}. Logits that start large would destroy the pretrained features. --head-init-scale 1 '
+            'keeps the weights.'
         )
 
 
