@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from typing import Any, Dict, List, Optional, Union
 
 import yaml
@@ -71,6 +72,13 @@ def read_args(folder: str) -> Dict[str, Any]:
     """Read the arguments of a run by name."""
     with open(os.path.join(folder, ARGS_NAME), encoding='utf-8') as f:
         return yaml.safe_load(f)
+
+
+def read_lr(folder: str) -> Optional[float]:
+    """Read the learning rate that a run came to, which train.py notes behind its arguments. None if it did not."""
+    with open(os.path.join(folder, ARGS_NAME), encoding='utf-8') as f:
+        found = re.search(r'^# in this run: lr ([\d.e+-]+),', f.read(), re.MULTILINE)
+    return None if found is None else float(found[1])
 
 
 def read_notes(weights_path: Union[str, os.PathLike]) -> Dict[str, str]:
