@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 from typing import Any, Dict, List, Optional, Union
 
 import yaml
@@ -80,6 +81,12 @@ def read_facts_of_run(folder: str) -> Dict[str, str]:
     with open(os.path.join(folder, ARGS_NAME), encoding='utf-8') as f:
         comments = [line[1:].partition(':') for line in f if line.startswith('#')]
     return {name.strip(): value.strip() for name, _, value in comments}
+
+
+def read_lr(folder: str) -> Optional[float]:
+    """Read the learning rate that a run came to, which train.py notes behind its arguments. None if it did not."""
+    found = re.match(r'lr ([\d.e+-]+),', read_facts_of_run(folder).get('in this run', ''))
+    return None if found is None else float(found[1])
 
 
 def read_notes(weights_path: Union[str, os.PathLike]) -> Dict[str, str]:

@@ -32,6 +32,16 @@ def test_a_card_tells_only_what_is_known(model, tmp_path):
     assert card.data.eval_results[0].metric_value == 91.25
 
 
+def test_a_card_names_the_classes_and_of_many_the_first(model):
+    config = create_config(model, label_names=['ant', 'bee `1`', 'two\nlines'])
+    assert "- Classes: `ant`, `bee '1'`, `two lines`\n" in create_card('me/my-model', config, CardFacts()).text
+    many = {**config, 'label_names': [f'class {index}' for index in range(1000)]}
+    text = create_card('me/my-model', many, CardFacts()).text
+    assert '`class 29` and 970 more, all in the config\n' in text
+    assert 'class 30' not in text
+    assert 'Classes' not in create_card('me/my-model', create_config(model), CardFacts()).text
+
+
 FIGURES = [
     *[np.float64(91.25), np.float32(91.25), np.array(91.25), np.array([91.25]), torch.tensor(91.25), 91.25],
     *[torch.tensor([[91.25]], dtype=torch.float64), torch.tensor(91.25, requires_grad=True)],
@@ -80,7 +90,7 @@ def test_figures_of_any_kind_are_plain_numbers_of_the_card_or_left_out(model, tm
 def test_a_card_names_the_method_and_only_what_has_an_effect_in_it(model, recipe, how, shown, hidden):
     recipe = {'lr': 0.1, 'contrast_weight': 0.1, 'coretune_alpha': 1.0, **recipe}
     text = create_card('me/my-model', create_config(model), CardFacts(recipe=recipe)).text
-    assert f'. {how} with `timm_coretune`.' in text
+    assert f'. {how} with [timm_coretune](https://github.com/' in text
     assert all(f'| `{flag}` |' in text for flag in shown)
     assert not any(f'| `{flag}` |' in text for flag in hidden)
 

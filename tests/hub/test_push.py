@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 import time
 
 import huggingface_hub
@@ -118,6 +119,12 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     assert "timm.create_model('hf-hub:me/run', pretrained=True)" in card.text
     assert 'arxiv.org/abs/2102.06605' in card.text
     assert '| `--contrast-weight` | 1.0 |' in card.text
+    recipe = dict(re.findall(r'^\| `(--[\w-]+)` \| (.*) \|$', card.text, re.MULTILINE))
+    shown = ('--model', '--pretrained-path', '--img-size', '--lr', '--batch-size')
+    assert [recipe[name] for name in shown] == ['test_resnet', 'test_resnet_mocov2.safetensors', '32', '0.05', '64']
+    assert '- Classes: `T-shirt/top`, `Trouser`, ' in card.text
+    assert '](curves.png)' in card.text
+    assert 'confusion.png' not in card.text
     assert '--amp-dtype' not in card.text
     results = {result.metric_type: result for result in card.data.eval_results}
     with safe_open(run_folder / 'model_best.safetensors', framework='pt') as weights:
@@ -127,6 +134,16 @@ def test_a_run_is_pushed_from_its_folder_alone(hub, run_folder, tmp_path):
     top1 = float(row[columns.index('eval_top1')])
     assert results['accuracy'].metric_value == pytest.approx(top1, abs=1e-3)
     assert results['accuracy'].dataset_name == 'fashion_mnist_sample'
+
+
+def test_the_card_has_the_learning_rate_that_the_run_came_to(hub, run_folder, tmp_path):
+    folder = shutil.copytree(run_folder, tmp_path / 'run')
+    args = yaml.safe_load((folder / 'args.yaml').read_text())
+    text = yaml.safe_dump({**args, 'lr': None})
+    (folder / 'args.yaml').write_text(f'{text}# in this run: lr 1.25e-05, eval_metric top1, num_classes 10\n')
+    push_run(str(folder), 'me/run')
+    text = hub.repositories['me/run'].files()['README.md'].decode()
+    assert '| `--lr` | 1.25e-05 |' in text
 
 
 @pytest.mark.skipif(Version(timm.__version__) < Version('1.0.31'), reason='timm could not choose among several files')

@@ -134,6 +134,8 @@ def test_the_card_tells_of_a_segmentation(hub, run_folder):
     assert '| `--anchors-per-image` | 64 |' in card.text
     assert 'reduce-zero-label' not in card.text
     assert 'classifier' not in card.text
+    assert '```bash\npip install timm-coretune\n```' in card.text
+    assert '[timm_coretune](https://github.com/timm-coretune/timm_coretune) loads it' in card.text
     assert 'REPO_ID' not in card.text
 
 

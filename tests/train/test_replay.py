@@ -1,7 +1,5 @@
 """A step that diverged is kept and repeated: in the bits of its losses, with the module in which it begins"""
 
-import json
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -70,18 +68,6 @@ def test_losses_come_again_to_the_bit(flags, tiny, tmp_path, diverge_at, capsys)
     is_same, out = again(folder, capsys)
     assert not is_same
     assert ', in the run ' in out
-
-
-def test_a_run_with_a_huge_rate_is_repeated_in_a_fresh_process(tiny, tmp_path, launch):
-    with pytest.raises(DivergedError, match='The step is kept'):
-        results_of(tiny, tmp_path, *HUGE)
-    step = json.loads((tmp_path / 'run' / 'diverged' / 'step.json').read_text())
-    words = ['python', '-m', 'timm_coretune', 'replay', tmp_path / 'run']
-    found = launch(words, environment=environment_with(**ONE_THREAD))
-    lines = found.stdout.splitlines()
-    assert lines[0] == f'Update {step["update"]}, epoch {step["epoch"]}, batch {step["batch"]}, process 0:'
-    assert any(line.startswith('First module whose output is not finite: model.') for line in lines), found.stdout
-    assert lines[-1] == 'The losses are those of the run.'
 
 
 def test_the_first_module_with_a_value_that_is_not_finite_is_named(tiny, tmp_path, diverge_at, capsys):

@@ -4,24 +4,29 @@ import dataclasses
 import logging
 import math
 from dataclasses import dataclass, field
-from typing import Any, Dict, Mapping, Optional
+from typing import Any, Dict, Mapping, Optional, Sequence
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from ..checks import clip
 from ..evaluation.scores import SCORES, Score
 from ..loss import METHODS, resolve_method
 
 _logger = logging.getLogger(__name__)
 
 TAG = 'coretune'
+REPOSITORY = 'https://github.com/timm-coretune/timm_coretune'
+_NUM_NAMES = 30  # classes that a card names, of more the first
 CLASSIFICATION, SEGMENTATION = 'image-classification', 'image-segmentation'
 # Options of train.py that a card shows. Those under a key have an effect only together with the option of that name, or
 # those under contrasts with a method that contrasts.
 # args.yaml has all options.
 _RECIPE = {
     None: (
-        *('preset', 'epochs', 'batch_size', 'grad_accum_steps', 'opt', 'lr', 'weight_decay', 'layer_decay'),
+        *('model', 'model_kwargs', 'pretrained', 'pretrained_path', 'initial_checkpoint', 'img_size', 'input_size'),
+        *('preset', 'epochs', 'batch_size', 'global_batch_size', 'grad_accum_steps'),
+        *('opt', 'lr', 'weight_decay', 'layer_decay'),
         *('clip_grad', 'sched', 'warmup_epochs', 'freeze_epochs', 'head_lr_scale', 'smoothing', 'mixup', 'cutmix'),
         *('loss', 'loss_class_weight', 'loss_pos_weight', 'stop_epoch'),
         *('aa', 'reprob', 'drop', 'drop_path', 'class_balance', 'label_fraction', 'seed', 'task'),
@@ -63,7 +68,13 @@ index = int(probabilities.argmax())
 names = model.pretrained_cfg.get('label_names')
 print(names[index] if names else index, float(probabilities[index]))
 ```""",
-    SEGMENTATION: """```python
+    SEGMENTATION: """The head is not one of timm: [timm_coretune](REPOSITORY) loads it.
+
+```bash
+pip install timm-coretune
+```
+
+```python
 import timm_coretune
 from PIL import Image
 from timm_coretune.segmentation import predict_image
@@ -120,6 +131,7 @@ class CardFacts:
         last_metrics: Scores of the weights after the last epoch, by their names in SCORES.
         recipe: Options of train.py by name.
         segmentation: Content of segmentation.json for a segmentation model, None for a classifier.
+        pictures: Names of the pictures in the repository that the card shows, with what each shows.
     """
 
     dataset: Optional[str] = None
@@ -132,6 +144,7 @@ class CardFacts:
     last_metrics: Mapping[str, float] = field(default_factory=dict)
     recipe: Mapping[str, Any] = field(default_factory=dict)
     segmentation: Optional[Mapping[str, Any]] = None
+    pictures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def task(self) -> str:
@@ -218,6 +231,7 @@ def create_card(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> Model
         _describe(repo_id, config, facts),
         f'## How to use\n\n{_usage(repo_id, config, facts)}',
         _figures(facts),
+        '\n\n'.join(f'![{what}]({name})' for name, what in facts.pictures.items()),
         _recipe(facts),
         f'## Citation\n\n{_CITATION}',
     ]
@@ -230,7 +244,7 @@ def _usage(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
     if facts.recipe.get('task') == 'multilabel':
         text = text[: text.index('index = ')].replace('softmax(dim=-1)', 'sigmoid()') + _PRINT_SEVERAL
     text = text.replace(".convert('MODE')", f'.convert({mode!r})' if mode else '')
-    return text.replace('REPO_ID', repo_id)
+    return text.replace('REPO_ID', repo_id).replace('REPOSITORY', REPOSITORY)
 
 
 def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
@@ -248,13 +262,16 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
     lines = [
         f'# {repo_id.split("/")[-1]}',
         '',
-        f'A [timm](https://github.com/huggingface/pytorch-image-models) {kind}. {how} with `timm_coretune`.',
+        f'A [timm](https://github.com/huggingface/pytorch-image-models) {kind}. {how} with '
+        f'[timm_coretune]({REPOSITORY}).',
         '',
         f'- Architecture: {architecture}, {num_classes} classes',
         f'- Input: {" x ".join(map(str, size))}, mean {list(used["mean"])}, std {list(used["std"])}, '
         f'{used["interpolation"]} interpolation{crop}',
     ]
+    names = config.get('label_names') if facts.segmentation is None else facts.segmentation.get('class_names')
     for name, value in (
+        ('Classes', _list_names(names or [])),
         ('Tuned from', start),
         ('Data', f'`{facts.dataset}`' if facts.dataset else None),
         ('Weights', facts.weights),
@@ -263,6 +280,13 @@ def _describe(repo_id: str, config: Dict[str, Any], facts: CardFacts) -> str:
         if value:
             lines.append(f'- {name}: {value}')
     return '\n'.join(lines)
+
+
+def _list_names(names: Sequence[Any]) -> str:
+    """Names of classes in one line of Markdown, of many the first."""
+    shown = [f'`{clip(str(name)).replace("`", chr(39))}`' for name in names[:_NUM_NAMES]]
+    more = f' and {len(names) - _NUM_NAMES} more, all in the config' if len(names) > _NUM_NAMES else ''
+    return ', '.join(shown) + more
 
 
 def _column_title(score: Score) -> str:

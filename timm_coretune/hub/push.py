@@ -19,7 +19,10 @@ from ..run_folder import (
     ARGS_NAME,
     BEST_WEIGHTS_NAME,
     CONFIG_NAME,
+    CONFUSION_PICTURE_NAME,
+    CURVES_NAME,
     EVAL_PREFIX,
+    PREDICTIONS_NAME,
     PUBLISHED_NAMES,
     SEGMENTATION_CONFIG_NAME,
     SEGMENTATION_WEIGHTS_NAME,
@@ -27,11 +30,19 @@ from ..run_folder import (
     WEIGHTS_NAME,
     read_args,
     read_json,
+    read_lr,
     read_notes,
     read_summary,
 )
 from .card import CardFacts, create_card
 from .upload import upload
+
+# what the card says to each picture of a run
+_PICTURES = {
+    CURVES_NAME: 'Losses, accuracy and learning rate over the epochs',
+    CONFUSION_PICTURE_NAME: 'Confusion matrix of the validation images',
+    PREDICTIONS_NAME: 'Images, masks and predicted masks',
+}
 
 
 def push_to_hub(
@@ -194,8 +205,9 @@ def read_facts(folder: str, license: Optional[str] = None) -> CardFacts:
         weights=_describe_weights(notes, rows),
         metrics=_metrics(of_epoch.get(notes.get('epoch', ''), {})),
         last_metrics=_metrics(rows[-1]) if rows else {},
-        recipe=args,
+        recipe={**redact_values(args, strip_path), 'lr': args.get('lr') or read_lr(folder)},
         segmentation=read_json(segmentation) if os.path.isfile(segmentation) else None,
+        pictures={name: what for name, what in _PICTURES.items() if os.path.isfile(os.path.join(folder, name))},
     )
 
 

@@ -39,6 +39,7 @@ from .preemption import Preempted, StopRequest
 from .processes import check_accumulation, check_second_order, is_sharded
 from .watching.diverged import Place, StateBefore
 from .watching.features import FeatureWatch
+from .watching.trackers import Pictures
 
 _logger = logging.getLogger(__name__)
 
@@ -147,6 +148,7 @@ class Trainer:
         evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
         stop: Is asked after every update and validation batch whether to stop early. None never stops.
         watch: Measures features after validations, and before the first epoch.
+        pictures: Shows images of the first batch and mistakes of validations in the trackers.
 
     Raises:
         TypeError: config has several contrast_batches, and the task is not a CoreTuningTask for images.
@@ -168,6 +170,7 @@ class Trainer:
         evaluator: Optional[Evaluator] = None,
         stop: Optional[StopRequest] = None,
         watch: Optional[FeatureWatch] = None,
+        pictures: Optional[Pictures] = None,
     ):
         check_accumulation(accelerator)
         if accelerator.mixed_precision == 'fp16' and accelerator.device.type == 'cpu':
@@ -189,6 +192,7 @@ class Trainer:
         self.record = record
         self.stop = stop
         self.watch = watch
+        self.pictures = pictures
         self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
         # after a validation: has its tables, and whether its scores are those of the moving average
         self.scored, self.ema_counts = self.evaluator, True
@@ -199,6 +203,7 @@ class Trainer:
         self.data_share = 0.0  # share of the time of the last epoch in which this process waited for batches
         self.best: Tuple[Optional[float], Optional[int]] = (None, None)
         self.position = Position()
+        self.num_done = 0  # updates so far, also those of a run that is continued
 
     def _create_cached_step(self) -> CachedStep:
         obstacle = 'FSDP or DeepSpeed' if self.is_sharded else type(_unwrapped(self.optimizer)).__name__
@@ -303,6 +308,7 @@ class Trainer:
         meter, config, device = self.meter, self.config, self.accelerator.device
         num_batches, per_update = count_batches(loader, self.accelerator), config.batches_per_update
         num_updates = -(-num_batches // per_update)  # the last update may have fewer batches
+        self.num_done = epoch * num_updates
         update_time, data_time, num_images = AverageMeter(), AverageMeter(), 0
         update_start = data_start = time.perf_counter()
         batches = in_step(batches_from(loader, epoch, start_batch), loader, self.accelerator)
@@ -330,7 +336,7 @@ class Trainer:
 
                 target = target if len(targets) == 1 else torch.cat(targets)
                 # each image of an update has the same weight, also where fewer batches are contrasted at its end
-                num_done = epoch * num_updates + update + 1
+                num_done = self.num_done = epoch * num_updates + update + 1
                 place = Place(epoch, batch_idx, num_done)
                 self._step(inputs, target, num_in_update / len(inputs), need_update, place)
                 inputs, targets = [], []
@@ -355,9 +361,10 @@ class Trainer:
                 update_time.update(time.perf_counter() - update_start)
                 if due:
                     lrs = [group['lr'] for group in self.optimizer.param_groups]
+                    now = meter.now()
                     _logger.info(
                         f'Train: {epoch} [{update:>4d}/{num_updates} ({100.0 * (update + 1) / num_updates:>3.0f}%)]  '
-                        f'{_format_losses(meter.now(), meter.average())}  '
+                        f'{_format_losses(now, meter.average())}  '
                         f'Time: {update_time.val:.3f}s, {num_images / update_time.val:>7.2f}/s  '
                         f'({update_time.avg:.3f}s, {num_images / update_time.avg:>7.2f}/s)  '
                         f'LR: {sum(lrs) / len(lrs):.3e}  '
@@ -366,6 +373,9 @@ class Trainer:
                     )
                     if self.record is not None:
                         self.record.save_images(input, batch_idx)
+                        self.record.log_step({**now, 'lr': sum(lrs) / len(lrs)}, num_done)
+                    if self.pictures is not None and num_done == 1:
+                        self.pictures.log_batch(input, target[: len(input)], num_done)
                 if self.scheduler is not None:
                     self.scheduler.step_update(num_updates=num_done)
                 if recovery_due or reason_to_stop:
@@ -417,6 +427,8 @@ class Trainer:
         # a distributed sampler repeats images at the end, so that processes have equally many; those are left out
         num_left = num_own_samples(loader, self.accelerator)
         self.evaluator.reset()
+        if self.pictures is not None:
+            self.pictures.start_validation()
         name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
         num_shared = count_shared(loader, self.accelerator)
         self._start_phase()
@@ -435,7 +447,10 @@ class Trainer:
                 if num_left is not None:
                     output, target = output[:num_left], target[:num_left]
                     num_left -= len(target)
-                self.evaluator.update(output.float(), target if target.is_floating_point() else target.long())
+                target = target if target.is_floating_point() else target.long()
+                self.evaluator.update(output.float(), target)
+                if self.pictures is not None and tta <= 1:
+                    self.pictures.update(input, output.float(), target)
                 bar.update()
         metrics = self.evaluator.compute()
         _logger.info(
@@ -464,11 +479,14 @@ class Trainer:
         if not self._validates_ema:
             return metrics
         scored = copy.deepcopy(self.evaluator)
+        worst = self.pictures.worst if self.pictures is not None else []
         ema_metrics, name = self.validate(loader, ema=True), self.config.eval_metric
         self.ema_counts = self.config.ema_publish == 'ema' or not is_better(name, metrics[name], ema_metrics[name])
         if self.ema_counts:
             return ema_metrics
         self.scored = scored
+        if self.pictures is not None:
+            self.pictures.worst = worst
         _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
         return metrics
 
@@ -527,6 +545,8 @@ class Trainer:
             is_due = (epoch + 1) % config.val_interval == 0 or epoch + 1 in (*config.save_epochs, epochs.stop)
             if start_batch and self.position.is_trained:
                 train_metrics = self.meter.average()
+                num_batches = count_batches(train_loader, self.accelerator)
+                self.num_done = (epoch + 1) * -(-num_batches // config.batches_per_update)
             else:
                 train_metrics = self.train_one_epoch(epoch, train_loader, start_batch)
                 self._distribute_batch_norm(with_ema=is_due and validation_loader is not None and self._validates_ema)
@@ -554,6 +574,8 @@ class Trainer:
                     results[-1]['features'] = features
                 if self.record is not None:
                     self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics, features)
+                if self.pictures is not None and eval_metrics is not None:
+                    self.pictures.log_mistakes(self.num_done)
             if self.scheduler is not None:
                 self.scheduler.step(epoch + 1, metric)
             if metric is not None and self.is_out_of_patience(epoch):

@@ -176,9 +176,14 @@ def start_trackers(output: OutputSettings, values: Mapping[str, Any], accelerato
     if not accelerator.log_with:
         return
     config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in values.items()}
-    wandb: Dict[str, Any] = dict(name=os.path.basename(folder), tags=redact_values(output.wandb_tags))
+    name = os.path.basename(folder)
+    wandb: Dict[str, Any] = dict(name=name, tags=redact_values(output.wandb_tags))
     if output.wandb_resume_id:
         wandb.update(id=output.wandb_resume_id, resume='must')
     accelerator.project_configuration.logging_dir = folder
     with redacted_command_line():
-        accelerator.init_trackers(redact(output.wandb_project or 'timm_coretune'), config, init_kwargs={'wandb': wandb})
+        accelerator.init_trackers(
+            redact(output.wandb_project or 'timm_coretune'),
+            config,
+            init_kwargs={'wandb': wandb, 'trackio': {'name': name}},
+        )

@@ -47,6 +47,7 @@ from .run.place import place_in_epoch
 from .run.record import RunRecord
 from .run.resume import resolve_resume, resume, without_lost_checkpoint
 from .watching.features import FeatureWatch
+from .watching.trackers import Pictures
 from .weights import check_model_name, warn_of_random_weights
 
 _logger = logging.getLogger(__name__)
@@ -242,6 +243,10 @@ def set_up(
         held_out, bank = loaders.watched
         interval, memory = settings.loop.watch_features, (loop_config.channels_last, loop_config.dtype)
         watch = FeatureWatch(held_out, bank, interval, accelerator, *memory)
+    pictures = None
+    # all processes look for mistakes, but not all have the trackers
+    if accelerator.log_with and not settings.loop.eval_only and not settings.data.naflex_loader:
+        pictures = Pictures(accelerator, data_config['mean'], data_config['std'], datasets.class_names)
     trainer = Trainer(
         task,
         optimizer,
@@ -255,6 +260,7 @@ def set_up(
         evaluator=kind.create_evaluator(settings, resolved.num_classes, datasets.class_names, accelerator.device),
         stop=stop,
         watch=watch,
+        pictures=pictures,
     )
     trainer.best = continuation.best
     if continuation.loop_state:

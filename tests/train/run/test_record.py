@@ -1,12 +1,19 @@
 """What a run writes while it trains: states by their rank, pictures of batches, and trackers"""
 
+import contextlib
+import io
+import json
 import math
+import re
+import sqlite3
 
 import pytest
+import timm
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from runs import train
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from timm.task import ClassificationTask
 
@@ -33,19 +40,92 @@ def test_batches_of_log_lines_are_written_as_pictures(data, tmp_path):
     assert pictures == {f'train-batch-{number}.jpg': (8 * 32, 32) for number in (0, 2)}
 
 
-def test_a_tracker_gets_the_columns_of_the_summary_and_the_share_of_waiting_for_data(data, tmp_path, read_csv):
-    train(
-        data, tmp_path, '--coretune', '--log-with', 'tensorboard', '--metrics', 'ece,per-class', '--wandb-project', 'p'
-    )
-    rows = read_csv(tmp_path / 'run' / 'summary.csv')
-    events = EventAccumulator(str(tmp_path / 'run' / 'p'))  # the hyperparameters lie in a folder in it
+WITH_TENSORBOARD = ('--coretune', '--log-with', 'tensorboard', '--wandb-project', 'p')
+
+
+def events_of(folder):
+    events = EventAccumulator(str(folder / 'p'))  # the hyperparameters lie in a folder in it
     events.Reload()
-    assert set(events.Tags()['scalars']) == rows[0].keys() - {'epoch'} | {'train_data_share'}
+    return events
+
+
+def test_a_tracker_gets_the_columns_of_the_summary_and_steps_within_an_epoch(data, tmp_path, read_csv, messages):
+    flags = ['--metrics', 'ece,per-class', '--watch-features', 2, '--log-interval', 2, '--epochs', 3]
+    train(data, tmp_path, *WITH_TENSORBOARD, *flags)
+    start, *rows = read_csv(tmp_path / 'run' / 'summary.csv')
+    events = events_of(tmp_path / 'run')
+    steps = {f'step_{name}' for name in ('loss', 'task', 'contrast', 'lr')}
+    assert set(events.Tags()['scalars']) == rows[0].keys() | {'train_data_share'} | steps
     assert all(0 < event.value < 1 for event in events.Scalars('train_data_share'))
-    for name in rows[0].keys() - {'epoch'}:
+    for name in rows[0]:
         seen = [(event.step, event.value) for event in events.Scalars(name)]
-        assert [step for step, _ in seen] == [int(row['epoch']) for row in rows]
-        assert [value for _, value in seen] == pytest.approx([float(row[name]) for row in rows], rel=1e-5)
+        expected = [(3 * (int(row['epoch']) + 1), float(row[name])) for row in rows if row[name]]
+        if name.startswith('features_'):
+            expected.insert(0, (0, float(start[name])))
+        assert [step for step, _ in seen] == [step for step, _ in expected]
+        assert [value for _, value in seen] == pytest.approx([value for _, value in expected], rel=1e-5)
+    lines = [message for message in messages() if message.startswith('Train: ')]
+    shown = [re.search(r'Loss: (\S+).*Contrast: (\S+).*LR: (\S+)', line).groups() for line in lines]
+    for index, name in enumerate(('step_loss', 'step_contrast', 'step_lr')):  # of updates 0 and 2 of each epoch
+        seen = [(event.step, event.value) for event in events.Scalars(name)]
+        assert [step for step, _ in seen] == [1, 3, 4, 6, 7, 9]
+        assert [value for _, value in seen] == pytest.approx([float(values[index]) for values in shown], rel=0.01)
+
+
+def picture_of(events, name):
+    picture = events.Images(name)[-1]
+    pixels = bytearray(Image.open(io.BytesIO(picture.encoded_image_string)).convert('RGB').tobytes())
+    return picture.step, torch.frombuffer(pixels, dtype=torch.uint8).view(picture.height, picture.width, 3)
+
+
+def test_a_tracker_gets_the_first_batch_and_the_worst_mistakes(tiny_images, tmp_path):
+    data = tiny_images((8, 8, 8), (4, 4, 4), size=32, names=['red', 'green', 'blue'], noise=230, tint=20)
+    flags = ['--epochs', 1, '--no-aug', '--crop-pct', 1, '--lr', 0, '--seed', 1]
+    folder = train(data, tmp_path, *WITH_TENSORBOARD, *flags)
+    events = events_of(folder)
+    assert set(events.Tags()['images']) == {'images/batch', 'images/mistakes'}
+    stored = load_file(data)
+    step, shown = picture_of(events, 'images/batch')
+    assert step == 1
+    assert shown.shape == (3 * (128 + 14), 3 * 128, 3)  # 8 images of 32 pixels, four times as large, in 3 columns
+    first = shown[:128:4, :128:4].int()
+    assert min((first - image.int()).abs().max() for image in stored['train.image']) <= 1
+
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(3, 1, 1) for name in ('mean', 'std'))
+    images, labels = stored['validation.image'], stored['validation.label']
+    with torch.no_grad():
+        logits = model((images.permute(0, 3, 1, 2) / 255 - mean) / std)
+    losses = torch.nn.functional.cross_entropy(logits, labels, reduction='none')
+    wrong = logits.argmax(1) != labels
+    order = losses.masked_fill(~wrong, -1).argsort(descending=True)[: int(wrong.sum())]
+    assert len(order) > 3
+    step, shown = picture_of(events, 'images/mistakes')
+    assert step == 3
+    num_columns = shown.shape[1] // 128
+    for place, index in enumerate(order.tolist()):
+        row, column = divmod(place, num_columns)
+        cell = shown[row * 142 : row * 142 + 128 : 4, column * 128 : (column + 1) * 128 : 4].int()
+        assert (cell - images[index].int()).abs().max() <= 1, place
+
+
+def test_trackio_gets_numbers_and_pictures_without_a_network(tiny, tmp_path, monkeypatch, read_csv):
+    monkeypatch.setenv('TRACKIO_DIR', str(tmp_path / 'trackio'))
+    pytest.importorskip('trackio', reason='trackio is in the extra test-formats')
+    folder = train(tiny, tmp_path, '--coretune', '--log-with', 'trackio', '--epochs', 1, '--log-interval', 2)
+    (row,) = read_csv(folder / 'summary.csv')
+    (path,) = (tmp_path / 'trackio').glob('*.db')
+    with contextlib.closing(sqlite3.connect(path)) as base:
+        logged = [(step, json.loads(text)) for step, text in base.execute('select step, metrics from metrics')]
+        assert base.execute('select distinct run_name from metrics').fetchall() == [('run',)]
+    assert [step for step, values in logged if 'step_loss' in values] == [1, 3]
+    ((step, values),) = [entry for entry in logged if 'train_loss' in entry[1]]
+    assert step == 3
+    assert {name: values[name] for name in row} == pytest.approx({name: float(value) for name, value in row.items()})
+    pictures = {name: value for _, values in logged for name, value in values.items() if name.startswith('images/')}
+    assert {'images/batch'} <= set(pictures)
+    shown = Image.open(tmp_path / 'trackio' / 'media' / pictures['images/batch']['file_path'])
+    assert shown.size == (3 * 128, 3 * 142)
 
 
 # ranks

@@ -212,6 +212,11 @@ class RunRecord:
         if self.accelerator.trackers:
             self.accelerator.log(features, step=0)
 
+    def log_step(self, values: Dict[str, float], step: int) -> None:
+        """Send losses and learning rate of an update to the trackers, under names of their own."""
+        if self.accelerator.trackers:
+            self.accelerator.log({f'step_{name}': value for name, value in values.items()}, step=step)
+
     def keep_step(
         self,
         trainer: Trainer,
@@ -256,7 +261,8 @@ class RunRecord:
             self.loop_state.values = {**trainer.state_dict(), ROWS_KEY: self.rows}
         if self.accelerator.trackers:
             # not a column of the summary, which is the same in every run of the same settings
-            self.accelerator.log({**row, 'train_data_share': trainer.data_share}, step=epoch)
+            further = {'epoch': epoch, 'train_data_share': trainer.data_share}
+            self.accelerator.log({**row, **further}, step=trainer.num_done)
         if self.saver is None:
             return
         with self._writing():
