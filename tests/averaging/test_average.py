@@ -1,5 +1,6 @@
 """timm-coretune average: what it writes is plain timm's, and its figures are those of the runs"""
 
+import json
 import re
 import shlex
 import sys
@@ -104,6 +105,10 @@ def test_the_best_alpha_is_taken_and_its_figures_are_those_of_plain_timm(probed,
     )
     launch([sys.executable, '-c', source])
     torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), logits_of(output, torch.stack(batch)))
+    flags = ['--device', 'cpu', '-j', '0', '--img-size', '32', '--eval-output', str(tmp_path / 'results')]
+    main(['evaluate', str(output), str(images), *flags])
+    evaluated = json.loads((tmp_path / 'results' / 'results.json').read_text())
+    assert {name: str(value) for name, value in evaluated.items()} == {name: taken[name] for name in evaluated}
     card = (output / 'README.md').read_text()
     assert f'{taken["weights"].removeprefix("alpha ")} x the tuned weights + ' in card
     assert 'alpha chosen by top1 on the validation images; the head is the tuned one' in card
@@ -123,13 +128,18 @@ def test_statistics_of_batch_norm_are_those_of_the_training_images(probed, image
     assert found['conv1.1.num_batches_tracked'].item() == 2
 
 
-def test_a_start_with_a_head_is_interpolated_whole(probed, tmp_path):
+@pytest.mark.parametrize('kind', ['state', 'folder'])
+def test_a_start_with_a_head_is_interpolated_whole(probed, tmp_path, kind):
     probe = probed / 'milestone-1.pth.tar'
-    output = average(probed, '--output', tmp_path / 'out', '--alpha', 0, '--start', probe)
-    expected = torch.load(probe, weights_only=False)['state_dict']
+    output = average(
+        probed, '--output', tmp_path / 'out', '--alpha', 0, '--start', probe if kind == 'state' else probed
+    )
+    expected = tuned = load_file(probed / 'model_best.safetensors')
+    if kind == 'state':
+        expected = torch.load(probe, weights_only=False)['state_dict']
+        assert not torch.equal(expected['fc.weight'], tuned['fc.weight'])
     found = load_file(output / 'model.safetensors')
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert not torch.equal(found['fc.weight'], load_file(probed / 'model_best.safetensors')['fc.weight'])
     assert 'the head is interpolated too' in (output / 'README.md').read_text()
 
 

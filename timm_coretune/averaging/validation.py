@@ -66,6 +66,7 @@ class Validation:
                 checkpoint_key=None,
                 model_ema=False,
                 torchcompile=None,
+                torchscript=False,
             ),
             loss=LossSettings(smoothing=settings.loss.smoothing),  # nothing is trained: no teacher, no projection head
             loop=dataclasses.replace(settings.loop, eval_only=True, start_epoch=None, time_limit=None),
