@@ -17,8 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
+from timm_coretune import export_model
 from timm_coretune.__main__ import main
+from timm_coretune.averaging.start import load_start
 from timm_coretune.segmentation import load_segmentation_model
+from timm_coretune.train.cli.arguments import parse_args
 
 NAMES = ['ant', 'bee', 'cat']
 # images that no augmentation changes, in two batches of 12
@@ -141,6 +144,19 @@ def test_a_start_with_a_head_is_interpolated_whole(probed, tmp_path, kind):
     found = load_file(output / 'model.safetensors')
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
     assert 'the head is interpolated too' in (output / 'README.md').read_text()
+
+
+def test_weights_of_timm_are_a_start_with_their_head_if_it_fits(images, tmp_path):
+    torch.manual_seed(3)
+    model = timm.create_model('test_resnet', num_classes=3)
+    export_model(model, str(tmp_path))
+    words = ['--data-dir', images, '--model', f'local-dir:{tmp_path}', '--pretrained']
+    settings = parse_args(list(map(str, words))).settings
+    for num_classes, new in ((3, set()), (5, {'fc.weight', 'fc.bias'})):
+        start = load_start(settings, num_classes)
+        assert start.new == new
+        assert start.state.keys() == model.state_dict().keys() - new
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in start.state.items())
 
 
 def test_a_soup_of_vits_is_their_mean(images, tmp_path):
