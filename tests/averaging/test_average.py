@@ -193,6 +193,7 @@ def test_the_commands_of_the_docs_run(probed, tmp_path, monkeypatch, messages):
     assert 'output/train/RUN3 was not validated on the images of output/train/RUN1: val_split differ' in str(
         messages('WARNING')
     )
+    assert '--start output/train/RUN/milestone-1.pth.tar interpolates from it.' in str(messages())
     rows = rows_of('averaged/average.csv')
     assert [row['weights'] for row in rows] == [f'alpha {n / 10:g}' for n in range(11)]
     assert [row['batch_norm'] for row in rows] == ['own', *['recomputed'] * 9, 'own']

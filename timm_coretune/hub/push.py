@@ -176,11 +176,12 @@ def _strip_yaml(text: str) -> str:
     return ''.join(parts)
 
 
-def read_facts(folder: str, license: Optional[str]) -> CardFacts:
-    """Read the facts for a model card from the files of a run."""
+def read_facts(folder: str, license: Optional[str] = None) -> CardFacts:
+    """Read the facts for a model card from the files of a run. One that was interrupted early has no weights yet."""
     args = redact_values(read_args(folder))
     rows = read_summary(os.path.join(folder, SUMMARY_NAME))
-    notes = read_notes(os.path.join(folder, BEST_WEIGHTS_NAME))
+    weights = os.path.join(folder, BEST_WEIGHTS_NAME)
+    notes = read_notes(weights) if os.path.isfile(weights) else {}
     segmentation = os.path.join(folder, SEGMENTATION_CONFIG_NAME)
     of_epoch = {row['epoch']: row for row in rows}
     base_model = _base_model(args)
