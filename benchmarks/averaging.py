@@ -3,11 +3,12 @@
 
     python benchmarks/averaging.py --data-root DIR --networks-root DIR --results benchmarks/results/averaging.csv
 
-Data and networks are those of benchmarks/study.yaml (docs/data.md and docs/pretraining.md make them). Each run trains on
-`train` and keeps its best epoch on `val`, as a user would. Then `timm-coretune average` is done by its own functions:
-every alpha between the checkpoint and the tuned weights, each scored on `val` and on `test`, and where all seeds
-have the same labels a uniform and a greedy soup of all seeds. The choice is always made on `val`. The tables compare with the
-tuned weights, seed by seed; the interval is that of Student's t distribution. --tables FILE prints them from a file.
+Data and networks are those of benchmarks/study.yaml (docs/data.md and docs/pretraining.md make them). Each run trains
+on `train` and keeps its best epoch on `val`, as a user would. Then `timm-coretune average` is done by its own
+functions: every alpha between the checkpoint and the tuned weights, each scored on `val` and on `test`, and where all
+seeds have the same labels a uniform and a greedy soup of all seeds. The choice is always made on `val`. The tables
+compare with the tuned weights, seed by seed; the interval is that of Student's t distribution. --tables FILE prints
+them from a file.
 """
 
 import argparse

@@ -1,5 +1,6 @@
 """timm-coretune average: what it writes is plain timm's, and its figures are those of the runs"""
 
+import json
 import re
 import shlex
 import sys
@@ -16,8 +17,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from timm.data import create_transform, resolve_model_data_config
 
+from timm_coretune import export_model
 from timm_coretune.__main__ import main
+from timm_coretune.averaging.start import load_start
 from timm_coretune.segmentation import load_segmentation_model
+from timm_coretune.train.cli.arguments import parse_args
 
 NAMES = ['ant', 'bee', 'cat']
 # images that no augmentation changes, in two batches of 12
@@ -104,6 +108,10 @@ def test_the_best_alpha_is_taken_and_its_figures_are_those_of_plain_timm(probed,
     )
     launch([sys.executable, '-c', source])
     torch.testing.assert_close(torch.load(tmp_path / 'logits.pt'), logits_of(output, torch.stack(batch)))
+    flags = ['--device', 'cpu', '-j', '0', '--img-size', '32', '--eval-output', str(tmp_path / 'results')]
+    main(['evaluate', str(output), str(images), *flags])
+    evaluated = json.loads((tmp_path / 'results' / 'results.json').read_text())
+    assert {name: str(value) for name, value in evaluated.items()} == {name: taken[name] for name in evaluated}
     card = (output / 'README.md').read_text()
     assert f'{taken["weights"].removeprefix("alpha ")} x the tuned weights + ' in card
     assert 'alpha chosen by top1 on the validation images; the head is the tuned one' in card
@@ -123,14 +131,32 @@ def test_statistics_of_batch_norm_are_those_of_the_training_images(probed, image
     assert found['conv1.1.num_batches_tracked'].item() == 2
 
 
-def test_a_start_with_a_head_is_interpolated_whole(probed, tmp_path):
+@pytest.mark.parametrize('kind', ['state', 'folder'])
+def test_a_start_with_a_head_is_interpolated_whole(probed, tmp_path, kind):
     probe = probed / 'milestone-1.pth.tar'
-    output = average(probed, '--output', tmp_path / 'out', '--alpha', 0, '--start', probe)
-    expected = torch.load(probe, weights_only=False)['state_dict']
+    output = average(
+        probed, '--output', tmp_path / 'out', '--alpha', 0, '--start', probe if kind == 'state' else probed
+    )
+    expected = tuned = load_file(probed / 'model_best.safetensors')
+    if kind == 'state':
+        expected = torch.load(probe, weights_only=False)['state_dict']
+        assert not torch.equal(expected['fc.weight'], tuned['fc.weight'])
     found = load_file(output / 'model.safetensors')
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
-    assert not torch.equal(found['fc.weight'], load_file(probed / 'model_best.safetensors')['fc.weight'])
     assert 'the head is interpolated too' in (output / 'README.md').read_text()
+
+
+def test_weights_of_timm_are_a_start_with_their_head_if_it_fits(images, tmp_path):
+    torch.manual_seed(3)
+    model = timm.create_model('test_resnet', num_classes=3)
+    export_model(model, str(tmp_path))
+    words = ['--data-dir', images, '--model', f'local-dir:{tmp_path}', '--pretrained']
+    settings = parse_args(list(map(str, words))).settings
+    for num_classes, new in ((3, set()), (5, {'fc.weight', 'fc.bias'})):
+        start = load_start(settings, num_classes)
+        assert start.new == new
+        assert start.state.keys() == model.state_dict().keys() - new
+        assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in start.state.items())
 
 
 def test_a_soup_of_vits_is_their_mean(images, tmp_path):
@@ -167,6 +193,7 @@ def test_the_commands_of_the_docs_run(probed, tmp_path, monkeypatch, messages):
     assert 'output/train/RUN3 was not validated on the images of output/train/RUN1: val_split differ' in str(
         messages('WARNING')
     )
+    assert '--start output/train/RUN/milestone-1.pth.tar interpolates from it.' in str(messages())
     rows = rows_of('averaged/average.csv')
     assert [row['weights'] for row in rows] == [f'alpha {n / 10:g}' for n in range(11)]
     assert [row['batch_norm'] for row in rows] == ['own', *['recomputed'] * 9, 'own']

@@ -111,7 +111,7 @@ def _write_csv(rows: Sequence[Row], best: int, path: str) -> None:
 
 def _card(output: str, run: str, config: Mapping[str, Any], what: str, rows: Sequence[Row], best: int) -> str:
     """The card: that of the first run, with the figures of these weights, and how they came about."""
-    facts = dataclasses.replace(read_facts(run, None), weights=what, metrics=rows[best].scores, last_metrics={})
+    facts = dataclasses.replace(read_facts(run), weights=what, metrics=rows[best].scores, last_metrics={})
     card = create_card(
         f'OWNER/{os.path.basename(os.path.abspath(output))}', dict(config.get('backbone', config)), facts
     )

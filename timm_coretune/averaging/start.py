@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from ..checks import shorten
+from ..run_folder import describe_weights, find_weights
 from ..timm_model import get_classifiers
 from ..train.cli.settings import ModelSettings, Settings
 from ..train.model import load_backbone, load_initial_checkpoint
@@ -62,6 +63,9 @@ def load_start(settings: Settings, num_classes: int, source: Optional[str] = Non
         ValueError: The run started from random weights, or its checkpoint cannot be loaded any more.
     """
     chosen = settings.model
+    described = describe_weights(source) if source is not None and os.path.isdir(source) else None
+    if described is not None:
+        source = find_weights(str(source), described) or source
     if source is not None:
         chosen = dataclasses.replace(
             chosen, pretrained=False, pretrained_path=None, initial_checkpoint=source, checkpoint_key=None

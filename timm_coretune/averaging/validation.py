@@ -1,7 +1,6 @@
 """Validates other weights in place of those of a run, as the run did, and computes statistics of BatchNorm for them"""
 
 import dataclasses
-import logging
 import os
 from typing import Any, Dict, Iterator, List, Mapping, cast
 
@@ -14,12 +13,15 @@ from torch.optim.swa_utils import update_bn
 from ..data.seeding import kept_generators, make_key, seed_generators
 from ..run_folder import ARGS_NAME
 from ..train.cli.arguments import ParsedArguments, parse_args
-from ..train.cli.settings import LossSettings, OutputSettings
+from ..train.cli.settings import LoopSettings, LossSettings, OutputSettings
 from ..train.data.batches import batches_from, to_device
 from ..train.processes import share_batch
 from ..train.session import Run, kind_of, prepare_process, set_up
 
-_logger = logging.getLogger(__name__)
+# settings of the loop that its validation has a use for
+_OF_VALIDATION = (
+    *('device', 'device_modules', 'amp', 'amp_dtype', 'seed', 'dist_bn', 'eval_metric', 'metrics', 'tta'),
+)
 
 
 def parse_run(folder: str, overrides: List[str]) -> ParsedArguments:
@@ -66,9 +68,10 @@ class Validation:
                 checkpoint_key=None,
                 model_ema=False,
                 torchcompile=None,
+                torchscript=False,
             ),
             loss=LossSettings(smoothing=settings.loss.smoothing),  # nothing is trained: no teacher, no projection head
-            loop=dataclasses.replace(settings.loop, eval_only=True, start_epoch=None, time_limit=None),
+            loop=LoopSettings(eval_only=True, **{name: getattr(settings.loop, name) for name in _OF_VALIDATION}),
             output=OutputSettings(),
         )
         accelerator = prepare_process(parsed._replace(settings=settings))
@@ -78,8 +81,8 @@ class Validation:
             )
         self.settings = share_batch(settings, 1)
         self.kind = kind_of(self.settings)
-        loop = dataclasses.replace(settings.loop, eval_only=not with_training)
-        datasets = self.kind.open_datasets(dataclasses.replace(self.settings, loop=loop))
+        opening = dataclasses.replace(settings.loop, eval_only=not with_training)
+        datasets = self.kind.open_datasets(dataclasses.replace(self.settings, loop=opening))
         if datasets.validation is None:
             raise ValueError(
                 'Expected a run with validation images, by which the weights are chosen. This one has none '
