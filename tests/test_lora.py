@@ -3,20 +3,22 @@
 import copy
 import json
 import sys
+from importlib.util import find_spec
 
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from runs import outcome, results_of, rows_of, stop_at, train
 from timm.optim import create_optimizer_v2
 
-from timm_coretune import CoreTuningTask, create_segmentation_model, load_segmentation_model
+from timm_coretune import CoreTuningTask, create_segmentation_model, load_checkpoint, load_segmentation_model
 from timm_coretune.export import export_model
 from timm_coretune.lora import add_lora, plain_state_dict
 from timm_coretune.segmentation import SegmentationTask, export_segmentation_model
 
-pytest.importorskip('peft')
+pytestmark = pytest.mark.skipif(find_spec('peft') is None, reason='needs peft')  # which takes long to import
 
 SIZE = (3, 64, 64)
 # name, arguments, kind of the layers, their number
@@ -129,6 +131,43 @@ def test_layer_decay_gives_adapters_the_rate_of_their_block():
     assert set(scale) == {name for name, p in module.named_parameters() if p.requires_grad}
     blocks = [scale[f'model.blocks.{i}.attn.qkv.lora_A.default.weight'] for i in range(6)]
     assert [b / a for a, b in zip(blocks, blocks[1:], strict=False)] == [2.0] * 5
+
+
+def test_a_state_with_adapters_is_not_taken_for_a_plain_one(tmp_path):
+    model = create('test_vit')
+    adapt(model)
+    torch.save(model.state_dict(), tmp_path / 'state.pth')
+    with pytest.raises(ValueError, match='got a network with low-rank adapters .*model_best.safetensors'):
+        load_checkpoint(create('test_vit'), tmp_path / 'state.pth')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('wrap', ['compile', 'ddp'])
+def test_a_wrapped_step_has_the_same_gradients(wrap):
+    images, target = torch.randn(4, *SIZE), torch.tensor([0, 1, 0, 1])
+    model = create('test_vit', depth=2)
+    adapt(model)
+    tasks = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        generator = torch.Generator().manual_seed(0)
+        tasks.append(CoreTuningTask(copy.deepcopy(model), generator=generator, verbose=False).train())
+    plain, wrapped = tasks
+    plain(images, target)['loss'].backward()
+    if wrap == 'compile':
+        wrapped.compile(backend='eager', fullgraph=True)
+        wrapped(images, target)['loss'].backward()
+    else:
+        dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)
+        try:
+            wrapped.prepare_distributed(find_unused_parameters=False)(images, target)['loss'].backward()
+        finally:
+            dist.destroy_process_group()
+    found = [p.grad for p in wrapped.trainable_module.parameters()]
+    for gradient, p in zip(found, plain.trainable_module.parameters(), strict=True):
+        assert (gradient is None) == (p.grad is None)
+        if gradient is not None:
+            torch.testing.assert_close(gradient, p.grad, rtol=1e-3, atol=1e-5)
 
 
 class ReadsWeights(nn.Module):

@@ -44,6 +44,7 @@ _RECIPE = {
         'no_coretune_gather',
     ),
     'segmentation': ('segmentation', 'segmentation_head', 'anchors_per_image', 'reduce_zero_label'),
+    'lora_rank': ('lora_rank', 'lora_alpha'),
     'model_ema': ('model_ema', 'model_ema_decay', 'model_ema_warmup'),
     'amp': ('amp', 'amp_dtype'),
 }
