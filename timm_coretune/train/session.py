@@ -39,6 +39,7 @@ from .optimization import (
 )
 from .preemption import Preempted, StopRequest
 from .processes import check_strategy, create_accelerator, is_sharded, precision_of, share_batch, start_trackers
+from .run.collapse import watch_two_classes
 from .run.finish import describe_continuation, draw_tables, log_best, print_results, push, reason_to_stop, write_results
 from .run.first_lines import describe_versions, log_average, log_data, log_optimization, log_update_size
 from .run.folder import default_name, take_folder
@@ -364,7 +365,12 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
         if over:
             _logger.info(over)
         else:
+            two_classes = watch_two_classes(settings, trainer, loaders.validation, datasets.class_names)
+            if two_classes is not None and not epochs.start and not start_batch:
+                two_classes.look_before()
             results = trainer.fit(loaders.train, loaders.validation, epochs, start_batch)
+            if two_classes is not None:
+                two_classes.look_after()
         record.finish()
         is_over = True
         stop.restore_handlers()
