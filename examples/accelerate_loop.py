@@ -1,7 +1,7 @@
 """Core-tuning in a loop of your own on accelerate, on any number of processes
 
 python examples/accelerate_loop.py
-accelerate launch --num_processes 2 examples/accelerate_loop.py
+accelerate launch --config_file configs/cpu_2.yaml examples/accelerate_loop.py
 """
 
 from importlib import resources
@@ -24,7 +24,7 @@ def create_loader(split, count, **kwargs):
     return DataLoader(TensorDataset((image.repeat(1, 3, 1, 1) - 0.5) / 0.5, sample[f'{split}.label'][:count]), **kwargs)
 
 
-accelerator = Accelerator()
+accelerator = Accelerator(cpu=not torch.cuda.is_available())
 set_seed(0)  # the same on all processes, as the loss draws from it
 train_loader = create_loader('train', 1024, batch_size=64, shuffle=True, drop_last=True)
 validation_loader = create_loader('validation', 512, batch_size=256)

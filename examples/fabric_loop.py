@@ -1,7 +1,6 @@
 """Core-tuning in a loop of your own on Lightning Fabric
 
 python examples/fabric_loop.py
-fabric run --devices 2 --strategy ddp examples/fabric_loop.py
 """
 
 from importlib import resources
@@ -23,7 +22,8 @@ def create_loader(split, count, **kwargs):
     return DataLoader(TensorDataset((image.repeat(1, 3, 1, 1) - 0.5) / 0.5, sample[f'{split}.label'][:count]), **kwargs)
 
 
-fabric = Fabric(accelerator='cpu')  # leave the argument out to take the devices that there are
+# Fabric() takes the devices that there are; devices=2, strategy='ddp' starts two processes
+fabric = Fabric(accelerator='cpu')
 fabric.launch()
 fabric.seed_everything(0)  # the same on all processes, as the loss draws from it
 train_loader = create_loader('train', 1024, batch_size=64, shuffle=True, drop_last=True)

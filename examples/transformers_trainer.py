@@ -1,6 +1,7 @@
 """Core-tuning in the Trainer of transformers
 
 python examples/transformers_trainer.py
+torchrun --standalone --nproc-per-node 2 examples/transformers_trainer.py
 """
 
 from importlib import resources
@@ -54,8 +55,8 @@ trainer = CoreTuningTrainer(
     loss_kwargs={'contrast_weight': 0.1},
 )
 trainer.train()
-print(f'accuracy {100 * trainer.evaluate()["eval_accuracy"]:.1f} %')
-
+accuracy = trainer.evaluate()['eval_accuracy']
 trainer.save_model('output/transformers/tuned')  # the projection head is not in it
-plain = TimmWrapperForImageClassification.from_pretrained('output/transformers/tuned')
-print(f'{sum(p.numel() for p in plain.parameters())} parameters')
+if trainer.is_world_process_zero():
+    plain = TimmWrapperForImageClassification.from_pretrained('output/transformers/tuned')
+    print(f'accuracy {100 * accuracy:.1f} %, {sum(p.numel() for p in plain.parameters())} parameters')
