@@ -82,6 +82,12 @@ def test_the_best_epoch_is_said_and_ticks_keep_their_digits(drawn):
     assert page.tables == {}
 
 
+def test_the_font_is_that_of_the_page(drawn):
+    styles = [attributes['style'] for tag, attributes in Page(drawn).elements if tag == 'text']
+    assert len(styles) > 50
+    assert [style for style in styles if 'font-size: ' not in style or 'DejaVu' in style] == []
+
+
 def test_names_inside_the_charts_are_different_and_no_colour_is_fixed(drawn):
     names = [attributes['id'] for _, attributes in Page(drawn).elements if 'id' in attributes]
     assert len(names) > 10

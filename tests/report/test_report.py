@@ -150,34 +150,25 @@ def test_the_report_at_the_end_is_that_of_the_command(run, copied, capsys):
     assert f'Report: {copied / "report.html"}' in capsys.readouterr().out
 
 
-def test_without_tables_the_images_are_counted(run, copied, tmp_path, page):
+def test_without_tables_and_checkpoint_images_are_counted_and_after_is_shown(copied, tmp_path, page):
     for name in ('confusion.csv', 'per_class.csv'):
         (copied / name).unlink()
-    counted = Page(report_of(copied, path=str(tmp_path / 'x.html')))
-    for kind in ('matrix', 'pairs', 'bars'):
-        assert counted.tables[kind] == page.tables[kind]
-    assert 'Looked at: all 24 held-out images' in counted.sections['confusion']
-    assert not (copied / 'x.html').exists()
-
-
-def test_fewer_images_are_looked_at_on_request(copied):
-    some = Page(report_of(copied, max_images=10))
-    assert 'Looked at: 10 of 24 held-out images, and 10 of 32 training images.' in some.sections['features']
-    assert len([1 for tag, attributes in some.elements if tag == 'use' and 'var(--c' in attributes['style']]) >= 20
-
-
-def test_a_checkpoint_that_is_gone_is_said_and_after_is_shown(copied, page):
     args = copied / 'args.yaml'
     lines = args.read_text().splitlines(keepends=True)
     gone = 'pretrained_path: /private/folder/gone.safetensors\n'
     args.write_text(''.join(gone if line.startswith('pretrained_path') else line for line in lines))
-    text = report_of(copied)
+    before = (copied / 'report.html').read_bytes()
+    text = report_of(copied, path=str(tmp_path / 'x.html'))
+    assert (copied / 'report.html').read_bytes() == before
+    counted = Page(text)
+    for kind in ('matrix', 'pairs', 'bars'):
+        assert counted.tables[kind] == page.tables[kind]
+    assert 'Looked at: all 24 held-out images' in counted.sections['confusion']
     assert '/private/folder' not in text
-    without = Page(text)
-    assert 'No features of before the run:' in without.sections['features']
-    assert 'gone.safetensors' in without.sections['features']
-    assert without.tables['figures'][0] == ['', 'after']
-    assert [row[1] for row in without.tables['figures'][1:]] == [row[2] for row in page.tables['figures'][1:]]
+    assert 'No features of before the run:' in counted.sections['features']
+    assert 'gone.safetensors' in counted.sections['features']
+    assert counted.tables['figures'][0] == ['', 'after']
+    assert [row[1] for row in counted.tables['figures'][1:]] == [row[2] for row in page.tables['figures'][1:]]
 
 
 def test_images_that_are_gone_are_said_and_the_tables_are_shown(copied, page):

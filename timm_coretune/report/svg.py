@@ -55,7 +55,9 @@ def to_svg(figure: Any, description: str, key: str) -> str:
     drawn = drawn[drawn.index('<svg') :]
     drawn = re.sub(r'<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->', '', drawn, flags=re.DOTALL)
     drawn = re.sub(r'<g id="[^"]*"', '<g', drawn)  # the same in all charts
-    drawn = re.sub(r'font: ([\d.]+px) [^;\"]*', r'font-size: \1', drawn)  # the font is that of the page
+    # the font is that of the page; matplotlib 3.7 writes `font: 10px 'DejaVu Sans', ...`, later ones font-family
+    drawn = re.sub(r'font: ([\d.]+px) [^;"]*', r'font-size: \1', drawn)
+    drawn = re.sub(r'font-family: [^;"]*;? ?', '', drawn)
     # a tenth of a point is enough for coordinates; the texts between the tags stay
     drawn = re.sub(r'<[^>]*>', lambda tag: re.sub(r'(\d\.\d)\d+', r'\1', tag[0]), drawn)
     view = re.search(r'viewBox="[^"]*"', drawn)
