@@ -2,6 +2,7 @@
 
 import csv
 import os
+from itertools import islice
 from typing import Any, Dict, List, Sequence
 
 TABLE_ENDINGS = ('.csv', '.tsv', '.parquet')
@@ -35,7 +36,7 @@ def read_names(path: str) -> List[str]:
     if path.lower().endswith('.parquet'):
         names = _read_parquet(path, lambda parquet: parquet.read_schema(path).names)
     else:
-        names = next(iter(_read_lines(path)), [])
+        names = next(iter(_read_lines(path, only_first=True)), [])
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f'Expected columns of different names in {path!r}, several are called {", ".join(twice)}.')
@@ -69,13 +70,14 @@ def _read_parquet(path: str, read: Any) -> Any:
         raise ValueError(f'Expected a Parquet file in {path!r}, could not read it: {e}') from e
 
 
-def _read_lines(path: str) -> List[List[str]]:
+def _read_lines(path: str, only_first: bool = False) -> List[List[str]]:
     """The lines of a CSV file that are not empty. The separator is the one that is most frequent in the first."""
     try:
         with open(path, encoding='utf-8-sig', newline='') as f:
             first = f.readline()
             f.seek(0)
             separator = max(',;\t', key=first.count)
-            return [row for row in csv.reader(f, delimiter=separator, skipinitialspace=True, strict=True) if row]
+            rows = filter(None, csv.reader(f, delimiter=separator, skipinitialspace=True, strict=True))
+            return list(islice(rows, 1 if only_first else None))
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'Expected a CSV file in UTF-8 in {os.fspath(path)!r}, could not read it: {e}.') from e

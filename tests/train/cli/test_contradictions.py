@@ -26,6 +26,7 @@ CONTRADICTIONS = [
     ('--loss-weight-power 0.5 --loss-class-weight 1,2', '--loss-weight-power needs --loss-class-weight inv_freq'),
     ('--class-stats counts.json', '--class-stats is read for --loss db and for weights by a method'),
     ('--segmentation --loss-class-weight inv_freq', '--segmentation: pixels are not counted'),
+    ('--segmentation --data-dir a.csv', '--segmentation: a table has labels of whole images'),
     ('--segmentation --loss bce', '--segmentation: not with --jsd-loss, --bce-loss, --loss'),
     ('--coretune --kd-model-name resnet18', '--kd-model-name: distillation and --coretune'),
     ('--coretune --method scl', '--coretune is --method core: not with another method'),

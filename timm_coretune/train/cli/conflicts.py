@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from ...data.columns import is_table
 from ...data.resampling import INTERPOLATIONS as INTERPOLATIONS_ON_DEVICE
 from ...evaluation.scores import FURTHER_OF_IMAGES, FURTHER_OF_LABEL_SETS, OF_LABEL_SETS, OF_PIXELS, scores_of_images
 from ...loss import METHODS
@@ -223,6 +224,9 @@ def _of_segmentation(settings: Settings) -> Conditions:
         f'--segmentation: --interpolation and --train-interpolation are among {", ".join(INTERPOLATIONS)}': (
             data.interpolation not in ('', *INTERPOLATIONS)
             or data.train_interpolation not in ('', 'random', *INTERPOLATIONS)
+        ),
+        '--segmentation: a table has labels of whole images; --data-dir is a folder of images and masks': (
+            data.data_dir is not None and is_table(data.data_dir)
         ),
         '--segmentation: an image that cannot be read is always an error; not with --skip-unreadable or '
         '--check-images': data.skip_unreadable or data.check_images != 'files',

@@ -65,7 +65,7 @@ class LabelTable:
         names = read_names(path)
         image = self._find(names, settings.input_key, IMAGE_COLUMNS, '--input-key', 'the paths of the images')
         targets = parse_target_keys(settings.target_key) or (
-            self._find(names, settings.target_key, LABEL_COLUMNS, '--target-key', 'their labels'),
+            self._find(names, settings.target_key, LABEL_COLUMNS, '--target-key', 'the labels'),
         )
         missing = [name for name in targets if name not in names]
         if missing:
