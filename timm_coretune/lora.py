@@ -6,6 +6,7 @@ Paper: `LoRA: Low-Rank Adaptation of Large Language Models`
 A layer W x becomes W x + alpha / rank * B A x, where A and B train and W does not.
 """
 
+import copy
 import logging
 import re
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple, cast
@@ -117,20 +118,34 @@ def log_lora(counts: LoraCounts, rank: int) -> None:
 
 
 @torch.no_grad()
-def plain_state_dict(model: nn.Module) -> Dict[str, torch.Tensor]:
+def plain_state_dict(model: nn.Module, state: Optional[Dict[str, torch.Tensor]] = None) -> Dict[str, torch.Tensor]:
     """The state dict of a model, in which adapters are added to the weights of their layers.
 
-    Its names and their order are those of the model without adapters. The model stays as it is.
+    Its names and their order are those of the model without adapters. The model stays as it is. The sums are made
+    on the CPU, so that they are the same for a state that was saved and loaded.
+
+    Args:
+        model: A model, with or without adapters.
+        state: A state dict of this model. When None that which it has.
     """
-    state = model.state_dict()
+    if not any(map(_is_adapted, model.modules())):
+        return model.state_dict() if state is None else state
+    if state is not None:
+        model = copy.deepcopy(model)
+        model.load_state_dict(state)
     plain: Dict[str, torch.Tensor] = {}
-    adapted = {name: module for name, module in model.named_modules() if hasattr(module, 'get_delta_weight')}
-    for key, value in state.items():
+    adapted: Dict[str, Any] = {name: module for name, module in model.named_modules() if _is_adapted(module)}
+    for key, value in model.state_dict().items():
         name, _, rest = key.partition('.base_layer.')
         if name in adapted and rest:
             if rest == 'weight':
-                value = value + adapted[name].get_delta_weight(_ADAPTER).to(value.dtype)
+                delta = copy.deepcopy(adapted[name]).cpu().get_delta_weight(_ADAPTER)
+                value = (value.cpu() + delta.to(value.dtype)).to(value.device)
             plain[f'{name}.{rest}'] = value
         elif key.partition('.lora_')[0] not in adapted:
             plain[key] = value
     return plain
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    return hasattr(module, 'get_delta_weight') and hasattr(module, 'base_layer')

@@ -16,10 +16,11 @@ from PIL import Image
 from runs import train
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from segmentation_models import tuned
 
 from timm_coretune.export import create_config, export_model, save_weights, write_json
 from timm_coretune.hub import HubError, push_run
-from timm_coretune.segmentation import load_segmentation_model, predict_image
+from timm_coretune.segmentation import export_segmentation_model, load_segmentation_model, predict_image
 from timm_coretune.segmentation.data.scenes import FashionScenes
 from timm_coretune.segmentation.locate import find_model_files
 
@@ -177,6 +178,29 @@ def test_a_folder_that_is_no_run_is_refused(hub, run_folder):
     with pytest.raises(ValueError, match=r'found no segmentation.json or config.json\.$'):
         push_run(str(run_folder), 'me/street')
     assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_heads_of_transformers_come_back_from_the_hub(hub, run_folder, run_python, tmp_path):
+    images = torch.randn(1, 3, 64, 64)
+    torch.save(images, tmp_path / 'images.pt')
+    models = {head: tuned('test_vit', head) for head in ('linear', 'eomt')}
+    for head, model in models.items():
+        export_segmentation_model(model, str(run_folder), class_names=['a', 'b', 'c', 'd'])
+        os.replace(run_folder / 'segmentation.safetensors', run_folder / 'model_best.safetensors')
+        push_run(str(run_folder), f'me/{head}')
+    run_python(
+        'import timm, torch, timm_coretune\n'
+        'outputs = []\n'
+        'for head in ("linear", "eomt"):\n'
+        '    model = timm_coretune.load_segmentation_model(f"hf-hub:me/{head}")\n'
+        '    plain = timm.create_model(f"hf-hub:me/{head}", pretrained=True, num_classes=0)\n'
+        '    assert all(torch.equal(x, plain.state_dict()[k]) for k, x in model.backbone.state_dict().items())\n'
+        '    outputs.append(model(torch.load("images.pt")).detach())\n'
+        'torch.save(outputs, "output.pt")\n'
+    )
+    for output, model in zip(torch.load(tmp_path / 'output.pt'), models.values(), strict=True):
+        assert torch.equal(output, model(images))
 
 
 # finding the files of a model

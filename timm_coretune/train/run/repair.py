@@ -9,11 +9,12 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.utils import get_state_dict
+from timm.utils import unwrap_model
 
 from ...atomic import move_into_place
 from ...evaluation.scores import is_better
 from ...export import save_weights
+from ...lora import plain_state_dict
 from ...run_folder import (
     BEST_STATE_NAME,
     BEST_WEIGHTS_NAME,
@@ -132,8 +133,10 @@ def repair_best(
     ema_counts = state.get('run_state', {}).get('ema_counts', True)  # states of earlier versions do not tell
     is_ema = publish_ema and ema_counts and 'state_dict_ema' in state
     tensors = state['state_dict_ema' if is_ema else 'state_dict']
-    if tensors.keys() != get_state_dict(saver.model).keys():
+    model = unwrap_model(saver.model)
+    if tensors.keys() != model.state_dict().keys():
         return _noted_epoch(weights) == epoch
+    tensors = plain_state_dict(model, tensors)
     notes = {'epoch': str(epoch), 'weights': 'ema' if is_ema else 'model', **further_notes}
     if not _is_same(weights, tensors, notes):
         save_weights(tensors, weights, **notes)
