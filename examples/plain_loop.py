@@ -24,7 +24,7 @@ validation_loader = create_loader('validation', 512, batch_size=256)
 
 model = timm.create_model('test_resnet', num_classes=10)
 load_checkpoint(model, str(assets / 'test_resnet_mocov2.safetensors'))
-criterion = CoreTuningLoss(model.num_features)
+criterion = CoreTuningLoss(model)
 optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.05, momentum=0.9)
 
 for epoch in range(2):
