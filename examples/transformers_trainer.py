@@ -36,6 +36,7 @@ training_args = TrainingArguments(
     'output/transformers',
     num_train_epochs=2,
     per_device_train_batch_size=64,
+    per_device_eval_batch_size=256,
     dataloader_drop_last=True,
     learning_rate=0.05,
     optim='sgd',
