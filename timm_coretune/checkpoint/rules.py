@@ -221,7 +221,7 @@ REFUSALS = (
             'It has other layers than a ResNet of timm. Take a ResNet that was pretrained in PyTorch.'),
     Refusal('a CMC checkpoint', r'encoder1\.',
             'Its two encoders see one and two colour channels. timm models see all three: take another checkpoint.'),
-    Refusal('a network with low-rank adapters', r'.*\.lora_[AB]\.',
+    Refusal('a network with low-rank adapters (LoRA)', r'.*\.lora_[AB]\.',
             'They are not in its weights yet. Take model_best.safetensors of the same run, or merge them with '
             'merge_and_unload() of peft first.'),
     Refusal('a ResNet with the stem for small images', r'(.*\.)?conv1\.weight',

@@ -63,7 +63,13 @@ class _EpochLines:
         self.num_epochs, self.start = num_epochs, time.perf_counter()
 
     def save_epoch(
-        self, trainer: Trainer, epoch: int, is_best: bool, train: Dict[str, float], scores: Optional[Dict[str, float]]
+        self,
+        trainer: Trainer,
+        epoch: int,
+        is_best: bool,
+        train: Dict[str, float],
+        scores: Optional[Dict[str, float]],
+        *_: Any,
     ) -> None:
         parts = [('training', train), *([] if scores is None else [('validation', scores)])]
         told = [f'{what}: ' + ', '.join(f'{name} {value:.4g}' for name, value in part.items()) for what, part in parts]
@@ -73,6 +79,11 @@ class _EpochLines:
             + ('  (best so far)' if is_best else ''),
             flush=True,
         )
+
+    def keep_step(self, *_: Any) -> str:
+        return 'The step is not kept, as fine_tune writes no files.'
+
+    def log_step(self, *_: Any) -> None: ...
 
     def save_images(self, *_: Any) -> None: ...
 

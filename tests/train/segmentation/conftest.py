@@ -37,9 +37,8 @@ def steps(monkeypatch):
             expected = nn.CrossEntropyLoss(ignore_index=255)(model(input), target).item()
         for name, buffer in model.named_buffers():
             buffer.copy_(statistics[name])
-        result = original(self, inputs, target, *rest)
-        seen.append((input, target, expected, result['loss'].item()))
-        return result
+        original(self, inputs, target, *rest)
+        seen.append((input, target, expected, self.meter.last_losses()['loss']))
 
     monkeypatch.setattr(Trainer, '_step', step)
     return seen

@@ -21,7 +21,6 @@ _OTHER_FORMS: Tuple[Tuple[str, str, str], ...] = (
     ('_flat_param', 'sharded weights of FSDP',
      'Save it again with a full state dict (StateDictType.FULL_STATE_DICT), or merge its parts with '
      '`accelerate merge-weights`.'),
-    ('lora_A', 'a LoRA adapter', 'Merge it into its model (peft: merge_and_unload) and save that.'),
     ('.parametrizations.', 'weights under a parametrization',
      'Save it again after torch.nn.utils.parametrize.remove_parametrizations.'),
     ('weight_g', 'weights under a weight norm', 'Save it again after torch.nn.utils.remove_weight_norm.'),
