@@ -22,6 +22,7 @@ from timm_coretune.data.resumable import make_resumable
 from timm_coretune.train.loop import LoopConfig, Trainer
 from timm_coretune.train.run.place import place_in_epoch
 from timm_coretune.train.run.resume import Continuation
+from timm_coretune.train.watching.record import Record
 
 NUM_IMAGES, NUM_CLASSES, GLOBAL_BATCH = 43, 3, 8
 
@@ -46,15 +47,11 @@ class Stop(Exception):
     """The part of this process group is over."""
 
 
-class Record:
+class StateAt(Record):
     """Keeps the state at one update and ends the part there."""
 
     def __init__(self, until: tuple):
         self.until, self.state = until, None
-
-    def save_images(self, *args: object) -> None: ...
-
-    def save_epoch(self, *args: object) -> None: ...
 
     def save_recovery(self, trainer: Trainer, epoch: int, update: int) -> None:
         if (epoch, update + 1) != self.until:
@@ -98,7 +95,7 @@ def train_part(accelerator: Accelerator, job: dict, dtype: torch.dtype, balanced
         continuation = Continuation('x', place['epoch'], place['batch'], loop_state=place, before=before)
         values = dict(batch_size=GLOBAL_BATCH // world, grad_accum_steps=1)
         continuation = place_in_epoch(continuation, values | dict.fromkeys(job['order']), world, loader)
-    record = Record(job['until'])
+    record = StateAt(job['until'])
     config = LoopConfig(recovery_interval=1, log_interval=1000)
     trainer = Trainer(task, optimizer, accelerator, config=config, record=record)
     if continuation.loop_state:

@@ -106,7 +106,7 @@ def _load_start(settings: Settings, datasets: Datasets, after: Predictor) -> Tup
         num_classes = settings.model.num_classes or datasets.num_classes
         with seeded(settings.loop.seed, after.device):  # as the run, for weights that no checkpoint has
             model, _ = create_model(settings, num_classes, verbose=False)
-        model.eval().to(after.device, memory_format=torch.channels_last)
+        model.eval().to(after.device).to(memory_format=torch.channels_last)
         started = Classifier(model, after.data_config, after.class_names, after.multi_label)
         return Predictor(started, after.device, topk=1), ''
     except Exception as e:  # of the Hub, of files that are gone, of a model that timm has no longer

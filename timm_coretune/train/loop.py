@@ -39,6 +39,7 @@ from .preemption import Preempted, StopRequest
 from .processes import check_accumulation, check_second_order, is_sharded
 from .watching.diverged import Place, StateBefore
 from .watching.features import FeatureWatch
+from .watching.record import Record
 from .watching.trackers import Pictures
 
 _logger = logging.getLogger(__name__)
@@ -144,7 +145,7 @@ class Trainer:
         mixup_fn: Pixel mixup, if the loader does not apply it.
         clip_gradients: Called with the prepared optimizer before an update.
         freezer: Freezes the backbone in the first epochs.
-        record: Writes the run folder (`record.RunRecord`). All processes need one.
+        record: Is told what happens, and writes the run folder (`run.record.RunRecord`). All processes need one.
         evaluator: Computes the validation metrics. When None, loss and accuracy of image classification.
         stop: Is asked after every update and validation batch whether to stop early. None never stops.
         watch: Measures features after validations, and before the first epoch.
@@ -166,7 +167,7 @@ class Trainer:
         mixup_fn: Optional[Any] = None,
         clip_gradients: Optional[Callable[[torch.optim.Optimizer], None]] = None,
         freezer: Optional[BackboneFreezer] = None,
-        record: Optional[Any] = None,
+        record: Optional[Record] = None,
         evaluator: Optional[Evaluator] = None,
         stop: Optional[StopRequest] = None,
         watch: Optional[FeatureWatch] = None,

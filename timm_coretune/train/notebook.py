@@ -18,6 +18,7 @@ from ..task import CoreTuningTask
 from .cli.settings import OptimizationSettings
 from .loop import LoopConfig, Trainer
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
+from .watching.record import Record
 
 _logger = logging.getLogger(__name__)
 
@@ -56,8 +57,8 @@ def _batch_size_of(loader: Any) -> int:
     return size // (order.num_processes if getattr(order, 'split_batches', False) else 1)
 
 
-class _EpochLines:
-    """A record of a run that prints a line after each epoch, and writes no files."""
+class _EpochLines(Record):
+    """Prints a line after each epoch."""
 
     def __init__(self, num_epochs: int):
         self.num_epochs, self.start = num_epochs, time.perf_counter()
@@ -67,11 +68,11 @@ class _EpochLines:
         trainer: Trainer,
         epoch: int,
         is_best: bool,
-        train: Dict[str, float],
-        scores: Optional[Dict[str, float]],
-        *_: Any,
+        train_metrics: Dict[str, float],
+        eval_metrics: Optional[Dict[str, float]],
+        features: Optional[Dict[str, float]] = None,
     ) -> None:
-        parts = [('training', train), *([] if scores is None else [('validation', scores)])]
+        parts = [('training', train_metrics), *([] if eval_metrics is None else [('validation', eval_metrics)])]
         told = [f'{what}: ' + ', '.join(f'{name} {value:.4g}' for name, value in part.items()) for what, part in parts]
         seconds, self.start = time.perf_counter() - self.start, time.perf_counter()
         print(
@@ -79,15 +80,6 @@ class _EpochLines:
             + ('  (best so far)' if is_best else ''),
             flush=True,
         )
-
-    def keep_step(self, *_: Any) -> str:
-        return 'The step is not kept, as fine_tune writes no files.'
-
-    def log_step(self, *_: Any) -> None: ...
-
-    def save_images(self, *_: Any) -> None: ...
-
-    def save_recovery(self, *_: Any) -> None: ...
 
 
 def _names_of(model: nn.Module, loaders: Sequence[Any]) -> Optional[List[str]]:

@@ -348,7 +348,7 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
         create_figure()  # without matplotlib this says so before anything is trained
     datasets = kind.open_datasets(settings)
     trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets, stop)
-    record: Optional[RunRecord] = trainer.record
+    record = cast(Optional[RunRecord], trainer.record)
     if record is None:  # nothing is trained, so a signal ends this at once
         metrics = trainer.evaluate(loaders.validation)
         if accelerator.is_main_process:

@@ -35,6 +35,7 @@ from ..cli.settings import OutputSettings, SavedArguments
 from ..data.batches import Input
 from ..loop import Trainer
 from ..watching.diverged import Place, StateBefore, keep_step
+from ..watching.record import Record
 from .folder import remove_unfinished
 from .repair import best_of, intact_rows, repair_best, set_aside_later
 from .resume import ROWS_KEY, Best, Continuation, LoopState
@@ -43,7 +44,7 @@ from .saver import Saver
 _logger = logging.getLogger(__name__)
 
 
-class RunRecord:
+class RunRecord(Record):
     """Writes the run folder. All processes have a record, since all take part in collecting a state; one writes.
 
     Args:
