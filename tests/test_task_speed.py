@@ -208,6 +208,7 @@ def test_only_the_draws_travel_to_the_accelerator_and_none_waits_for_them():
     assert copies.num_asynchronous == 1
 
 
+@pytest.mark.skipif(torch.__version__.startswith('2.6.'), reason='it cannot trace the device of a generator')
 @pytest.mark.parametrize('positive_candidates', [0, 2])
 def test_a_compiled_draw_makes_one_copy_as_an_eager_one_does(positive_candidates, fresh_dynamo):
     mixup = HardPairMixup(positive_candidates=positive_candidates)

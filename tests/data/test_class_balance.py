@@ -31,7 +31,8 @@ def global_batches(labels, batch_size, num_processes, seed, epoch):
         parts.append(list(sampler))
         assert len(parts[-1]) == len(sampler) == len(labels) // (batch_size * num_processes)
         assert all(len(batch) == batch_size for batch in parts[-1])
-    return [[index for part in batch for index in part] for batch in zip(*parts, strict=True)]
+    # the processes take turns, so that the images that fill a batch are last again
+    return [[index for turn in zip(*batch, strict=True) for index in turn] for batch in zip(*parts, strict=True)]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
