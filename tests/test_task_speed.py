@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from waits import skip_without_fake_cuda
 
 from timm_coretune import CoreTuningLoss, HardPairMixup
 from timm_coretune.task import CoreTuningModule
@@ -186,11 +187,7 @@ class BlockingCopies(TorchDispatchMode):
 
 def blocking_copies(criterion):
     """Copies of a forward pass on an accelerator that need not exist, as its tensors hold no data."""
-    try:
-        with FakeTensorMode(), torch.device('cuda'):
-            torch.nn.Linear(2, 2)(torch.randn(2, 2))
-    except (RuntimeError, AssertionError) as e:
-        pytest.skip(f'no CUDA tensors without data in this torch: {str(e).splitlines()[0]}')
+    skip_without_fake_cuda()
     pinned = mock.patch.object(torch.Tensor, 'pin_memory', lambda self: self)  # torch has no fakes of pinned memory
     with FakeTensorMode(), torch.device('cuda'), pinned:
         module = training_module(criterion, 'test_resnet')

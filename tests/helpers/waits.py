@@ -53,19 +53,24 @@ class _Fakes(FakeTensorMode):
         return self
 
 
-@contextlib.contextmanager
-def fake_cuda():
-    """In the context all new tensors are torch's fakes, which have a shape and a device but no values.
-
-    Reading a value of one raises an error of torch. Yields `Waits`, which also sees copies between devices here. A
-    backward pass on a fake device needs a real one. Older versions of torch need one for any copy: the test is skipped.
-    """
+def skip_without_fake_cuda():
+    """Skip the test where torch cannot make CUDA tensors without data, as older versions cannot without a driver."""
     try:
         with FakeTensorMode():
             torch.zeros(1).to(CUDA)
             torch.nn.functional.linear(*(torch.zeros(2, 2, device=CUDA) for _ in range(2)))
     except (RuntimeError, AssertionError) as e:
         pytest.skip(f'no CUDA tensors without data in this torch: {str(e).splitlines()[0]}')
+
+
+@contextlib.contextmanager
+def fake_cuda():
+    """In the context all new tensors are torch's fakes, which have a shape and a device but no values.
+
+    Reading a value of one raises an error of torch. Yields `Waits`, which also sees copies between devices here. A
+    backward pass on a fake device needs a real one.
+    """
+    skip_without_fake_cuda()
     with (
         # modules are created on their device, as torch cannot move fake parameters
         mock.patch.object(torch.nn.Module, 'to', lambda self, *args, **kwargs: self),

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from losses import WIDTH, assert_losses_agree, make_criterion
 from reference import array, cross_entropy, mine, mixtures, random_features, random_label, soft_target
+from small_classifier import SmallClassifier
 from timm.layers import ClassifierHead
 from timm.models.levit import NormLinear
 from timm.models.metaformer import MlpHead
@@ -63,25 +64,11 @@ def test_a_probe_tells_whether_a_layer_is_affine_and_leaves_no_trace(name):
         assert value.is_meta or torch.equal(value, before[key]), key
 
 
-class MlpClassifier(nn.Module):
-    """What a task needs of a timm classifier, with a head of two layers."""
+class MlpClassifier(SmallClassifier):
+    """With a head of two layers."""
 
     def __init__(self, head):
-        super().__init__()
-        self.num_classes, self.num_features = 4, WIDTH
-        self.stem, self.head = nn.Linear(5, WIDTH), head
-
-    def get_classifier(self):
-        return self.head
-
-    def forward_features(self, x):
-        return self.stem(x).tanh()
-
-    def forward_head(self, x, pre_logits=False):
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x):
-        return self.forward_head(self.forward_features(x))
+        super().__init__(nn.Linear(5, WIDTH), head, num_classes=4)
 
 
 def expected_cross_entropy(features, target, classifier, criterion):

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 import torch.nn as nn
+from small_classifier import SmallClassifier
 
 from timm_coretune import CachedStep, CoreTuningLoss, CoreTuningTask
 from timm_coretune.loss import SCLLoss
@@ -16,25 +17,8 @@ TARGET = torch.tensor([0, 0, 1, 1, 2, 2])
 WARNING = 'The optimizer updates the network and not the parameters of CoreTuningLoss'
 
 
-class Network(nn.Module):
-    """What a task needs of a timm classifier."""
-
-    def __init__(self):
-        super().__init__()
-        self.num_classes, self.num_features = CLASSES, WIDTH
-        self.stem, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES)
-
-    def get_classifier(self):
-        return self.head
-
-    def forward_features(self, x):
-        return self.stem(x).tanh()
-
-    def forward_head(self, x, pre_logits=False):
-        return x if pre_logits else self.head(x)
-
-    def forward(self, x):
-        return self.head(self.forward_features(x))
+def create_network():
+    return SmallClassifier(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, CLASSES), CLASSES)
 
 
 def create_loss(**kwargs):
@@ -71,7 +55,7 @@ def parameters_of(*modules):
 @pytest.mark.parametrize('every', [1, 3], ids=['each batch', 'accumulated'])
 @pytest.mark.parametrize('create', [torch.optim.SGD, torch.optim.AdamW])
 def test_a_forgotten_loss_is_noticed_once(messages, create, every):
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     update = update_by(create(model.parameters(), lr=0.1), every=every)
     assert not train(model, criterion, update, 10 * every)  # the tenth update is seen by the step after it
     assert messages('WARNING') == []
@@ -84,7 +68,7 @@ def test_a_forgotten_loss_is_noticed_once(messages, create, every):
 @pytest.mark.parametrize('forgotten', [True, False], ids=['forgotten', 'given'])
 @pytest.mark.parametrize('every', [1, 66], ids=['each batch', 'accumulated'])
 def test_fused_optimizers_are_looked_through(messages, every, forgotten):
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     parameters = parameters_of(model) if forgotten else parameters_of(model, criterion)
     version = model.head.weight._version
     update = update_by(torch.optim.AdamW(parameters, lr=0.1, fused=True), every=every)
@@ -96,7 +80,7 @@ def test_fused_optimizers_are_looked_through(messages, every, forgotten):
 @pytest.mark.parametrize('cached', [False, True], ids=['task', 'CachedStep'])
 @pytest.mark.parametrize('forgotten', [True, False], ids=['forgotten', 'given'])
 def test_a_task_notices_it_too(messages, cached, forgotten):
-    task = CoreTuningTask(Network(), verbose=False)
+    task = CoreTuningTask(create_network(), verbose=False)
     module = task.get_trainable_module()
     optimizer = torch.optim.SGD((module.model if forgotten else module).parameters(), lr=0.1)
     step = CachedStep(task, chunk_size=3) if cached else lambda *batch: task(*batch)['loss'].backward()
@@ -108,19 +92,19 @@ def test_a_task_notices_it_too(messages, cached, forgotten):
 
 
 def test_a_loss_that_is_trained_is_not_warned_of(messages):
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     both = torch.optim.SGD(parameters_of(model, criterion), lr=0.1)
     assert train(model, criterion, update_by(both))
     # gradients are zeros between steps, and not None
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     both = torch.optim.SGD(parameters_of(model, criterion), lr=0.1)
     assert train(model, criterion, update_by(both, to_none=False))
     # the loss has an optimizer of its own, which begins later
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     first, own = (torch.optim.SGD(module.parameters(), lr=0.1) for module in (model, criterion))
     assert train(model, criterion, lambda step: update_by(*([first] if step < 8 else [first, own]))(step), 30)
     # more batches are accumulated than the number after which values are compared
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     both = torch.optim.SGD(parameters_of(model, criterion), lr=0.1)
     assert train(model, criterion, update_by(both, every=70), 72)
     assert messages('WARNING') == []
@@ -129,7 +113,7 @@ def test_a_loss_that_is_trained_is_not_warned_of(messages):
 @pytest.mark.slow
 @pytest.mark.parametrize('forgotten', [True, False], ids=['forgotten', 'given'])
 def test_the_parameters_of_a_compiled_network_are_found(messages, forgotten):
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     parameters = parameters_of(model) if forgotten else parameters_of(model, criterion)
     for name in ('forward_features', 'head'):
         setattr(model, name, torch.compile(getattr(model, name), backend='aot_eager'))
@@ -139,14 +123,14 @@ def test_the_parameters_of_a_compiled_network_are_found(messages, forgotten):
 
 @pytest.mark.parametrize('create', [torch.optim.SGD, torch.optim.AdamW])
 def test_a_learning_rate_of_zero_is_an_update(messages, create):
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     optimizer = create(parameters_of(model, criterion), lr=0.0, weight_decay=0.0)
     assert not train(model, criterion, update_by(optimizer))
     assert messages('WARNING') == []
 
 
 def test_skipped_updates_are_none(messages):
-    model, criterion = Network(), create_loss()
+    model, criterion = create_network(), create_loss()
     optimizer = torch.optim.SGD(parameters_of(model, criterion), lr=0.1)
     scaler = torch.amp.GradScaler('cpu')
 
@@ -162,7 +146,7 @@ def test_skipped_updates_are_none(messages):
 
 @pytest.mark.parametrize('kind', ['frozen', 'no gradient', 'no head', 'evaluation', 'no graph'])
 def test_parameters_that_need_no_update_are_not_missed(messages, kind):
-    model, criterion = Network(), create_loss(contrast_weight=0.0 if kind == 'no head' else 0.1)
+    model, criterion = create_network(), create_loss(contrast_weight=0.0 if kind == 'no head' else 0.1)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     if kind == 'frozen':
         criterion.requires_grad_(False)
@@ -176,7 +160,7 @@ def test_parameters_that_need_no_update_are_not_missed(messages, kind):
 
 
 def test_copies_watch_for_themselves(messages):
-    model, criterion = Network(), SCLLoss(WIDTH)
+    model, criterion = create_network(), SCLLoss(WIDTH)
     train(model, criterion, update_by(torch.optim.SGD(model.parameters(), lr=0.1)), 8)
     copies = [copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))]
     for again in copies:
