@@ -26,10 +26,13 @@ def pytest_runtest_setup(item):
 
 @pytest.fixture(autouse=True)
 def _fresh_process():
-    """What a new process starts with: the same seed, and an accelerate that was not configured by another test."""
+    """What a new process starts with: the same seed, and nothing that another test has configured."""
     torch.manual_seed(0)
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
+    for handler in list(logging.root.handlers):  # those of programs that ran in earlier tests; pytest's are subclasses
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
 
 
 @pytest.fixture
