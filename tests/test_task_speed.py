@@ -13,8 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeCopyMode,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
-from waits import skip_without_fake_cuda
+from waits import Waits, skip_without_fake_cuda
 
 from timm_coretune import CoreTuningLoss, HardPairMixup
 from timm_coretune.task import CoreTuningModule
@@ -161,48 +160,24 @@ def test_asking_for_the_value_of_a_tensor_would_be_noticed(criterion):
         fake_step(criterion, 'test_vit', soft=False)
 
 
-class BlockingCopies(TorchDispatchMode):
-    """Records copies between CPU and accelerator that make one wait for the other."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-        self.num_asynchronous = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        copies = None
-        if func is torch.ops.aten._to_copy.default:
-            copies = args[0].device, torch.device(kwargs.get('device') or args[0].device)
-        elif func is torch.ops.aten.copy_.default:
-            copies = args[1].device, args[0].device
-        if copies is not None and copies[0].type != copies[1].type:
-            non_blocking = kwargs.get('non_blocking', args[2] if len(args) > 2 else False)
-            if non_blocking and copies[0].type == 'cpu':
-                self.num_asynchronous += 1
-            else:
-                self.found.append(f'{func}: {copies[0].type} to {copies[1].type}, non_blocking={non_blocking}')
-        return func(*args, **kwargs)
-
-
-def blocking_copies(criterion):
-    """Copies of a forward pass on an accelerator that need not exist, as its tensors hold no data."""
+def waits_of(criterion):
+    """Waits of a forward pass on an accelerator that need not exist, as its tensors hold no data."""
     skip_without_fake_cuda()
     pinned = mock.patch.object(torch.Tensor, 'pin_memory', lambda self: self)  # torch has no fakes of pinned memory
     with FakeTensorMode(), torch.device('cuda'), pinned:
         module = training_module(criterion, 'test_resnet')
         input, target = torch.randn(4, 3, IMAGE_SIZE, IMAGE_SIZE), torch.randint(NUM_CLASSES, (4,))
-        with BlockingCopies() as copies:
+        with Waits() as waits:
             batch, draws = module.criterion.prepare(4, target.device)
             output = module(input, target, batch, draws)
         assert output['loss'].device.type == 'cuda'
-        return copies
+        return waits
 
 
 def test_only_the_draws_travel_to_the_accelerator_and_none_waits_for_them():
-    copies = blocking_copies(CoreTuningLoss)
-    assert copies.found == []
-    assert copies.num_asynchronous == 1
+    waits = waits_of(CoreTuningLoss)
+    assert waits.found == []
+    assert waits.num_sent == 1
 
 
 @pytest.mark.skipif(torch.__version__.startswith('2.6.'), reason='it cannot trace the device of a generator')
@@ -216,16 +191,16 @@ def test_a_compiled_draw_makes_one_copy_as_an_eager_one_does(positive_candidates
         return graph
 
     compiled = torch.compile(mixup.draw, backend=count, fullgraph=True)(4, torch.device('meta'))
-    with BlockingCopies() as copies:
+    with Waits() as waits:
         eager = mixup.draw(4, torch.device('meta'))
-    assert counted == [copies.num_asynchronous] == [1]
+    assert counted == [waits.num_sent] == [1]
     assert [draw.shape for draw in compiled] == [draw.shape for draw in eager]
     assert {draw.device.type for draw in (*compiled, *eager)} == {'meta'}
 
 
 @pytest.mark.parametrize('criterion, direction', [(DownloadLoss, 'cuda to cpu'), (UploadLoss, 'cpu to cuda')])
 def test_a_copy_that_waits_would_be_noticed(criterion, direction):
-    assert direction in ' '.join(blocking_copies(criterion).found)
+    assert direction in ' '.join(waits_of(criterion).found)
 
 
 @pytest.mark.gpu

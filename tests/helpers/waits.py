@@ -23,19 +23,16 @@ def _reads_mask(packet, args):
     return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
 
 
-def _crosses(packet, args, kwargs, result):
-    """Whether this is a copy between host and device that the host waits for."""
-    if packet is ATEN._to_copy:
-        return args[0].device.type != result.device.type and not kwargs.get('non_blocking', False)
-    return packet is ATEN.copy_ and args[0].device.type != args[1].device.type and not (len(args) > 2 and args[2])
-
-
 class Waits(TorchDispatchMode):
-    """Notes in `found` the operations for which the host would wait if the tensors were on a GPU."""
+    """Notes in `found` the operations for which the host would wait if the tensors were on a GPU.
+
+    Copies from the host to a device that it does not wait for are counted in `num_sent`.
+    """
 
     def __init__(self):
         super().__init__()
         self.found = []
+        self.num_sent = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -43,9 +40,18 @@ class Waits(TorchDispatchMode):
         if packet in READING or _reads_mask(packet, args):
             self.found.append(str(func))
         result = func(*args, **kwargs)
-        if _crosses(packet, args, kwargs, result):
-            self.found.append(f'{func} of {tuple(result.shape)} to {result.device.type}')
+        if packet in (ATEN._to_copy, ATEN.copy_):
+            self._note_copy(func, args[packet is ATEN.copy_].device.type, args[2:], kwargs, result)
         return result
+
+    def _note_copy(self, func, source, flags, kwargs, result):
+        target = result.device.type
+        if source == target:
+            return
+        if not kwargs.get('non_blocking', bool(flags) and flags[0]):
+            self.found.append(f'{func} of {tuple(result.shape)} from {source} to {target}')
+        elif source == 'cpu':
+            self.num_sent += 1
 
 
 class _Fakes(FakeTensorMode):
