@@ -39,7 +39,7 @@ def test_l2_sp_without_pretrained_weights_says_what_to_do():
     batch = torch.randn(2, 16), torch.randn(2, 3), torch.tensor([0, 1])
     with pytest.raises(ValueError, match='Pass model=model'):
         criterion(*batch)
-    with pytest.raises(RuntimeError, match=r'Call attach\(model\) of the loss before the first step'):
+    with pytest.raises(RuntimeError, match=r'Expected criterion.attach\(model\) before the first step of L2SPLoss'):
         criterion(*batch, model=model)
     with pytest.raises(ValueError, match='weight and head_weight >= 0, got 0.1 and -1'):
         L2SPLoss(16, head_weight=-1.0)

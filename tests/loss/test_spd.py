@@ -151,7 +151,7 @@ def test_weights_without_gradient_are_left_alone():
 def test_what_is_missing_is_named():
     criterion, model = SPDLoss(16), create_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with pytest.raises(RuntimeError, match=r'Call attach\(model\) of the loss first'):
+    with pytest.raises(RuntimeError, match=r'Expected criterion.attach\(model\) before the first step of SPDLoss'):
         criterion.attach_optimizer(optimizer, model)
     criterion.attach(model)
     with pytest.raises(RuntimeError, match='Call attach_optimizer of the task or the loss before the first step'):

@@ -19,7 +19,7 @@ from ..timm_model import is_classifier_affine, resolve_num_features
 from .base import Classifier, TaskLoss
 from .focal_supcon import FocalSupConLoss
 from .parts.cross_entropy import finite, infinite_again
-from .parts.projection import ProjectionHead
+from .parts.projection import ProjectionHead, check_widths
 
 # arguments of CoreTuningLoss for anchor pixels. Hardest positives fall on few outliers there (docs/concentration.md)
 FOR_PIXELS: Dict[str, Any] = {'smooth': 'negative', 'smooth_weight': 0.3}
@@ -116,11 +116,7 @@ class CoreTuningLoss(TaskLoss):
             gather, uneven_batches, label_smoothing, generator, class_weight, multi_label, classification_loss
         )
         num_features = resolve_num_features(num_features)
-        if num_features < 1 or projection_dim < 1:
-            raise ValueError(
-                f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '
-                'is the width before the classifier: model.num_features, or model.head_hidden_size where it exists.'
-            )
+        check_widths(num_features, projection_dim)
         if not contrast_weight >= 0.0:
             raise ValueError(f'Expected contrast_weight >= 0, got {contrast_weight}. 0 switches the contrast off.')
         for name, parts in (('smooth', smooth), ('mixtures', mixtures)):

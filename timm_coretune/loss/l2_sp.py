@@ -70,12 +70,11 @@ class L2SPLoss(TaskLoss):
         clean_loss: Optional[torch.Tensor] = None,
         **further: Any,
     ) -> Dict[str, torch.Tensor]:
-        if self.pretrained is None:
-            raise RuntimeError('Expected the pretrained weights. Call attach(model) of the loss before the first step.')
+        pretrained: PretrainedWeights = self.attached(self.pretrained)
         batch: GlobalBatch = prepared[0]
         task_loss = self.cross_entropy(logits, target, batch.gather(hard_label(target)), batch, clean_loss)
         model: nn.Module = further['model']
-        distance_loss = _half_norm([p - p0 for p, p0 in self.pretrained.pairs(model)], task_loss)
+        distance_loss = _half_norm([p - p0 for p, p0 in pretrained.pairs(model)], task_loss)
         head_loss = _half_norm([p for p in classifier_parameters(model) if p.ndim > 1], task_loss)
         return {
             'loss': task_loss + self.weight * distance_loss + self.head_weight * head_loss,

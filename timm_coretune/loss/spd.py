@@ -66,8 +66,7 @@ class SPDLoss(TaskLoss):
             RuntimeError: attach was not called.
             ValueError: The optimizer does not call hooks.
         """
-        if self.pretrained is None:
-            raise RuntimeError('Expected the pretrained weights. Call attach(model) of the loss first.')
+        pretrained: PretrainedWeights = self.attached(self.pretrained)
         # that in accelerate's wrapper, and that in timm's Lookahead, as neither wrapper calls hooks
         inner: torch.optim.Optimizer = getattr(optimizer, 'optimizer', optimizer)
         inner = getattr(inner, '_base_optimizer', inner)
@@ -76,7 +75,7 @@ class SPDLoss(TaskLoss):
                 f'Expected an optimizer whose step calls its hooks, as those of torch and timm do, got '
                 f'{type(inner).__name__}. Call torch.optim.Optimizer.__init__ in its own, or use another one.'
             )
-        correction = _Correction(self.pretrained, unwrap_model(model), self.weight)
+        correction = _Correction(pretrained, unwrap_model(model), self.weight)
         inner.register_step_pre_hook(correction.before)
         inner.register_step_post_hook(correction.after)
         self.has_optimizer = True

@@ -8,7 +8,7 @@ import torch.nn as nn
 from ...distributed import GlobalBatch
 from ...timm_model import resolve_num_features
 from ..base import TaskLoss
-from .projection import ProjectionHead
+from .projection import ProjectionHead, check_widths
 
 
 class ContrastiveLoss(TaskLoss):
@@ -39,8 +39,7 @@ class ContrastiveLoss(TaskLoss):
     ):
         super().__init__(**kwargs)
         num_features = resolve_num_features(num_features)
-        if num_features < 1 or projection_dim < 1:
-            raise ValueError(f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}.')
+        check_widths(num_features, projection_dim)
         if not contrast_weight > 0.0 or not temperature > 0.0:
             raise ValueError(
                 f'Expected contrast_weight and temperature > 0, got {contrast_weight} and {temperature}. Without '

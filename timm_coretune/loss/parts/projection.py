@@ -8,6 +8,15 @@ import torch.nn as nn
 from ...mining import normalize
 
 
+def check_widths(num_features: int, projection_dim: int) -> None:
+    """Raise a ValueError if there can be no projection head of these widths."""
+    if num_features < 1 or projection_dim < 1:
+        raise ValueError(
+            f'Expected num_features and projection_dim >= 1, got {num_features} and {projection_dim}. num_features '
+            'is the width before the classifier: model.num_features, or model.head_hidden_size where it exists.'
+        )
+
+
 class ProjectionHead(nn.Module):
     """Linear, ReLU, Linear: maps features to the embedding of the contrastive loss. It is dropped after training.
 
