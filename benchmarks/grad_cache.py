@@ -4,7 +4,8 @@
     python benchmarks/grad_cache.py
 
 prints one Markdown table. For each model it measures training steps with Core-tuning (forward, backward, update): one
-batch, 8 batches that are contrasted together (CachedStep), and 8 that are accumulated, each contrasted by itself.
+batch, 8 batches that are contrasted together (CachedStep), the same with images that wait as bytes and are normalised a
+batch at a time, and 8 batches that are accumulated, each contrasted by itself.
 
 - Memory is the greatest that a process has in a step (on a GPU: that its tensors take), above what it has before the
   step: model and state of the optimizer are there, images and gradients are not. Each is measured in a process of its
@@ -31,8 +32,12 @@ from step import describe_machine
 from timm_coretune import CachedStep, CoreTuningTask
 
 FACTOR = 8
-KINDS = ('one batch', 'CachedStep', 'accumulated')
+KINDS = ('one batch', 'CachedStep', 'CachedStep, bytes', 'accumulated')
 NUM_CLASSES = 100
+
+
+def normalize(images: torch.Tensor) -> torch.Tensor:
+    return images.float().sub_(127.5).div_(58.0)
 
 
 class Step:
@@ -51,7 +56,10 @@ class Step:
         model = timm.create_model(name, num_classes=NUM_CLASSES).to(device)
         self.task = CoreTuningTask(model, device=device, verbose=False).train()
         self.optimizer = torch.optim.SGD(self.task.trainable_module.parameters(), lr=1e-4, momentum=0.9)
-        self.cached = CachedStep(self.task) if kind == 'CachedStep' else None
+        self.with_bytes = 'bytes' in kind
+        self.cached = (
+            CachedStep(self.task, prepare=normalize if self.with_bytes else None) if 'Cached' in kind else None
+        )
         self.num_batches = 1 if kind == 'one batch' else FACTOR
         self.batch_size, self.input_size = batch_size, model.pretrained_cfg['input_size']
         self.device, self.amp = device, amp
@@ -64,8 +72,10 @@ class Step:
         self._update(self.batches)
 
     def _draw(self, batch_size: int) -> Tuple[torch.Tensor, torch.Tensor]:
-        images = torch.randn(batch_size, *self.input_size, device=self.device)
-        return images, torch.randint(NUM_CLASSES, (batch_size,), device=self.device)
+        shape, target = (batch_size, *self.input_size), torch.randint(NUM_CLASSES, (batch_size,), device=self.device)
+        if self.with_bytes:
+            return torch.randint(256, shape, device=self.device, dtype=torch.uint8), target
+        return torch.randn(shape, device=self.device), target
 
     def _update(self, batches: List[Tuple[torch.Tensor, torch.Tensor]]) -> None:
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.amp):

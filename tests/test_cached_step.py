@@ -185,6 +185,42 @@ def test_no_two_chunks_are_in_memory_at_once():
     assert cached < 1.05 * of_chunk
 
 
+def test_images_that_wait_as_bytes_are_prepared_one_chunk_at_a_time():
+    task, reference = make_task(DROPPING), make_task(DROPPING)
+    _, target = batch()
+    stored = torch.randint(256, (12, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    alive, sizes = [], []
+
+    def prepare(chunk):
+        assert not any(kept() is not None for kept in alive)
+        noise = torch.rand(len(chunk), 1, 1, 1, dtype=torch.float64)  # the same in both passes
+        images = (chunk.double() - 120) / 60 + noise
+        alive.append(weakref.ref(images))
+        sizes.append(len(chunk))
+        return images
+
+    forward = reference.trainable_module.model.forward_features
+    torch.manual_seed(1)
+    result = CachedStep(task, chunk_size=5, prepare=prepare)(stored, target)
+    assert sizes == [5, 5, 2] * 2
+    # in one graph, in which the model prepares what it gets
+    alive.clear()
+    reference.trainable_module.model.forward_features = lambda chunk: forward(
+        (chunk.double() - 120) / 60 + torch.rand(len(chunk), 1, 1, 1, dtype=torch.float64)
+    )
+    torch.manual_seed(1)
+    expected = backward_in_one_graph(reference, stored.split(5), target)
+    assert_near(result, expected)
+    assert_near(gradients(task), gradients(reference))
+
+
+def test_images_that_are_prepared_differently_each_time_are_noticed():
+    calls = []
+    step = CachedStep(make_task(SCENARIOS['vit']), chunk_size=6, prepare=lambda x: calls.append(0) or x * len(calls))
+    with pytest.raises(RuntimeError, match='prepare gives other images each time'):
+        step(*batch())
+
+
 @pytest.mark.parametrize('method', ['l2-sp', 'bi-tuning', 'dr-tune', 'ldifs'])
 def test_a_loss_that_needs_more_than_features_and_logits_is_refused(method):
     with pytest.raises(ValueError, match='Loss: it (penalises|runs|compares) .* Accumulate gradients instead'):

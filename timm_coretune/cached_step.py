@@ -51,6 +51,9 @@ class CachedStep:
     Args:
         task: The task. It may be compiled and wrapped afterwards.
         chunk_size: Greatest number of images in a forward pass. When None, batches must be given as lists.
+        prepare: Called with each chunk before each of its two forward passes. Returns what goes into the model, the
+            same both times; what it draws from torch's generators is. So images can wait as bytes, or in the memory of
+            the host. When None, they go in as given.
 
     Raises:
         TypeError: The task is not a CoreTuningTask for images.
@@ -65,7 +68,12 @@ class CachedStep:
         ```
     """
 
-    def __init__(self, task: CoreTuningTask, chunk_size: Optional[int] = None):
+    def __init__(
+        self,
+        task: CoreTuningTask,
+        chunk_size: Optional[int] = None,
+        prepare: Optional[Callable[[Input], Input]] = None,
+    ):
         if chunk_size is not None and chunk_size < 1:
             raise ValueError(f'Expected chunk_size >= 1, the images of a forward pass, got {chunk_size}.')
         module = unwrap_model(getattr(task, 'trainable_module', None))
@@ -79,6 +87,7 @@ class CachedStep:
             raise ValueError('Expected a model without a Bank, to which each of the two forward passes would add.')
         self.task = task
         self.chunk_size = chunk_size
+        self.prepare = prepare or _as_given
         self._has_compared = False
 
     def __call__(
@@ -123,7 +132,7 @@ class CachedStep:
                 is_last = index + 1 == len(chunks)
                 with contextlib.nullcontext() if is_last else self.task.no_sync():
                     start.restore(module.model)
-                    again: FeaturesAndLogits = wrapped(chunk)
+                    again: FeaturesAndLogits = wrapped(self.prepare(chunk))
                     self._compare(parts[0][index][0], again.features)
                     outputs = [(again.features, parts[0][index][1]), (again.logits, parts[1][index][1])]
                     if is_last:  # whose backward pass is the one in which processes communicate
@@ -153,7 +162,7 @@ class CachedStep:
         with self.task.no_sync(), torch.set_grad_enabled(is_compiled):
             for chunk in chunks:
                 starts.append(_State(module.model))
-                outputs.append([x.detach() for x in self.task.trainable_module(chunk)[:2]])
+                outputs.append([x.detach() for x in self.task.trainable_module(self.prepare(chunk))[:2]])
         features, logits = (torch.cat(parts).requires_grad_() for parts in zip(*outputs, strict=True))
         return FeaturesAndLogits(features, logits), starts
 
@@ -169,7 +178,8 @@ class CachedStep:
             raise RuntimeError(
                 f'Expected the same features in both forward passes of a chunk, got a difference of '
                 f'{100 * difference:.2g} %. The model keeps state between forward passes that is not in a buffer, or '
-                "draws random numbers from Python or NumPy. Draw them from torch's generators, or use a plain step."
+                "draws random numbers from Python or NumPy: draw them from torch's generators, or use a plain step. Or "
+                'prepare gives other images each time.'
             )
 
 
@@ -211,6 +221,10 @@ def _check_module(module: CoreTuningModule, bare: nn.Module) -> None:
             f'Expected a module in DistributedDataParallel, or in no wrapper, got {name}. Use '
             'task.prepare_distributed().'
         )
+
+
+def _as_given(chunk: Input) -> Input:
+    return chunk
 
 
 def _count_images(batch: Input) -> int:

@@ -61,6 +61,24 @@ def test_updates_are_those_of_big_batches(num_batches, accum, updates):
         torch.testing.assert_close(p, expected[name], rtol=1e-9, atol=1e-11)
 
 
+def test_batches_wait_where_the_loader_has_put_them():
+    # as bytes here; on a GPU also in the memory of the host, if the loader leaves them there
+    stored = [torch.randint(256, (6, 3, 32, 32), dtype=torch.uint8) for _ in range(2)]
+    target = batch(num_images=6)[1]
+    found, waited = {}, []
+    for name, images in (('stored', stored), ('floats', [x.double() for x in stored])):
+        task = make_task(SCENARIOS['vit'])
+        config = LoopConfig(contrast_batches=2, dtype=torch.float64)
+        trainer = Trainer(task, optimizer_of(task), Accelerator(cpu=True), config=config)
+        step = trainer.cached_step
+        trainer.cached_step = lambda inputs, *rest, step=step: waited.append(inputs[0].dtype) or step(inputs, *rest)
+        trainer.train_one_epoch(0, [(x, target) for x in images])
+        found[name] = dict(task.trainable_module.named_parameters())
+    assert waited == [torch.uint8, torch.float64]
+    for name, p in found['stored'].items():
+        assert torch.equal(p, found['floats'][name])
+
+
 @pytest.mark.parametrize('further', [(), ('--grad-accum-steps', '2', '--clip-grad', '1', '--freeze-epochs', '1')])
 def test_a_run_is_that_of_a_big_batch(tmp_path, data, further):
     found, expected = (

@@ -33,7 +33,7 @@ from ..task import CoreTuningTask
 from .cli.criterion import needs_stats
 from .cli.errors import sentence_of
 from .cli.settings import Settings
-from .data.batches import to_device
+from .data.batches import Input, input_to_device
 from .data.datasets import Datasets
 from .freezing import BackboneFreezer
 from .model import place_model
@@ -127,14 +127,17 @@ def _run(
         freezer.after_train_mode()
     finder = NonFinite(module)
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
-    batches = [to_device((x, share.target), device, settings.model.channels_last, dtype) for x in share.inputs]
-    inputs, target = [input for input, _ in batches], share.target.to(device)
+
+    def prepare(input: Input) -> Input:
+        return input_to_device(input, device, settings.model.channels_last, dtype)
+
+    target = share.target.to(device)
     seed_torch(share.key, device)
-    if len(inputs) > 1:
+    if len(share.inputs) > 1:
         assert isinstance(task, CoreTuningTask)
-        result = CachedStep(task)(inputs, target, accelerator.backward)
+        result = CachedStep(task, prepare=prepare)(share.inputs, target, accelerator.backward)
     else:
-        result = task(inputs[0], target)
+        result = task(prepare(share.inputs[0]), target)
         accelerator.backward(result['loss'])
     finder.remove()
     losses = {k.removesuffix('_loss'): float(v.detach()) for k, v in result.items() if k.endswith('loss')}

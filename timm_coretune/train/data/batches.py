@@ -234,9 +234,15 @@ def to_device(
     dtype: Optional[torch.dtype] = None,
 ) -> Tuple[Input, torch.Tensor]:
     """Move images (or a dictionary of NaFlex patches) and labels to the device, unless the loader has done so."""
-    input, target = batch[0], batch[1].to(device, non_blocking=True)
+    return input_to_device(batch[0], device, channels_last, dtype), batch[1].to(device, non_blocking=True)
+
+
+def input_to_device(
+    input: Input, device: torch.device, channels_last: bool = False, dtype: Optional[torch.dtype] = None
+) -> Input:
+    """Move images or a dictionary of patches to the device, unless they are there."""
     if isinstance(input, dict):
         moved = {k: v.to(device, non_blocking=True) for k, v in input.items() if isinstance(v, torch.Tensor)}
-        return {**input, **moved}, target
+        return {**input, **moved}
     input = input.to(device, dtype=dtype, non_blocking=True)
-    return (input.contiguous(memory_format=torch.channels_last) if channels_last else input), target
+    return input.contiguous(memory_format=torch.channels_last) if channels_last else input
