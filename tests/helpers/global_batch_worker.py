@@ -19,7 +19,8 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, DistributedSampl
 from timm_coretune import CoreTuningTask
 from timm_coretune.data.class_balance import ClassBalancedBatchSampler
 from timm_coretune.data.resumable import make_resumable
-from timm_coretune.train.loop import LoopConfig, Trainer
+from timm_coretune.train.loop import Trainer
+from timm_coretune.train.loop_config import LoopConfig
 from timm_coretune.train.run.place import place_in_epoch
 from timm_coretune.train.run.resume import Continuation
 from timm_coretune.train.watching.record import Record

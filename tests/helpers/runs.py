@@ -7,6 +7,7 @@ from accelerate.state import AcceleratorState
 from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.session import run
+from timm_coretune.train.watching.validation import Validation
 
 SMALL = (
     *('--model', 'test_resnet', '--img-size', '32', '--workers', '0', '--epochs', '2', '--warmup-epochs', '0'),
@@ -44,8 +45,9 @@ def outcome(folder):
 
 
 def stop_at(monkeypatch, name, count):
-    """Press Ctrl-C in the call of a method of Trainer with that index."""
-    original, calls = getattr(Trainer, name), []
+    """Press Ctrl-C in the call of a method of Trainer or Validation with that index."""
+    owner = Trainer if hasattr(Trainer, name) else Validation
+    original, calls = getattr(owner, name), []
 
     def stopping(self, *args, **kwargs):
         calls.append(0)
@@ -53,7 +55,7 @@ def stop_at(monkeypatch, name, count):
             raise KeyboardInterrupt
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(Trainer, name, stopping)
+    monkeypatch.setattr(owner, name, stopping)
 
 
 def copy_of(folder, output):

@@ -22,7 +22,7 @@ from timm_coretune.prediction import Predictor
 from timm_coretune.prediction.preparation import describe_transform
 from timm_coretune.train import fine_tune
 from timm_coretune.train.cli.settings import OptimizationSettings
-from timm_coretune.train.loop import LoopConfig
+from timm_coretune.train.loop_config import LoopConfig
 from timm_coretune.train.loss_meter import DivergedError
 
 

@@ -17,7 +17,7 @@ from validation_worker import sorted_images
 
 from timm_coretune.__main__ import main
 from timm_coretune.train import Trainer
-from timm_coretune.train.loop import LoopConfig
+from timm_coretune.train.loop_config import LoopConfig
 
 
 def test_validation_alone_repeats_the_metrics_of_the_epoch_it_loads(data, tmp_path, read_csv):
@@ -105,7 +105,7 @@ def test_of_equal_scores_that_of_the_average_counts():
     found = []
     for of_weights, of_average in ((right, wrong), (right, 2 * right), (wrong, right), (wrong, 2 * wrong)):
         weights.weight.data, average.weight.data = of_weights.clone(), of_average.clone()
-        found.append((trainer.evaluate(batches)['top1'], trainer.ema_counts))
+        found.append((trainer.validation.evaluate(batches)['top1'], trainer.validation.ema_counts))
     assert found == [(100, False), (100, True), (100, True), (0, True)]
 
 

@@ -14,7 +14,7 @@ from timm_coretune.loss import METHODS
 from timm_coretune.segmentation import SegmentationTask, create_segmentation_model
 from timm_coretune.task import CoreTuningTask
 from timm_coretune.train import Trainer
-from timm_coretune.train.loop import LoopConfig
+from timm_coretune.train.loop_config import LoopConfig
 from timm_coretune.train.loss_meter import LossMeter
 from timm_coretune.train.watching.diverged import Place
 

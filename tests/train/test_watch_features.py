@@ -78,7 +78,7 @@ def test_training_stays_as_it_is_and_a_stopped_run_goes_on_to_the_same_bytes(tin
     without = [{name: value for name, value in row.items() if 'features' not in name} for row in rows[1:]]
     assert without == read_csv(plain / 'summary.csv')
     assert outcome(watched)['model_best.safetensors'] == outcome(plain)['model_best.safetensors']
-    for name, count in (('_step', 2), ('_measure_features', 1)):  # in the first epoch, and before the second is saved
+    for name, count in (('_step', 2), ('measure_features', 1)):  # in the first epoch, and before the second is saved
         with monkeypatch.context() as context:
             stop_at(context, name, count)
             train(tiny, tmp_path / name, *flags)

@@ -1,11 +1,8 @@
 """The training loop: epochs of training and validation"""
 
 import contextlib
-import copy
 import logging
-import sys
 import time
-from dataclasses import dataclass
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, cast
 
 import torch
@@ -14,12 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from timm.task import TrainingTask
 from timm.utils import AverageMeter, distribute_bn, unwrap_model
-from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..cached_step import CachedStep
 from ..data.seeding import kept_generators, make_key, seed_generators, seed_torch
-from ..evaluation.classification import ClassificationEvaluator
 from ..evaluation.scores import Evaluator, is_better
 from ..task import CoreTuningTask
 from .cli.errors import DivergedError
@@ -27,86 +22,23 @@ from .data.batches import (
     Input,
     batches_from,
     count_batches,
-    count_shared,
     in_step,
+    input_to_device,
     is_resumable,
-    num_own_samples,
-    to_device,
 )
 from .freezing import BackboneFreezer
+from .loop_config import LoopConfig
 from .loss_meter import LossMeter
 from .preemption import Preempted, StopRequest
 from .processes import check_accumulation, check_second_order, is_sharded
 from .watching.diverged import Place, StateBefore
 from .watching.features import FeatureWatch
+from .watching.progress import progress_bar
 from .watching.record import Record
 from .watching.trackers import Pictures
+from .watching.validation import Validation
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Options of the training loop.
-
-    Attributes:
-        seed: Random seed. The draws of a step depend on it and on the process, epoch and batch of the step. With a
-            resumable loader and without `mixup_fn` this holds for torch's generators, not for Python's and NumPy's.
-        contrast_batches: Batches whose images are mined and contrasted together, by CachedStep if there are several.
-            The last ones of an epoch may be fewer.
-        grad_accum_steps: Batches per update, or groups of contrast_batches batches.
-        channels_last: Put images into the channels_last memory layout.
-        dtype: Dtype that images are cast to. None leaves them as the loader made them.
-        loss_scale: How the loss is scaled by batch size / reference_batch_size: 'none', 'sqrt' or 'linear'.
-        reference_batch_size: Batch size at which the loss is not scaled.
-        uneven_batches: Whether processes may hold batches of different sizes.
-        log_interval: Updates between log lines.
-        val_interval: Epochs between validations.
-        save_epochs: Numbers of epochs after which there is a validation too, and the record keeps the state.
-        recovery_interval: Updates between training states saved within an epoch, 0 for none.
-        synchronize_step: Wait for the device after every update.
-        dist_bn: How processes share BatchNorm statistics after an epoch: 'reduce', 'broadcast', 'none' or ''.
-        validate_ema: Validate the moving average of the weights too. The better of both is the score of an epoch.
-        ema_publish: Whose score counts if there is a moving average: 'better' for the better of both, or 'ema'.
-        tta: Number of neighbouring images whose outputs are averaged in validation, 0 for none.
-        eval_metric: Name of the score that selects the best epoch. Without validation it is the training loss.
-        patience: Validations without improvement after which training stops, None for never.
-        mixup_off_epoch: First epoch without pixel mixup, 0 for never.
-        catch_diverged: Look at the losses of every batch before the update, so that the record can keep a step that
-            diverged. One process on a CPU always does so. Elsewhere it waits for the device and for other processes.
-        progress: Show bars on a terminal or in a notebook.
-    """
-
-    seed: int = 42
-    contrast_batches: int = 1
-    grad_accum_steps: int = 1
-    channels_last: bool = False
-    dtype: Optional[torch.dtype] = None
-    loss_scale: str = 'none'
-    reference_batch_size: float = 1.0
-    uneven_batches: bool = False
-    log_interval: int = 50
-    val_interval: int = 1
-    save_epochs: Tuple[int, ...] = ()
-    recovery_interval: int = 0
-    synchronize_step: bool = False
-    dist_bn: str = 'reduce'
-    validate_ema: bool = True
-    ema_publish: str = 'better'
-    tta: int = 0
-    eval_metric: str = 'top1'
-    patience: Optional[int] = None
-    mixup_off_epoch: int = 0
-    catch_diverged: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.dist_bn not in ('reduce', 'broadcast', 'none', ''):
-            raise ValueError(f"Expected dist_bn to be 'reduce', 'broadcast', 'none' or '', got {self.dist_bn!r}.")
-
-    @property
-    def batches_per_update(self) -> int:
-        return self.contrast_batches * self.grad_accum_steps
 
 
 class Position(NamedTuple):
@@ -194,9 +126,7 @@ class Trainer:
         self.stop = stop
         self.watch = watch
         self.pictures = pictures
-        self.evaluator: Evaluator = evaluator or ClassificationEvaluator(accelerator.device)
-        # after a validation: has its tables, and whether its scores are those of the moving average
-        self.scored, self.ema_counts = self.evaluator, True
+        self.validation = Validation(task, accelerator, self.config, evaluator, stop, watch, pictures)
         self.meter = LossMeter(accelerator)
         # a check costs nothing in a single CPU process; otherwise it waits for the device or for other processes
         on_cpu = accelerator.device.type == 'cpu' and accelerator.num_processes == 1
@@ -214,14 +144,10 @@ class Trainer:
                 f'{self.config.contrast_batches}. '
                 + ('Use DDP.' if self.is_sharded else 'It differentiates gradients, whose graph is not kept.')
             )
-        return CachedStep(cast(CoreTuningTask, self.task))
+        return CachedStep(cast(CoreTuningTask, self.task), prepare=self._input_to_device)
 
-    def _progress(self, total: int, description: str, initial: int = 0) -> tqdm:
-        is_seen = sys.stderr.isatty() or 'ipykernel' in sys.modules  # a terminal or a notebook
-        hidden = not (self.accelerator.is_main_process and is_seen and self.config.progress)
-        return tqdm(
-            total=total, initial=initial, desc=description, disable=hidden, leave=False, dynamic_ncols=True
-        )  # fmt: skip
+    def _input_to_device(self, input: Input) -> Input:
+        return input_to_device(input, self.accelerator.device, self.config.channels_last, self.config.dtype)
 
     def _scale(self, loss: torch.Tensor, batch_size: int) -> torch.Tensor:
         """Scale the loss of a batch whose size differs from the reference size or from that of other processes."""
@@ -319,12 +245,16 @@ class Trainer:
         inputs: List[Input] = []
         targets: List[torch.Tensor] = []
         self._start_phase()
-        with self._progress(num_updates, f'Train {epoch}', start_update) as bar, logging_redirect_tqdm():
+        bar = progress_bar(self.accelerator, config, num_updates, f'Train {epoch}', start_update)
+        with bar, logging_redirect_tqdm():
             for batch_idx, batch in enumerate(batches, start_batch):
                 update = batch_idx // per_update
                 num_in_update = min(per_update, num_batches - update * per_update)
                 need_update = (batch_idx + 1) % per_update == 0 or batch_idx + 1 == num_batches
-                input, target = to_device(batch, device, config.channels_last, config.dtype)
+                # images that are contrasted together wait where the loader has put them
+                input, target = batch[0], batch[1].to(device, non_blocking=True)
+                if self.cached_step is None or self.mixup_fn is not None:
+                    input = self._input_to_device(input)
                 seed(make_key(config.seed, self.accelerator.process_index, epoch, batch_idx), device)
                 if self.mixup_fn is not None:
                     input, target = self.mixup_fn(input, target)
@@ -372,6 +302,7 @@ class Trainer:
                         f'Data: {data_time.val:.3f} ({data_time.avg:.3f}), '
                         f'{100 * data_time.avg / update_time.avg:.0f}% of the time'
                     )
+                    input = self._input_to_device(input)
                     if self.record is not None:
                         self.record.save_images(input, batch_idx)
                         self.record.log_step({**now, 'lr': sum(lrs) / len(lrs)}, num_done)
@@ -407,94 +338,11 @@ class Trainer:
             update = -(-position.batch // self.config.batches_per_update) - 1
             self.record.save_recovery(self, position.epoch, update)
 
-    def _eval_model(self, ema: bool) -> nn.Module:
-        # a sharded model gathers its weights only in the forward pass of the wrapped module
-        model = self.task.get_trainable_module() if self.is_sharded else self.task.get_eval_model(ema=ema)
-        return cast(nn.Module, model)
-
-    @torch.no_grad()
-    def validate(self, loader: Any, ema: bool = False) -> Dict[str, float]:
-        """Compute the loss in nats and the other metrics of the evaluator, over all processes.
-
-        Args:
-            loader: Batches of images and class indices.
-            ema: Whether to validate the moving average of the weights instead of the weights.
-
-        Raises:
-            Preempted: The run is asked to stop.
-        """
-        model, tta = self._eval_model(ema), self.config.tta
-        model.eval()
-        # a distributed sampler repeats images at the end, so that processes have equally many; those are left out
-        num_left = num_own_samples(loader, self.accelerator)
-        self.evaluator.reset()
-        if self.pictures is not None:
-            self.pictures.start_validation()
-        name, start = 'Test (EMA)' if ema else 'Test', time.perf_counter()
-        num_shared = count_shared(loader, self.accelerator)
-        self._start_phase()
-        with self._progress(len(loader), name) as bar:
-            for batch_idx, batch in enumerate(loader):
-                reason_to_stop = self._reason_to_stop() if batch_idx < num_shared else ''
-                if reason_to_stop:
-                    raise Preempted(reason_to_stop)
-                input, target = to_device(batch, self.accelerator.device, self.config.channels_last, self.config.dtype)
-                with self.accelerator.autocast():
-                    output = model(input)
-                output = output[0] if isinstance(output, (tuple, list)) else output
-                if tta > 1:
-                    output = output.unfold(0, tta, tta).mean(dim=2)
-                    target = target[0 : len(target) : tta]
-                if num_left is not None:
-                    output, target = output[:num_left], target[:num_left]
-                    num_left -= len(target)
-                target = target if target.is_floating_point() else target.long()
-                self.evaluator.update(output.float(), target)
-                if self.pictures is not None and tta <= 1:
-                    self.pictures.update(input, output.float(), target)
-                bar.update()
-        metrics = self.evaluator.compute()
-        _logger.info(
-            f'{name}: [{len(loader):>4d}/{len(loader)}]  Time: {time.perf_counter() - start:.3f}s  '
-            f'{self.evaluator.describe(metrics)}'
-        )
-        return metrics
-
-    @property
-    def _validates_ema(self) -> bool:
-        return self.task.has_ema() and self.config.validate_ema
-
     def _distribute_batch_norm(self, with_ema: bool) -> None:
         how, num_processes = self.config.dist_bn, self.accelerator.num_processes
         if num_processes > 1 and how in ('reduce', 'broadcast') and not self.is_sharded:
             for ema in (False, True) if with_ema else (False,):
                 distribute_bn(self.task.get_eval_model(ema=ema), num_processes, how == 'reduce')
-
-    def evaluate(self, loader: Any) -> Dict[str, float]:
-        """Validate the weights, and their moving average if config.validate_ema is set.
-
-        Returns:
-            The metrics of the better of both by config.eval_metric, of the average if they are equal.
-        """
-        metrics, self.scored = self.validate(loader), self.evaluator
-        if not self._validates_ema:
-            return metrics
-        scored = copy.deepcopy(self.evaluator)
-        worst = self.pictures.worst if self.pictures is not None else []
-        ema_metrics, name = self.validate(loader, ema=True), self.config.eval_metric
-        self.ema_counts = self.config.ema_publish == 'ema' or not is_better(name, metrics[name], ema_metrics[name])
-        if self.ema_counts:
-            return ema_metrics
-        self.scored = scored
-        if self.pictures is not None:
-            self.pictures.worst = worst
-        _logger.info(f'The weights count, not their moving average: {name} {metrics[name]}, not {ema_metrics[name]}.')
-        return metrics
-
-    def _measure_features(self, name: str) -> Dict[str, float]:
-        """Measure the features of the model whose scores count."""
-        assert self.watch is not None
-        return self.watch.measure(self._eval_model(self._validates_ema and self.ema_counts), name)
 
     def is_out_of_patience(self, epoch: int) -> bool:
         """Whether the scores up to this epoch, the last one with a score, have not got better for too long."""
@@ -538,7 +386,7 @@ class Trainer:
         results = []
         config = self.config
         if self.watch is not None and not epochs.start and self.position == Position():
-            features = self._measure_features('start')
+            features = self.validation.measure_features('start')
             if self.record is not None:
                 self.record.save_start(features)
         for epoch in epochs:
@@ -550,7 +398,9 @@ class Trainer:
                 self.num_done = (epoch + 1) * -(-num_batches // config.batches_per_update)
             else:
                 train_metrics = self.train_one_epoch(epoch, train_loader, start_batch)
-                self._distribute_batch_norm(with_ema=is_due and validation_loader is not None and self._validates_ema)
+                self._distribute_batch_norm(
+                    with_ema=is_due and validation_loader is not None and self.validation.with_ema
+                )
             start_batch = 0
             metric = None
             name = 'loss' if validation_loader is None else config.eval_metric
@@ -558,7 +408,7 @@ class Trainer:
                 eval_metrics = None
                 if validation_loader is not None:
                     try:
-                        eval_metrics = self.evaluate(validation_loader)
+                        eval_metrics = self.validation.evaluate(validation_loader)
                     except Preempted:
                         num_batches = count_batches(train_loader, self.accelerator)
                         self._save_within(Position(epoch, num_batches, is_trained=True))
@@ -571,7 +421,7 @@ class Trainer:
                 results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
                 features = {}
                 if self.watch is not None and self.watch.is_due(epoch, epochs.stop):
-                    features = self._measure_features(f'epoch {epoch}')
+                    features = self.validation.measure_features(f'epoch {epoch}')
                     results[-1]['features'] = features
                 if self.record is not None:
                     self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics, features)
@@ -584,9 +434,8 @@ class Trainer:
                 break
             if is_due and epoch + 1 < epochs.stop:
                 self._start_phase()
-                reason_to_stop = self._reason_to_stop()
-                if reason_to_stop:  # the state of the end of the epoch is saved
-                    raise Preempted(reason_to_stop)
+                if self.stop is not None:  # the state of the end of the epoch is saved
+                    self.stop.raise_if_due(self.accelerator)
         return results
 
     def _own_buffers(self) -> Dict[str, torch.Tensor]:
@@ -613,7 +462,7 @@ class Trainer:
         return dict(
             **self.position._asdict(),
             best=list(self.best),
-            ema_counts=self.ema_counts,
+            ema_counts=self.validation.ema_counts,
             lrs=[group['lr'] for group in self.optimizer.param_groups],
             plateau=None if self.scheduler is None or plateau is None else dict(
                 state=plateau.state_dict(), restore_lr=self.scheduler.restore_lr

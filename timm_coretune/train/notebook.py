@@ -16,7 +16,8 @@ from ..prediction.preparation import describe_transform, find_class_names, find_
 from ..prediction.tuned import FineTuned, check_names
 from ..task import CoreTuningTask
 from .cli.settings import OptimizationSettings
-from .loop import LoopConfig, Trainer
+from .loop import Trainer
+from .loop_config import LoopConfig
 from .optimization import clip_gradients, create_optimizer, create_schedule, resolve_lr
 from .watching.record import Record
 

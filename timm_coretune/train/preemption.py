@@ -97,6 +97,16 @@ class StopRequest:
         self._num_calls += 1
         return '' if self._num_calls < self._calls_between else self._gather_reason(accelerator)
 
+    def raise_if_due(self, accelerator: Accelerator) -> None:
+        """Stop here if `agree` says so.
+
+        Raises:
+            Preempted: The run is asked to stop.
+        """
+        reason = self.agree(accelerator)
+        if reason:
+            raise Preempted(reason)
+
     def _gather_reason(self, accelerator: Accelerator) -> str:
         seconds = time.monotonic() - self._last_check
         own = torch.tensor([[float(_REASONS.index(self.reason)), seconds]], device=accelerator.device)

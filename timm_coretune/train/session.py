@@ -27,7 +27,8 @@ from .cli.settings import ModelSettings, SavedArguments, Settings
 from .data.datasets import Datasets
 from .data.loaders import Loaders, count_contrast_batches, mean_batch_size
 from .freezing import BackboneFreezer
-from .loop import LoopConfig, Trainer
+from .loop import Trainer
+from .loop_config import LoopConfig
 from .model import adapt_model, check_single_images, compile_task, place_model, resolve_num_classes, setup_ema
 from .optimization import (
     clip_gradients,
@@ -350,11 +351,11 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
     trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets, stop)
     record = cast(Optional[RunRecord], trainer.record)
     if record is None:  # nothing is trained, so a signal ends this at once
-        metrics = trainer.evaluate(loaders.validation)
+        metrics = trainer.validation.evaluate(loaders.validation)
         if accelerator.is_main_process:
             print_results([{'validation': metrics}], resolved.eval_metric)
             if settings.loop.eval_output is not None:
-                write_results(settings.loop.eval_output, metrics, trainer.scored, parsed.text)
+                write_results(settings.loop.eval_output, metrics, trainer.validation.scored, parsed.text)
         return [{'validation': metrics}]
     if output.push_to_hub and accelerator.is_main_process and get_token() is None:
         _logger.warning('There is no token to push to the Hub with: `hf auth login` before this run is over.')

@@ -16,7 +16,7 @@ from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.data.batches import batches_from
 from timm_coretune.train.data.datasets import create_datasets
 from timm_coretune.train.data.loaders import LoaderFactory
-from timm_coretune.train.loop import LoopConfig
+from timm_coretune.train.loop_config import LoopConfig
 
 
 def create_loaders(images, *flags):
