@@ -7,6 +7,9 @@ prints one Markdown table. The two load a file of timm's own names into the same
 that is not counted. The file lies in the system's file cache. Seconds are those of one call, as wall time and as CPU
 time; memory is what it adds at its peak to the resident memory before it, in sizes of the model, mapped pages of the
 file included.
+
+A third way, "bare", sums each tensor of a safetensors file and copies them into the model afterwards, with nothing
+around it: what a load takes at least that leaves the model alone until all values are known to be finite.
 """
 
 import argparse
@@ -26,7 +29,8 @@ MODELS = ('resnet18', 'vit_base_patch16_224', 'vit_large_patch16_224')
 FORMATS = ('safetensors', 'pth')
 
 LOAD = """
-import json, logging, sys, time, timm, torch
+import json, logging, math, sys, time, timm, torch
+from safetensors.torch import load_file
 from timm.models import load_checkpoint as of_timm
 from timm_coretune import load_checkpoint as of_coretune
 logging.disable(logging.WARNING)
@@ -46,25 +50,37 @@ def measure(load, **arguments):
     load(model, file, **arguments)
     return time.perf_counter() - wall, time.process_time() - cpu, (memory('VmHWM') - before) / size
 
+@torch.no_grad()
+def bare(model, file):
+    tensors, state = load_file(file), model.state_dict()
+    assert all(math.isfinite(tensor.sum()) for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        state[name].copy_(tensor)
+
+ways = {'timm': (of_timm, {}), 'ours': (of_coretune, {'load_classifier': True})}
+if file.endswith('safetensors'):
+    ways['bare'] = (bare, {})
 results = []
 for run in range(int(runs) + 1):
-    pair = {}
-    for which in ('ours', 'timm') if run % 2 else ('timm', 'ours'):
-        pair[which] = measure(of_timm) if which == 'timm' else measure(of_coretune, load_classifier=True)
-    results.append((pair['ours'], pair['timm']))
+    order = list(ways)[:: 1 if run % 2 else -1]
+    results.append({name: measure(ways[name][0], **ways[name][1]) for name in order})
 print(json.dumps(results[1:]))
 """
 
 
 def compare(name: str, file: str, runs: int, threads: int) -> str:
-    """A row of the table. Ratios are medians over the pairs of loads that follow each other."""
+    """A row of the table. Ratios are medians over the rounds of loads that follow each other."""
     command = [sys.executable, '-c', LOAD, name, file, str(runs), str(threads)]
-    pairs = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ratios = [statistics.median(ours[i] / of_timm[i] for ours, of_timm in pairs) for i in range(2)]
-    ours, of_timm = ([statistics.median(pair[k][i] for pair in pairs) for i in range(3)] for k in range(2))
+    rounds = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+    def ratio(way: str, i: int) -> str:
+        return f'{statistics.median(each[way][i] / each["timm"][i] for each in rounds):.2f}' if way in rounds[0] else ''
+
+    ours, of_timm = ([statistics.median(each[way][i] for each in rounds) for i in range(3)] for way in ('ours', 'timm'))
     return (
-        f'| {name}, {file.rsplit(".")[-1]} | {ratios[0]:.2f} | {ratios[1]:.2f} | {ours[0]:.3f} / {of_timm[0]:.3f} '
-        f'| {ours[1]:.3f} / {of_timm[1]:.3f} | {ours[2]:.2f} / {of_timm[2]:.2f} |'
+        f'| {name}, {file.rsplit(".")[-1]} | {ratio("ours", 0)} | {ratio("bare", 0)} | {ratio("ours", 1)} '
+        f'| {ratio("bare", 1)} | {ours[0]:.3f} / {of_timm[0]:.3f} | {ours[1]:.3f} / {of_timm[1]:.3f} '
+        f'| {ours[2]:.2f} / {of_timm[2]:.2f} |'
     )
 
 
@@ -76,8 +92,10 @@ def main() -> None:
     if not sys.platform.startswith('linux'):
         parser.error('memory is read from /proc, which only Linux has')
 
-    print('| load | wall against timm | CPU against timm | wall, s | CPU, s | memory added, ours / timm |')
-    print('|---|---|---|---|---|---|')
+    print(
+        '| load | wall against timm | bare | CPU against timm | bare | wall, s | CPU, s | memory added, ours / timm |'
+    )
+    print('|---|---|---|---|---|---|---|---|')
     with tempfile.TemporaryDirectory() as folder:
         for name in MODELS:
             tensors = timm.create_model(name).state_dict()

@@ -163,13 +163,16 @@ def apply_filter(target: Target, tensors: Tensors) -> Optional[Tensors]:
 
 def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
     """Ways to name the tensors of a backbone, each with a description. The first one keeps their names."""
-    for rename in (None, *renames_for(tensors)):
-        renamed = apply_rename(rename, tensors, target.shapes) if rename else tensors
-        names = rename.name if rename else ''
-        yield names, renamed
+    yield '', tensors
+    filtered = apply_filter(target, tensors)
+    if filtered is not None:
+        yield "timm's filter", filtered
+    for rename in renames_for(tensors):
+        renamed = apply_rename(rename, tensors, target.shapes)
+        yield rename.name, renamed
         filtered = apply_filter(target, renamed)
         if filtered is not None:
-            yield ', '.join(filter(None, (names, "timm's filter"))), filtered
+            yield f"{rename.name}, timm's filter", filtered
 
 
 def fit_names(

@@ -20,7 +20,7 @@ from .reading.unpickle import CommandError, Placeholder
 from .report import count_objects
 from .sniff import sniff, unpacked_size
 
-BATCH_BYTES = 16 * 2**20  # size of the batches of tensors that are copied into a model
+BATCH_BYTES = 64 * 2**20  # of a file that are in memory at once, or one tensor more
 
 
 class Checkpoint(NamedTuple):
@@ -47,26 +47,28 @@ class Checkpoint(NamedTuple):
     left_out: Dict[str, int] = {}
 
     def batches(self, tensors: Dict[str, torch.Tensor]) -> Iterator[Dict[str, torch.Tensor]]:
-        """Yield tensors in small batches, in the order of the file, and take each batch out of memory after its use.
+        """Yield tensors in batches, in the order of the file, and take each batch out of memory after its use.
 
         If all pages of a safetensors file stayed in memory after they were read, the whole file would be there beside
-        the model. Tensors that stand for several, see `renames.fuse`, are concatenated.
+        the model. Tensors that fill no batch stay: mapping them again takes longer than reading them. Those that stand
+        for several, see `renames.fuse`, are concatenated.
         """
         read_again = [pages for pages in self.pages if pages.can_be_read_again()]
         batch: Dict[str, torch.Tensor] = {}
-        size = 0
+        size, fills_one = 0, False
         for name, tensor in sorted(tensors.items(), key=lambda item: parts_of(item[1])[0].data_ptr()):
             parts = parts_of(tensor)
             batch[name] = torch.cat(parts) if len(parts) > 1 else tensor
             size += tensor.nbytes
             if size >= BATCH_BYTES:
                 yield batch
-                batch, size = {}, 0
+                batch, size, fills_one = {}, 0, True
                 for pages in read_again:
                     pages.give_back()
         yield batch
-        for pages in read_again:
-            pages.give_back()
+        if fills_one:
+            for pages in read_again:
+                pages.give_back()
 
 
 def read_torch(path: str, kind: str) -> PickleContent:
