@@ -84,8 +84,9 @@ thread of an Intel Xeon with 2 cores, torch 2.14.1, timm 1.0.31, medians of 9 ro
 | vit_large_patch16_224, pth | 0.33 |  | 0.33 |  | 0.376 / 1.152 | 0.375 / 1.147 | 1.00 / 1.00 |
 
 The model is changed only after every value of the file was found to be finite, so a safetensors file passes through
-memory once to be checked and once to be copied. timm copies only. "Bare" is a sum and a copy of each tensor with nothing
-around them, so a load that checks first cannot take much less. A test counts that no tensor is checked or copied twice.
+memory once to be checked and once to be copied. timm copies only. "Bare" is a sum and a copy of each tensor with
+nothing around them, so a load that checks first cannot take much less. A test counts that no tensor is checked or
+copied twice.
 
 ## How this page is written
 
