@@ -51,9 +51,9 @@ class CachedStep:
     Args:
         task: The task. It may be compiled and wrapped afterwards.
         chunk_size: Greatest number of images in a forward pass. When None, batches must be given as lists.
-        prepare: Called with each chunk before each of its two forward passes. Returns what goes into the model, the
-            same both times; what it draws from torch's generators is. So images can wait as bytes, or in the memory of
-            the host. When None, they go in as given.
+        prepare: Called with each chunk before each of its two forward passes, returns what goes into the model. Both
+            calls must return the same; draws from torch's generators are repeated. So images can wait as bytes, or in
+            the memory of the host. When None, chunks go in as they are.
 
     Raises:
         TypeError: The task is not a CoreTuningTask for images.

@@ -7,7 +7,7 @@ from accelerate.state import AcceleratorState
 from timm_coretune.train import Trainer
 from timm_coretune.train.cli.arguments import parse_args
 from timm_coretune.train.session import run
-from timm_coretune.train.watching.validation import Validation
+from timm_coretune.train.watching.validator import Validator
 
 SMALL = (
     *('--model', 'test_resnet', '--img-size', '32', '--workers', '0', '--epochs', '2', '--warmup-epochs', '0'),
@@ -45,8 +45,8 @@ def outcome(folder):
 
 
 def stop_at(monkeypatch, name, count):
-    """Press Ctrl-C in the call of a method of Trainer or Validation with that index."""
-    owner = Trainer if hasattr(Trainer, name) else Validation
+    """Press Ctrl-C in the call of a method of Trainer or Validator with that index."""
+    owner = Trainer if hasattr(Trainer, name) else Validator
     original, calls = getattr(owner, name), []
 
     def stopping(self, *args, **kwargs):

@@ -62,7 +62,7 @@ def main(rank: int, directory: Path) -> None:
     }  # fmt: skip
     found = {}
     for name, loader in loaders.items():
-        scores = trainer.validation.validate(loader)
+        scores = trainer.validator.validate(loader)
         found[name] = (scores, evaluator.matrix.tolist())
     save_found(found, rank, directory)
 

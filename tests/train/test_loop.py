@@ -34,7 +34,7 @@ def test_patience_counts_validations(monkeypatch, metrics, val_interval, patienc
     trainer = Trainer(task, torch.optim.SGD(task.parameters(), 0.1), Accelerator(cpu=True), config=config)
     trained = []
     monkeypatch.setattr(trainer, 'train_one_epoch', lambda epoch, *_: trained.append(epoch) or {'loss': 0.0})
-    monkeypatch.setattr(trainer.validation, 'evaluate', lambda loader: {'top1': metrics[trained[-1]]})
+    monkeypatch.setattr(trainer.validator, 'evaluate', lambda loader: {'top1': metrics[trained[-1]]})
     trainer.fit([], [], range(len(metrics)))
     assert len(trained) == stop
 
@@ -46,9 +46,7 @@ def fitted(monkeypatch, losses, scores=None, start=0, best=(None, None), **confi
     trainer.best = best
     trained = []
     monkeypatch.setattr(trainer, 'train_one_epoch', lambda epoch, *_: trained.append(epoch) or {'loss': losses[epoch]})
-    monkeypatch.setattr(
-        trainer.validation, 'evaluate', lambda loader: {trainer.config.eval_metric: scores[trained[-1]]}
-    )
+    monkeypatch.setattr(trainer.validator, 'evaluate', lambda loader: {trainer.config.eval_metric: scores[trained[-1]]})
     trainer.fit([], None if scores is None else [], range(start, len(losses)))
     return trainer, trained
 
@@ -125,7 +123,7 @@ def test_neighbouring_outputs_are_averaged_in_validation():
     task = ClassificationTask(torch.nn.Identity(), torch.nn.CrossEntropyLoss(), verbose=False)
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
     trainer = Trainer(task, optimizer, Accelerator(cpu=True), config=LoopConfig(tta=3))
-    metrics = trainer.validation.validate([(outputs[:6], target[:6]), (outputs[6:], target[6:])])
+    metrics = trainer.validator.validate([(outputs[:6], target[:6]), (outputs[6:], target[6:])])
     means = [[sum(column) / 3 for column in zip(*rows, strict=True)] for rows in outputs.reshape(4, 3, 6).tolist()]
     losses = [math.log(sum(map(math.exp, row))) - row[label] for label, row in enumerate(means)]
     assert metrics['loss'] == pytest.approx(sum(losses) / 4, rel=1e-5)
@@ -167,8 +165,8 @@ def test_validation_counts_each_image_once(monkeypatch, last):
     task = ClassificationTask(torch.nn.Identity(), torch.nn.CrossEntropyLoss(), verbose=False)
     trainer = Trainer(task, torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1), Accelerator(cpu=True))
     # the images after those are what a distributed sampler repeats
-    monkeypatch.setattr('timm_coretune.train.watching.validation.num_own_samples', lambda loader, accelerator: last)
-    metrics = trainer.validation.validate(
+    monkeypatch.setattr('timm_coretune.train.watching.validator.num_own_samples', lambda loader, accelerator: last)
+    metrics = trainer.validator.validate(
         [(output[part : part + 10], target[part : part + 10]) for part in range(0, 40, 10)]
     )
     ranked = [sorted(range(8), key=lambda c: -row[c]) for row in output[:last].tolist()]

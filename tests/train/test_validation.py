@@ -105,7 +105,7 @@ def test_of_equal_scores_that_of_the_average_counts():
     found = []
     for of_weights, of_average in ((right, wrong), (right, 2 * right), (wrong, right), (wrong, 2 * wrong)):
         weights.weight.data, average.weight.data = of_weights.clone(), of_average.clone()
-        found.append((trainer.validation.evaluate(batches)['top1'], trainer.validation.ema_counts))
+        found.append((trainer.validator.evaluate(batches)['top1'], trainer.validator.ema_counts))
     assert found == [(100, False), (100, True), (100, True), (0, True)]
 
 

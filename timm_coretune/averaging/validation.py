@@ -109,7 +109,7 @@ class Validation:
         self.model.load_state_dict(state)
         if num_images:
             self.update_batch_norm(num_images)
-        return self.run.trainer.validation.evaluate(self.run.loaders.validation)
+        return self.run.trainer.validator.evaluate(self.run.loaders.validation)
 
     def _training_images(self, num_images: int) -> Iterator[Any]:
         config, device = self.run.trainer.config, self.run.trainer.accelerator.device

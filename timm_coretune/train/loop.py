@@ -36,7 +36,7 @@ from .watching.features import FeatureWatch
 from .watching.progress import progress_bar
 from .watching.record import Record
 from .watching.trackers import Pictures
-from .watching.validation import Validation
+from .watching.validator import Validator
 
 _logger = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ class Trainer:
         self.stop = stop
         self.watch = watch
         self.pictures = pictures
-        self.validation = Validation(task, accelerator, self.config, evaluator, stop, watch, pictures)
+        self.validator = Validator(task, accelerator, self.config, evaluator, stop, watch, pictures)
         self.meter = LossMeter(accelerator)
         # a check costs nothing in a single CPU process; otherwise it waits for the device or for other processes
         on_cpu = accelerator.device.type == 'cpu' and accelerator.num_processes == 1
@@ -386,7 +386,7 @@ class Trainer:
         results = []
         config = self.config
         if self.watch is not None and not epochs.start and self.position == Position():
-            features = self.validation.measure_features('start')
+            features = self.validator.measure_features('start')
             if self.record is not None:
                 self.record.save_start(features)
         for epoch in epochs:
@@ -399,7 +399,7 @@ class Trainer:
             else:
                 train_metrics = self.train_one_epoch(epoch, train_loader, start_batch)
                 self._distribute_batch_norm(
-                    with_ema=is_due and validation_loader is not None and self.validation.with_ema
+                    with_ema=is_due and validation_loader is not None and self.validator.with_ema
                 )
             start_batch = 0
             metric = None
@@ -408,7 +408,7 @@ class Trainer:
                 eval_metrics = None
                 if validation_loader is not None:
                     try:
-                        eval_metrics = self.validation.evaluate(validation_loader)
+                        eval_metrics = self.validator.evaluate(validation_loader)
                     except Preempted:
                         num_batches = count_batches(train_loader, self.accelerator)
                         self._save_within(Position(epoch, num_batches, is_trained=True))
@@ -421,7 +421,7 @@ class Trainer:
                 results.append({'epoch': epoch, 'train': train_metrics, 'validation': eval_metrics})
                 features = {}
                 if self.watch is not None and self.watch.is_due(epoch, epochs.stop):
-                    features = self.validation.measure_features(f'epoch {epoch}')
+                    features = self.validator.measure_features(f'epoch {epoch}')
                     results[-1]['features'] = features
                 if self.record is not None:
                     self.record.save_epoch(self, epoch, is_best, train_metrics, eval_metrics, features)
@@ -462,7 +462,7 @@ class Trainer:
         return dict(
             **self.position._asdict(),
             best=list(self.best),
-            ema_counts=self.validation.ema_counts,
+            ema_counts=self.validator.ema_counts,
             lrs=[group['lr'] for group in self.optimizer.param_groups],
             plateau=None if self.scheduler is None or plateau is None else dict(
                 state=plateau.state_dict(), restore_lr=self.scheduler.restore_lr

@@ -351,11 +351,11 @@ def _run(parsed: ParsedArguments, argv: List[str], stop: StopRequest) -> List[Di
     trainer, loaders, epochs, start_batch, over, resolved, lock = set_up(parsed, kind, accelerator, datasets, stop)
     record = cast(Optional[RunRecord], trainer.record)
     if record is None:  # nothing is trained, so a signal ends this at once
-        metrics = trainer.validation.evaluate(loaders.validation)
+        metrics = trainer.validator.evaluate(loaders.validation)
         if accelerator.is_main_process:
             print_results([{'validation': metrics}], resolved.eval_metric)
             if settings.loop.eval_output is not None:
-                write_results(settings.loop.eval_output, metrics, trainer.validation.scored, parsed.text)
+                write_results(settings.loop.eval_output, metrics, trainer.validator.scored, parsed.text)
         return [{'validation': metrics}]
     if output.push_to_hub and accelerator.is_main_process and get_token() is None:
         _logger.warning('There is no token to push to the Hub with: `hf auth login` before this run is over.')

@@ -268,10 +268,10 @@ class RunRecord(Record):
             return
         with self._writing():
             if weights is not None:
-                kind = 'ema' if self.publish_ema and trainer.validation.ema_counts else 'model'
+                kind = 'ema' if self.publish_ema and trainer.validator.ema_counts else 'model'
                 save_weights(weights, self.path(BEST_WEIGHTS_NAME), epoch=str(epoch), weights=kind, **self.notes)
                 if eval_metrics is not None:
-                    trainer.validation.scored.write(self.folder)
+                    trainer.validator.scored.write(self.folder)
             if not trainer.is_sharded:
                 metric = trainer.position.metric
                 self.saver.save_checkpoint(
@@ -310,5 +310,5 @@ class RunRecord(Record):
             return {
                 k.removeprefix('model.'): v for k, v in tensors.items() if not is_wrapped or k.startswith('model.')
             }  # fmt: skip
-        model = trainer.task.get_eval_model(ema=self.publish_ema and trainer.validation.ema_counts)
+        model = trainer.task.get_eval_model(ema=self.publish_ema and trainer.validator.ema_counts)
         return plain_state_dict(unwrap_model(model))

@@ -23,7 +23,7 @@ from .trackers import Pictures
 _logger = logging.getLogger(__name__)
 
 
-class Validation:
+class Validator:
     """Validates a task. After a validation, `scored` has its tables, and `ema_counts` is whether the average counts.
 
     Args:
