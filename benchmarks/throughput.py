@@ -4,10 +4,11 @@
     python benchmarks/throughput.py --timm-train ../pytorch-image-models/train.py
 
 runs both in turn on the bundled sample as a folder of PNGs, with the same model, loader and plain cross-entropy, and
-prints one Markdown table of medians and of the median of the ratios pair by pair: images a second as both log them,
-seconds from the start of the process to the first logged step, peak resident memory, and CPU seconds (user and system,
-of all processes of a run). Each script runs for one epoch and for several: the difference is what an image costs, and
-what is left of the run of one epoch is what a run costs once, such as imports and pictures.
+prints one Markdown table of medians and of the median of the ratios pair by pair, with the least and the greatest:
+images a second as both log them, seconds from the start of the process to the first logged step, peak resident memory,
+and CPU seconds (user and system, of all processes of a run). Those between the first step of the second epoch and the
+last step of the last one, over the images that are trained and validated on in between, are what an image costs. The
+rest is what a run costs once, such as imports and pictures.
 """
 
 import argparse
@@ -19,15 +20,17 @@ import sys
 import tempfile
 import time
 from importlib import resources
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
+import psutil
 from PIL import Image
 from safetensors import safe_open
 from step import describe_machine
 
 # timm's script with the installed timm, not with the one beside the script
 _TIMM = 'import runpy, sys; sys.argv = sys.argv[1:]; sys.path[0] = ""; runpy.run_path(sys.argv[0], run_name="__main__")'
-_STEP = re.compile(r'Train: \d+ \[.*?Time: [\d.]+s, +([\d.]+)/s')
+_STEP = re.compile(r'Train: (\d+) \[ *(\d+)/.*?Time: [\d.]+s, +([\d.]+)/s')
+_BATCH_SIZE = 64
 
 
 def write_images(folder: str, num_images: int) -> None:
@@ -41,9 +44,15 @@ def write_images(folder: str, num_images: int) -> None:
                 Image.fromarray(image.numpy()).save(os.path.join(folder, split, str(label), f'{index}.png'))
 
 
-def measure(command: List[str]) -> Dict[str, float]:
-    """Run a training script, and read its log as it comes."""
+def cpu_seconds(process: psutil.Process) -> float:
+    """User and system time of a process and its children."""
+    return sum(sum(p.cpu_times()[:2]) for p in (process, *process.children(recursive=True)))
+
+
+def measure(command: List[str], num_images: int) -> Dict[str, float]:
+    """Run a training script, and read its log as it comes. num_images is the number of images of each split."""
     started, first, rates = time.perf_counter(), None, []
+    steps: List[Tuple[int, int, float]] = []  # epoch, step and CPU seconds
     environment = {**os.environ, 'CUDA_VISIBLE_DEVICES': ''}
     with tempfile.TemporaryFile('w+') as rest:
         process = subprocess.Popen(command, stdout=rest, stderr=subprocess.PIPE, text=True, env=environment)
@@ -53,28 +62,23 @@ def measure(command: List[str]) -> Dict[str, float]:
             match = _STEP.search(line)
             if match:
                 first = first or time.perf_counter() - started
-                rates.append(float(match[1]))
+                rates.append(float(match[3]))
+                if int(match[1]):
+                    steps.append((int(match[1]), int(match[2]), cpu_seconds(psutil.Process(process.pid))))
         _, status, usage = os.wait4(process.pid, 0)
-    if status or len(rates) < 3:
+    if status or len(steps) < 3:
         raise SystemExit(f'{" ".join(command)} failed:\n{"".join(log[-30:])}')
-    # the first step of the run warms up
+    (epoch, step, start), (last_epoch, last_step, end) = steps[0], steps[-1]
+    num_epochs = last_epoch - epoch
+    between = num_epochs * 2 * num_images + (last_step - step) * _BATCH_SIZE
+    total, an_image = usage.ru_utime + usage.ru_stime, (end - start) / between
     return {
-        'images/s': statistics.median(rates[1:]),
+        'images/s': statistics.median(rates[1:]),  # the first step of the run warms up
         'start, s': first,
         'peak, MiB': usage.ru_maxrss / 1024,
-        'CPU, s': usage.ru_utime + usage.ru_stime,
-    }
-
-
-def compare_lengths(command: List[str], epochs: int, num_images: int) -> Dict[str, float]:
-    """Figures of a script from a run of one epoch, which reads so many images, and a run of several."""
-    short, long = (measure([*command, '--epochs', str(number)]) for number in (1, epochs))
-    an_image = (long['CPU, s'] - short['CPU, s']) / ((epochs - 1) * num_images)
-    return {
-        **{what: long[what] for what in ('images/s', 'start, s', 'peak, MiB')},
         'CPU ms an image': 1000 * an_image,
-        'CPU s once a run': short['CPU, s'] - num_images * an_image,
-        f'CPU s of {epochs} epochs': long['CPU, s'],
+        'CPU s once a run': total - (last_epoch + 1) * 2 * num_images * an_image,
+        f'CPU s of {last_epoch + 1} epochs': total,
     }
 
 
@@ -84,15 +88,15 @@ def main() -> None:
     parser.add_argument('--pairs', type=int, default=5, metavar='N', help='alternating pairs of runs (default: 5)')
     parser.add_argument('--model', default='resnet18', metavar='NAME', help='timm model (default: resnet18)')
     parser.add_argument('--images', type=int, default=1280, metavar='N', help='training images (default: 1280)')
-    parser.add_argument('--epochs', type=int, default=5, metavar='N', help='epochs of the long runs (default: 5)')
+    parser.add_argument('--epochs', type=int, default=6, metavar='N', help='epochs, 3 or more (default: 6)')
     args = parser.parse_args()
     results: Dict[str, List[Dict[str, float]]] = {'ours': [], 'timm': []}
     with tempfile.TemporaryDirectory() as folder:
         write_images(folder, args.images)
         flags = [
-            *('--data-dir', folder, '--model', args.model, '--num-classes', '10', '--img-size', '64', '-b', '64'),
-            *('-j', '1', '--lr', '0.01', '--warmup-epochs', '0', '--log-interval', '2'),
-            *('--device', 'cpu', '--output', os.path.join(folder, 'output')),
+            *('--data-dir', folder, '--model', args.model, '--num-classes', '10', '--img-size', '64'),
+            *('-b', str(_BATCH_SIZE), '-j', '1', '--lr', '0.01', '--warmup-epochs', '0', '--log-interval', '2'),
+            *('--device', 'cpu', '--output', os.path.join(folder, 'output'), '--epochs', str(args.epochs)),
         ]
         commands = {
             'ours': [sys.executable, '-m', 'timm_coretune.train', *flags],
@@ -100,14 +104,17 @@ def main() -> None:
         }
         for number in range(args.pairs):
             for name in sorted(commands, reverse=number % 2 == 1):
-                results[name].append(compare_lengths(commands[name], args.epochs, 2 * args.images))
+                results[name].append(measure(commands[name], args.images))
                 print(f'{name}: {results[name][-1]}', file=sys.stderr)
-    print('| what | ours | timm | ours / timm |')
-    print('|---|---|---|---|')
+    print('| what | ours | timm | ours / timm | from, to |')
+    print('|---|---|---|---|---|')
     for what in results['ours'][0]:
         ours, timm = ([run[what] for run in results[name]] for name in ('ours', 'timm'))
-        ratio = statistics.median(a / b for a, b in zip(ours, timm, strict=True))
-        print(f'| {what} | {statistics.median(ours):.4g} | {statistics.median(timm):.4g} | {ratio:.3f} |')
+        ratios = [a / b for a, b in zip(ours, timm, strict=True)]
+        print(
+            f'| {what} | {statistics.median(ours):.4g} | {statistics.median(timm):.4g} '
+            f'| {statistics.median(ratios):.3f} | {min(ratios):.3f} to {max(ratios):.3f} |'
+        )
     print(f'\n{describe_machine()}; {args.model} at 64 px, batch 64, 1 loader worker; medians of {args.pairs} pairs')
 
 
