@@ -77,8 +77,19 @@ def shifted(path):
     path.write_bytes(len(text).to_bytes(8, 'little') + text + b'\7' + values.numpy().tobytes())
 
 
+def can_write_complex(path):
+    """Whether the library can, as older ones cannot."""
+    try:
+        save_file({'a': torch.zeros(1, dtype=torch.complex64)}, path)
+    except KeyError:
+        return False
+    return True
+
+
 def test_tensors_equal_those_of_the_library(tmp_path):
-    dtypes = [*safetensors_files._DTYPES.values(), torch.float8_e4m3fn, torch.complex64]
+    dtypes = [*safetensors_files._DTYPES.values(), torch.float8_e4m3fn]
+    if can_write_complex(tmp_path / 'complex.safetensors'):
+        dtypes.append(torch.complex64)
     written = {str(dtype): torch.arange(-3, 3).reshape(2, 3).to(dtype) for dtype in dtypes}
     written |= {'empty': torch.empty(0, 4), 'scalar': torch.tensor(2.5)}
     save_file(written, tmp_path / 'all.safetensors', {'format': 'pt'})
