@@ -6,6 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
+from compiling import needs_generators_in_graphs
 from tasks import BATCH_SIZE, IMAGE_SIZE, NUM_CLASSES, TARGET, create_model, create_task, gradients, images, step
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -180,7 +181,7 @@ def test_only_the_draws_travel_to_the_accelerator_and_none_waits_for_them():
     assert waits.num_sent == 1
 
 
-@pytest.mark.skipif(torch.__version__.startswith('2.6.'), reason='it cannot trace the device of a generator')
+@needs_generators_in_graphs
 @pytest.mark.parametrize('positive_candidates', [0, 2])
 def test_a_compiled_draw_makes_one_copy_as_an_eager_one_does(positive_candidates, fresh_dynamo):
     mixup = HardPairMixup(positive_candidates=positive_candidates)

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from compiling import needs_generators_in_graphs
 from losses import WIDTH, make_classifier, make_criterion
 from reference import random_features, random_label
 from torch.utils.checkpoint import checkpoint
@@ -68,6 +69,7 @@ def test_other_draws_from_a_generator_are_refused_in_a_backward_pass_too():
     assert len(refused) == 3
 
 
+@needs_generators_in_graphs
 @pytest.mark.parametrize('soft', [False, True], ids=['class indices', 'soft targets'])
 @pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
 def test_the_loss_compiles_to_one_graph_that_draws_what_an_eager_one_draws(backend, soft):
@@ -90,6 +92,7 @@ def test_the_loss_compiles_to_one_graph_that_draws_what_an_eager_one_draws(backe
             compiled(features, logits, target + 1)
 
 
+@needs_generators_in_graphs
 @pytest.mark.slow
 def test_two_draws_in_one_graph_are_different():
     torch._dynamo.reset()
@@ -105,6 +108,7 @@ def test_two_draws_in_one_graph_are_different():
     assert expected[0] != expected[1]
 
 
+@needs_generators_in_graphs
 def test_a_compiled_copy_draws_from_its_own_generator():
     torch._dynamo.reset()
     criterion = make_criterion()
