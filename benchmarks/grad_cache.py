@@ -57,9 +57,8 @@ class Step:
         self.task = CoreTuningTask(model, device=device, verbose=False).train()
         self.optimizer = torch.optim.SGD(self.task.trainable_module.parameters(), lr=1e-4, momentum=0.9)
         self.with_bytes = 'bytes' in kind
-        self.cached = (
-            CachedStep(self.task, prepare=normalize if self.with_bytes else None) if 'Cached' in kind else None
-        )
+        prepare = normalize if self.with_bytes else None
+        self.cached = CachedStep(self.task, prepare=prepare) if 'CachedStep' in kind else None
         self.num_batches = 1 if kind == 'one batch' else FACTOR
         self.batch_size, self.input_size = batch_size, model.pretrained_cfg['input_size']
         self.device, self.amp = device, amp

@@ -26,13 +26,13 @@ def _reads_mask(packet, args):
 class Waits(TorchDispatchMode):
     """Notes in `found` the operations for which the host would wait if the tensors were on a GPU.
 
-    Copies from the host to a device that it does not wait for are counted in `num_sent`.
+    `unwaited` has the source and the target of each copy between host and device that it does not wait for.
     """
 
     def __init__(self):
         super().__init__()
         self.found = []
-        self.num_sent = 0
+        self.unwaited = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -50,8 +50,8 @@ class Waits(TorchDispatchMode):
             return
         if not kwargs.get('non_blocking', bool(flags) and flags[0]):
             self.found.append(f'{func} of {tuple(result.shape)} from {source} to {target}')
-        elif source == 'cpu':
-            self.num_sent += 1
+        else:
+            self.unwaited.append((source, target))
 
 
 class _Fakes(FakeTensorMode):

@@ -6,6 +6,7 @@ the file under the names that they have in the model. The model is not changed.
 
 import contextlib
 import io
+import itertools
 import re
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
@@ -163,16 +164,13 @@ def apply_filter(target: Target, tensors: Tensors) -> Optional[Tensors]:
 
 def _namings(target: Target, tensors: Tensors) -> Iterator[Tuple[str, Tensors]]:
     """Ways to name the tensors of a backbone, each with a description. The first one keeps their names."""
-    yield '', tensors
-    filtered = apply_filter(target, tensors)
-    if filtered is not None:
-        yield "timm's filter", filtered
-    for rename in renames_for(tensors):
-        renamed = apply_rename(rename, tensors, target.shapes)
-        yield rename.name, renamed
+    for rename in itertools.chain((None,), renames_for(tensors)):
+        renamed = apply_rename(rename, tensors, target.shapes) if rename else tensors
+        names = rename.name if rename else ''
+        yield names, renamed
         filtered = apply_filter(target, renamed)
         if filtered is not None:
-            yield f"{rename.name}, timm's filter", filtered
+            yield ', '.join(filter(None, (names, "timm's filter"))), filtered
 
 
 def fit_names(

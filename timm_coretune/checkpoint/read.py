@@ -53,22 +53,22 @@ class Checkpoint(NamedTuple):
         the model. Tensors that fill no batch stay: mapping them again takes longer than reading them. Those that stand
         for several, see `renames.fuse`, are concatenated.
         """
-        read_again = [pages for pages in self.pages if pages.can_be_read_again()]
+        is_large = sum(tensor.nbytes for tensor in tensors.values()) >= BATCH_BYTES
+        read_again = [pages for pages in self.pages if is_large and pages.can_be_read_again()]
         batch: Dict[str, torch.Tensor] = {}
-        size, fills_one = 0, False
+        size = 0
         for name, tensor in sorted(tensors.items(), key=lambda item: parts_of(item[1])[0].data_ptr()):
             parts = parts_of(tensor)
             batch[name] = torch.cat(parts) if len(parts) > 1 else tensor
             size += tensor.nbytes
             if size >= BATCH_BYTES:
                 yield batch
-                batch, size, fills_one = {}, 0, True
+                batch, size = {}, 0
                 for pages in read_again:
                     pages.give_back()
         yield batch
-        if fills_one:
-            for pages in read_again:
-                pages.give_back()
+        for pages in read_again:
+            pages.give_back()
 
 
 def read_torch(path: str, kind: str) -> PickleContent:

@@ -5,7 +5,7 @@ leads to the original names and the filter does the rest.
 """
 
 import re
-from typing import Dict, Iterable, Tuple
+from typing import Dict, Iterable, Iterator, Tuple
 
 import torch
 
@@ -61,7 +61,7 @@ def apply_rename(
     return blocks_by_stage(renamed, names) if rename.in_stages else renamed
 
 
-def renames_for(tensors: Dict[str, torch.Tensor]) -> Tuple[Rename, ...]:
-    """Renames whose marker matches one of the keys."""
+def renames_for(tensors: Dict[str, torch.Tensor]) -> Iterator[Rename]:
+    """Renames whose marker matches one of the keys. They are looked for as they are asked for: most files need none."""
     keys = '\n'.join(tensors)
-    return tuple(r for r in RENAMES if re.search(f'^({r.marker})', keys, re.MULTILINE))
+    yield from (r for r in RENAMES if re.search(f'^({r.marker})', keys, re.MULTILINE))

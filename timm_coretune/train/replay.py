@@ -5,6 +5,7 @@ timm-coretune replay RUN
 
 import argparse
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -33,7 +34,7 @@ from ..task import CoreTuningTask
 from .cli.criterion import needs_stats
 from .cli.errors import sentence_of
 from .cli.settings import Settings
-from .data.batches import Input, input_to_device
+from .data.batches import input_to_device
 from .data.datasets import Datasets
 from .freezing import BackboneFreezer
 from .model import place_model
@@ -127,10 +128,7 @@ def _run(
         freezer.after_train_mode()
     finder = NonFinite(module)
     dtype = getattr(torch, settings.model.model_dtype) if settings.model.model_dtype else None
-
-    def prepare(input: Input) -> Input:
-        return input_to_device(input, device, settings.model.channels_last, dtype)
-
+    prepare = functools.partial(input_to_device, device=device, channels_last=settings.model.channels_last, dtype=dtype)
     target = share.target.to(device)
     seed_torch(share.key, device)
     if len(share.inputs) > 1:
